@@ -1,0 +1,38 @@
+"""Plan: which loop runs one operation, on what tile, and why. Pure data, made by a plan function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Backend = Literal["triton", "cpu", "reference"]
+Dataflow = Literal["gemv", "flat", "tiled", "decode_matmul", "definition"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launch of one operation.
+
+    backend: who computes. dataflow: "gemv" (no dot instruction), "flat" (few tokens, K split with
+    an ordered reduction), "tiled", "decode_matmul" (decode, then a library matmul) or "definition"
+    (NumPy). dot: the type that is multiplied, "int8", "fp16", "bf16" or "fp32". block_m, block_n:
+    tile of y; block_k: columns per step; split_k: pieces of K; swap: the weight is the left operand
+    of the dot; warps, stages, threads: as the backend understands them (0 where it does not).
+    bytes_moved: predicted traffic of weights, scales, x, y and workspace. operations: 2*M*N*K.
+    reason: one sentence per choice.
+    """
+
+    backend: Backend
+    dataflow: Dataflow
+    dot: str
+    reason: str
+    bytes_moved: int
+    operations: int
+    block_m: int = 0
+    block_n: int = 0
+    block_k: int = 0
+    split_k: int = 1
+    swap: bool = False
+    warps: int = 0
+    stages: int = 0
+    threads: int = 0

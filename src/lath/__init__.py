@@ -1,0 +1,59 @@
+"""lath: low-bit GEMM for language models; every operation defined in NumPy, fast in Triton and on CPUs.
+
+    w = lath.quantize(weight, "int4-g128")      # [N, K] → QTensor
+    y = lath.linear(x, w)                       # [..., K] → [..., N]
+    with lath.patch(model, weights="int4-g64") as report:
+        model.generate(...)
+
+Importing this touches no GPU and needs neither triton, numba nor transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lath.formats.activations import ActivationFormat
+from lath.formats.codec import Codec, codec
+from lath.formats.device import DeviceDescription
+from lath.formats.plan import Plan
+from lath.formats.qtensor import QTensor
+from lath.verbs.linear import linear
+from lath.verbs.planning import describe_device, plan
+from lath.verbs.quantize import quantize
+
+if TYPE_CHECKING:
+    from lath.integration.patch import patch
+    from lath.integration.report import PatchReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationFormat",
+    "Codec",
+    "DeviceDescription",
+    "PatchReport",
+    "Plan",
+    "QTensor",
+    "codec",
+    "describe_device",
+    "linear",
+    "patch",
+    "plan",
+    "quantize",
+]
+
+logging.getLogger("lath").addHandler(logging.NullHandler())
+
+# Names of the fourth floor, imported on first use: they may need optional packages.
+_INTEGRATION = {
+    "patch": "lath.integration.patch",
+    "PatchReport": "lath.integration.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _INTEGRATION:
+        return getattr(import_module(_INTEGRATION[name]), name)
+    raise AttributeError(f"module 'lath' has no attribute {name!r}")

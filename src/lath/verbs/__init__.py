@@ -1,0 +1,1 @@
+"""The public operations: arguments checked, backend chosen, one kernel called."""
