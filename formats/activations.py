@@ -54,7 +54,7 @@ class ActivationFormat:
         match = _PATTERN.fullmatch(text)
         if match is None:
             raise ValueError(
-                "activations must be 'float', 'int8' or 'int8-g{multiple of 16}'; " f"got {text!r}"
+                f"activations must be 'float', 'int8' or 'int8-g{{multiple of 16}}'; got {text!r}"
             )
         return ActivationFormat("int8", int(match["group"]) if match["group"] else None)
 

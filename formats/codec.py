@@ -64,7 +64,9 @@ class Codec:
         if self.zero not in _TEXT_OF_ZERO:
             raise ValueError(f"codec zero must be 'none', 'integer' or 'float', got {self.zero!r}")
         if self.scale_dtype not in ("fp16", "fp32"):
-            raise ValueError(f"codec scale_dtype must be 'fp16' or 'fp32', got {self.scale_dtype!r}")
+            raise ValueError(
+                f"codec scale_dtype must be 'fp16' or 'fp32', got {self.scale_dtype!r}"
+            )
 
     @staticmethod
     def parse(text: str) -> Codec:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lath.formats import packing
 from lath.formats.codec import Codec
@@ -18,6 +19,10 @@ _FORMAT_NAME = "lath.qtensor"
 _FORMAT_VERSION = 1
 
 View = TypeVar("View")
+
+# Views by the tensor of codes and not by QTensor: the custom operator sees only tensors and must
+# find what was already repacked. Each entry is (stamp of the tensors, views by name).
+_views = WeakTensorKeyDictionary()
 
 
 class QTensor:
@@ -44,13 +49,10 @@ class QTensor:
         self.codes = codes
         self.scales = scales
         self.zeros = zeros
-        self._views: dict[str, Any] = {}
         _check_tensors(self)
 
     @staticmethod
-    def empty(
-        codec: Codec, shape: tuple[int, int], device: torch.device | str = "meta"
-    ) -> QTensor:
+    def empty(codec: Codec, shape: tuple[int, int], device: torch.device | str = "meta") -> QTensor:
         """A QTensor with unset contents, by default on the meta device (no memory)."""
         count, side, zero_dtype = _layout(codec, shape)
         zeros = None
@@ -118,10 +120,28 @@ class QTensor:
         return QTensor(self.codec, self.shape, codes, scales, zeros)
 
     def view(self, key: str, build: Callable[[], View]) -> View:
-        """A backend's repacked form: built on first use, kept with this QTensor, never saved."""
-        if key not in self._views:
-            self._views[key] = build()
-        return self._views[key]  # type: ignore[no-any-return]
+        """A backend's repacked form: built on first use, kept as long as `codes`, never saved.
+
+        It is built anew after a tensor of this weight was changed in place (a state dict loaded
+        into it). The view must not refer to this QTensor or its codes, or neither would be freed.
+        """
+        stamp = self._stamp()
+        kept = _views.get(self.codes)
+        if kept is None or kept[0] != stamp:
+            kept = (stamp, {})
+            _views[self.codes] = kept
+        if key not in kept[1]:
+            kept[1][key] = build()
+        return kept[1][key]  # type: ignore[no-any-return]
+
+    def _stamp(self) -> tuple[int, ...]:
+        """Changes when a tensor is replaced or written to; inference tensors cannot tell."""
+        stamp: list[int] = []
+        for tensor in (self.codes, self.scales, self.zeros):
+            if tensor is not None:
+                version = 0 if tensor.is_inference() else tensor._version
+                stamp += [tensor.data_ptr(), version]
+        return tuple(stamp)
 
     def digest(self) -> str:
         """SHA-256 over the codec, the shape and every stored byte."""

@@ -23,18 +23,17 @@ Side = NDArray[np.float16] | NDArray[np.float32] | NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 
-def quantize(
-    weight: Floats, codec: Codec, search: bool = False
-) -> tuple[Codes, Side, Side | None]:
+def quantize(weight: Floats, codec: Codec, search: bool = False) -> tuple[Codes, Side, Side | None]:
     """Round-to-nearest quantisation of a weight [N, K] fp32.
 
     Returns codes uint8 [N, K], scales [G, N] and zeros [G, N] (uint8 zero points, or minima in the
     scale's dtype) or None. With L = 2**bits levels, for each (row, group), all in fp32:
 
         none      scale = max|w| / (L/2 - 1/2)     code = rint(w / scale) + L/2
-        integer   scale = (hi - lo) / (L - 1)      zero = rint(-lo / scale), code = rint(w / scale) + zero
-                  with lo = min(w, 0), hi = max(w, 0)
-        float     scale = (hi - lo) / (L - 1)      minimum = lo, code = rint((w - minimum) / scale)
+        integer   scale = (hi - lo) / (L - 1)      zero = rint(-lo / scale),
+                  lo = min(w, 0), hi = max(w, 0)   code = rint(w / scale) + zero
+        float     scale = (hi - lo) / (L - 1)      minimum = lo,
+                  lo = min(w), hi = max(w)         code = rint((w - minimum) / scale)
         one bit, none: scale = 2 * mean|w|, code = (w >= 0): the least-squares scale of a sign
 
     Codes are clipped to 0..L-1; scale and minimum are rounded to their stored dtype before the
@@ -69,9 +68,7 @@ def quantize(
     return codes, scales, None if codec.zero == "none" else zeros
 
 
-def _quantize_group(
-    block: Floats, codec: Codec, ratio: np.float32
-) -> tuple[Codes, Side, Side]:
+def _quantize_group(block: Floats, codec: Codec, ratio: np.float32) -> tuple[Codes, Side, Side]:
     """One group [N, g] at one fraction of its range → codes [N, g], scales [N], zeros [N]."""
     top = codec.levels - 1
     no_zeros = np.zeros(len(block), np.float32)
@@ -125,9 +122,7 @@ def _decode(codes: Codes, scales: Side, zeros: Side | None, codec: Codec) -> NDA
     return code * scale + zeros.astype(np.float64)
 
 
-def dequantize(
-    codes: Codes, scales: Side, zeros: Side | None, codec: Codec
-) -> NDArray[np.float64]:
+def dequantize(codes: Codes, scales: Side, zeros: Side | None, codec: Codec) -> NDArray[np.float64]:
     """codes [N, K], scales and zeros [G, N] → weight [N, K] float64, exact."""
     group = np.arange(codes.shape[1]) // codec.group_size(codes.shape[1])
     return _decode(codes, scales.T[:, group], None if zeros is None else zeros.T[:, group], codec)

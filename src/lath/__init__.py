@@ -1,4 +1,4 @@
-"""lath: low-bit GEMM for language models; every operation defined in NumPy, fast in Triton and on CPUs.
+"""lath: low-bit GEMM for language models, defined in NumPy, fast in Triton and on CPUs.
 
     w = lath.quantize(weight, "int4-g128")      # [N, K] → QTensor
     y = lath.linear(x, w)                       # [..., K] → [..., N]

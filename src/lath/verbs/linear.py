@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.codec import codec as parse_codec
 from lath.formats.plan import Backend
 from lath.formats.qtensor import QTensor
+from lath.kernels.linear.plan import plan_linear
 from lath.reference import linear as reference
 from lath.verbs.backends import resolve_backend
 from lath.verbs.checks import check_same_device, check_tensor
-from lath.kernels.linear.plan import plan_linear
 from lath.verbs.planning import describe_device
-
-# The QTensor behind a tensor of codes, so that the operator, which sees only tensors, finds the
-# repacked views that were already made.
-_packed_of_codes = WeakTensorKeyDictionary()
 
 
 def linear(
@@ -49,11 +45,15 @@ def linear(
     check_same_device("x", x, weight.device)
     rows, columns = weight.shape
     if x.dim() == 0 or x.shape[-1] != columns:
-        raise ValueError(f"x must be [..., {columns}] for a weight {weight.shape}, got {[*x.shape]}")
+        raise ValueError(
+            f"x must be [..., {columns}] for a weight {weight.shape}, got {[*x.shape]}"
+        )
     if bias is not None:
         check_same_device("bias", check_tensor("bias", bias), weight.device)
         if tuple(bias.shape) != (rows,):
-            raise ValueError(f"bias must be [{rows}] for a weight {weight.shape}, got {[*bias.shape]}")
+            raise ValueError(
+                f"bias must be [{rows}] for a weight {weight.shape}, got {[*bias.shape]}"
+            )
     activations = activation_format(activations)
     if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
         return _operator(
@@ -72,7 +72,7 @@ def run_linear(
 ) -> Tensor:
     """`linear` with its arguments checked and its backend chosen."""
     rows, columns = weight.shape
-    x2d = x.reshape(-1, columns)
+    x2d = x.reshape(math.prod(x.shape[:-1]), columns)  # -1 is ambiguous where K is 0
     if backend == "reference":
         y = _run_reference(x2d, weight, bias, activations)
     else:
@@ -128,10 +128,7 @@ def _operator(
     backend: str,
 ) -> Tensor:
     """`linear` on bare tensors: what torch.compile and torch.export record."""
-    packed = _packed_of_codes.get(codes)
-    if packed is None or packed.scales is not scales or packed.zeros is not zeros:
-        packed = QTensor(parse_codec(codec), (rows, columns), codes, scales, zeros)
-        _packed_of_codes[codes] = packed
+    packed = QTensor(parse_codec(codec), (rows, columns), codes, scales, zeros)
     chosen = resolve_backend(backend, codes.device)
     y = run_linear(x.detach(), packed, bias, activation_format(activations), chosen)
     return y.contiguous()
@@ -154,15 +151,15 @@ def _fake(
     return x.new_empty((*x.shape[:-1], rows))
 
 
-def _save_for_backward(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, codes, scales, zeros, _, codec, rows, columns, _, _ = inputs
-    context.save_for_backward(codes, scales, zeros)
-    context.weight = (codec, (rows, columns))
+    ctx.save_for_backward(codes, scales, zeros)
+    ctx.weight = (codec, (rows, columns))
 
 
-def _backward(context: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    codes, scales, zeros = context.saved_tensors
-    codec, shape = context.weight
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, scales, zeros = ctx.saved_tensors
+    codec, shape = ctx.weight
     dense = QTensor(parse_codec(codec), shape, codes, scales, zeros).dequantize(grad.dtype)
     return (grad @ dense, *[None] * 9)
 

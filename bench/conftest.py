@@ -1,0 +1,8 @@
+"""Benchmarks read the tests' catalogue of cases."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))

@@ -1,0 +1,217 @@
+"""Paired timing of `lath.linear` against other implementations, in one process and one run.
+
+Every contender is called in turn within each round, so that a disturbance hits all of them; weights
+are cold (each call takes the next of enough copies to exceed the caches), as in a decode step; what
+is reported are medians over rounds and the ratio of the medians.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import lath
+from lath.formats.activations import ActivationFormat
+from lath.formats.codec import codec as parse_codec
+from lath.verbs.backends import resolve_backend
+
+# Copies of a weight together exceed any cache met so far (eight times a 32 MB L3).
+COLD_BYTES = 256 << 20
+# A block of calls is long against the clock's resolution and short against a time slice.
+BLOCK_SECONDS = 0.03
+PEER_DTYPES = {"torch-bf16": torch.bfloat16, "torch-fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One comparison. shape: "KxN" (in_features x out_features). ratio: peer time / lath time."""
+
+    shape: str
+    m: int
+    codec: str
+    activations: str
+    backend: str
+    threads: int
+    peer: str
+    median_us: float
+    spread_us: tuple[float, float]
+    peer_median_us: float
+    peer_spread_us: tuple[float, float]
+    ratio: float
+    gb_per_s: float
+    gops: float
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """ "2560x6912" → (K, N)."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"shapes must be like '2560x6912' (K x N), got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def default_activations(codec: str) -> ActivationFormat:
+    """int8 with the weight's own group: what `patch` picks on a CPU."""
+    return ActivationFormat("int8", parse_codec(codec).group)
+
+
+def bench_linear(
+    k: int,
+    n: int,
+    m: int,
+    codec: str,
+    peers: list[str],
+    activations: ActivationFormat | None = None,
+    rounds: int = 9,
+) -> list[BenchRow]:
+    """x [m, k] against a weight [n, k]: lath on the CPU and each peer, interleaved.
+
+    x is bf16 for lath and each peer's own dtype for the peer; the quantisation of activations is
+    part of lath's time. Raises ValueError for an unknown peer.
+    """
+    for peer in peers:
+        if peer not in PEER_DTYPES:
+            raise ValueError(f"peers must be among {sorted(PEER_DTYPES)}, got {peer!r}")
+    activations = activations or default_activations(codec)
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(n, k, generator=generator) / k**0.5
+    x = torch.randn(m, k, generator=generator)
+    packed = lath.quantize(dense, codec)
+    calls: dict[str, Callable[[int], object]] = {
+        "lath": _lath_call(packed, x.bfloat16(), activations)
+    }
+    for peer in peers:
+        calls[peer] = _torch_call(dense, x, PEER_DTYPES[peer])
+    with torch.inference_mode():
+        seconds = time_interleaved(calls, rounds)
+    own = statistics.median(seconds["lath"])
+    rows = []
+    for peer in peers:
+        theirs = statistics.median(seconds[peer])
+        rows.append(
+            BenchRow(
+                shape=f"{k}x{n}",
+                m=m,
+                codec=codec,
+                activations=str(activations),
+                backend=resolve_backend("auto", torch.device("cpu")),
+                threads=torch.get_num_threads(),
+                peer=peer,
+                median_us=own * 1e6,
+                spread_us=_spread(seconds["lath"]),
+                peer_median_us=theirs * 1e6,
+                peer_spread_us=_spread(seconds[peer]),
+                ratio=theirs / own,
+                gb_per_s=packed.nbytes / own / 1e9,
+                gops=2 * m * n * k / own / 1e9,
+            )
+        )
+    return rows
+
+
+def _spread(seconds: list[float]) -> tuple[float, float]:
+    return min(seconds) * 1e6, max(seconds) * 1e6
+
+
+def _lath_call(
+    packed: lath.QTensor, x: torch.Tensor, activations: ActivationFormat
+) -> Callable[[int], object]:
+    def copy() -> lath.QTensor:
+        zeros = None if packed.zeros is None else packed.zeros.clone()
+        return lath.QTensor(
+            packed.codec, packed.shape, packed.codes.clone(), packed.scales.clone(), zeros
+        )
+
+    weights = [copy() for _ in range(_copies(packed.nbytes))]
+    return lambda i: lath.linear(x, weights[i % len(weights)], activations=activations)
+
+
+def _torch_call(
+    dense: torch.Tensor, x: torch.Tensor, dtype: torch.dtype
+) -> Callable[[int], object]:
+    first = dense.to(dtype)
+    weights = [first] + [
+        first.clone() for _ in range(_copies(first.numel() * first.element_size()) - 1)
+    ]
+    x = x.to(dtype)
+    return lambda i: torch.nn.functional.linear(x, weights[i % len(weights)])
+
+
+def _copies(nbytes: int) -> int:
+    return max(2, -(-COLD_BYTES // max(nbytes, 1)))
+
+
+def time_interleaved(
+    calls: dict[str, Callable[[int], object]], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds per call of each contender in each round; `calls[name](i)` runs its i-th call."""
+    counts, positions = {}, dict.fromkeys(calls, 0)
+    for name, call in calls.items():
+        call(0)  # compiles, repacks, allocates
+        start = time.perf_counter()
+        call(1)
+        once = time.perf_counter() - start
+        counts[name] = max(1, min(2000, int(BLOCK_SECONDS / max(once, 1e-7))))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            first = positions[name]
+            start = time.perf_counter()
+            for i in range(first, first + counts[name]):
+                call(i)
+            seconds[name].append((time.perf_counter() - start) / counts[name])
+            positions[name] = first + counts[name]
+    return seconds
+
+
+def machine_facts() -> dict[str, str]:
+    """What a figure is worth nothing without: processor, cores, versions, commit."""
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass  # not Linux: the platform's own name has to do
+    facts = {
+        "processor": model,
+        "cores": str(os.cpu_count()),
+        "architecture": lath.describe_device("cpu").architecture,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lath": lath.__version__,
+        "commit": _commit(),
+    }
+    try:
+        import numba
+    except ImportError:
+        facts["numba"] = "not installed"
+    else:
+        facts["numba"] = numba.__version__
+    return facts
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def rows_as_json(rows: list[BenchRow]) -> list[dict[str, object]]:
+    """A list of rows, each with the machine it was measured on."""
+    facts = machine_facts()
+    return [{**asdict(row), "machine": facts} for row in rows]

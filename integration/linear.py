@@ -1,0 +1,258 @@
+"""PackedLinear: the module that takes the place of nn.Linear and holds one packed weight.
+
+Two ways lead to the kernel. A plain tensor on the CPU that needs no gradient goes straight to the
+compiled kernel, prepared once and kept on the module: a custom op alone would cost 20 to 40 µs a
+call there. Everything else (another device, gradients, torch.compile, torch.export) goes through
+`lath.linear`, which knows what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lath.formats.activations import ActivationFormat, activation_format
+from lath.formats.codec import Codec
+from lath.formats.codec import codec as parse_codec
+from lath.formats.qtensor import QTensor
+from lath.verbs.backends import BACKENDS, resolve_backend
+from lath.verbs.linear import linear
+from lath.verbs.quantize import quantize
+
+# Parameter of the module → tensor of the QTensor.
+_PARTS = {"weight": "codes", "weight_scale": "scales", "weight_zero": "zeros"}
+_META = "weight_meta"
+
+
+class PackedLinear(nn.Module):
+    """y = x Wᵀ + bias with W packed: x [..., in_features] → [..., out_features] of x's dtype.
+
+    Parameters, none of which takes a gradient: `weight` int32 (packed codes), `weight_scale`,
+    `weight_zero` (None unless the codec has zero points or minima) and `bias` (or None). The
+    state_dict holds `weight_meta` besides: codec, shape and a digest, checked when it is loaded.
+
+    Casting the module (`model.half()`, `.to(dtype)`) leaves the packed numbers as they are; moving
+    it moves them. Gradients reach x (the rounding of activations counts as the identity), never the
+    weight. The module follows x's dtype, torch.autocast included: it computes in fp32 inside.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        codec: str | Codec = "int4-g64",
+        activations: str | ActivationFormat = "float",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """An empty module, to be filled by `load_state_dict`. dtype: of the bias."""
+        super().__init__()
+        device = torch.get_default_device() if device is None else device
+        packed = QTensor.empty(parse_codec(codec), (out_features, in_features), device)
+        values = torch.empty(out_features, device=device, dtype=dtype) if bias else None
+        self._set_up(packed, values, activations, backend, dtype or torch.get_default_dtype())
+
+    @classmethod
+    def from_qtensor(
+        cls,
+        weight: QTensor,
+        bias: Tensor | None = None,
+        *,
+        activations: str | ActivationFormat = "float",
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+    ) -> PackedLinear:
+        """The module of a packed weight [N, K] and a bias [N]; both are kept, not copied.
+
+        dtype: what a dense weight would have; by default the bias's or torch's default.
+        """
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+        known = torch.get_default_dtype() if bias is None else bias.dtype
+        module._set_up(weight, bias, activations, backend, dtype or known)
+        return module
+
+    @classmethod
+    def from_linear(
+        cls,
+        source: nn.Linear,
+        codec: str | Codec,
+        activations: str | ActivationFormat = "float",
+        backend: str = "auto",
+        search: bool = False,
+    ) -> PackedLinear:
+        """The packed form of an nn.Linear, whose weight is read and whose bias is copied."""
+        module = cls.from_qtensor(
+            quantize(source.weight.detach(), codec, search=search),
+            None if source.bias is None else source.bias.detach().clone(),
+            activations=activations,
+            backend=backend,
+            dtype=source.weight.dtype,
+        )
+        return module.train(source.training)
+
+    def _set_up(
+        self,
+        packed: QTensor,
+        bias: Tensor | None,
+        activations: str | ActivationFormat,
+        backend: str,
+        dtype: torch.dtype,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        self.out_features, self.in_features = packed.shape
+        self.codec = packed.codec
+        self.activations = activation_format(activations)
+        self.backend = backend
+        # What `weight.dtype` would be if the weight were dense: followed through casts, so that
+        # the module which this one replaced can be given the same dtype when it comes back.
+        self.dense_dtype = dtype
+        self._packed: QTensor | None = None
+        self._kernel: Callable[[Tensor], Tensor] | None = None
+        for name, part in _PARTS.items():
+            self.register_parameter(name, _frozen(getattr(packed, part)))
+        self.register_parameter("bias", _frozen(bias))
+
+    @property
+    def qtensor(self) -> QTensor:
+        """The weight; its tensors are this module's parameters."""
+        packed = self._packed
+        if packed is None:
+            shape = (self.out_features, self.in_features)
+            packed = QTensor(self.codec, shape, self.weight, self.weight_scale, self.weight_zero)
+            if not torch.compiler.is_compiling():
+                self._packed = packed
+        return packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (
+            type(x) is not Tensor
+            or torch.compiler.is_compiling()
+            or (x.requires_grad and torch.is_grad_enabled())
+            or not x.is_cpu
+        ):
+            return self._through_verb(x)
+        kernel = self._kernel
+        if kernel is None:
+            kernel = self._kernel = self._prepare()
+        return kernel(x)
+
+    def _through_verb(self, x: Tensor) -> Tensor:
+        return linear(
+            x, self.qtensor, self.bias, activations=self.activations, backend=self.backend
+        )
+
+    def _prepare(self) -> Callable[[Tensor], Tensor]:
+        """The call that computes this module on CPU tensors, ready to run."""
+        if self.weight.is_cpu and resolve_backend(self.backend, self.weight.device) == "cpu":
+            from lath.kernels.linear.cpu import prepare
+
+            return prepare(self.qtensor, self.bias, self.activations)
+        return self._through_verb
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, codec={self.codec}, activations={self.activations}, "
+            f"backend={self.backend}"
+        )
+
+    def _forget(self) -> None:
+        """Drop what was derived from the parameters; it is made again when needed."""
+        self._packed = self._kernel = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Tying code assigns an embedding's weight to its output layer without asking.
+        if name in _PARTS and isinstance(value, Tensor) and name in self._parameters:
+            current = self._parameters[name]
+            if current is None or value.dtype != current.dtype or value.shape != current.shape:
+                raise TypeError(
+                    f"{name} of a {self.codec} PackedLinear holds packed numbers and cannot become "
+                    f"a {value.dtype} tensor {list(value.shape)}: undo the patch first"
+                )
+            self._forget()
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Move or cast. A cast of the model's floats must not round packed scales."""
+        kept = {name: p.data for name in _PARTS if (p := self._parameters[name]) is not None}
+        super()._apply(fn, recurse)
+        for name, data in kept.items():
+            parameter = self._parameters[name]
+            if parameter is not None and parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
+        self._forget()
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight.is_meta:
+            # No contents, no digest: the key alone, for code that asks what a checkpoint holds.
+            destination[prefix + _META] = torch.empty(0, dtype=torch.uint8, device="meta")
+        else:
+            destination[prefix + _META] = self.qtensor.metadata()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load, or refuse as a whole: a damaged or different weight leaves this module as it was."""
+        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        meta = own.pop(prefix + _META, None)
+        names = [name for name in _PARTS if prefix + name in own]
+        if meta is None and names:
+            missing_keys.append(prefix + _META)
+            error_msgs.append(
+                f"{prefix}{_META} is missing: what is saved there is not a packed weight"
+            )
+            return
+        if meta is not None:
+            saved = {_PARTS[name]: own[prefix + name] for name in names}
+            try:
+                loaded = QTensor.from_state_dict({**saved, "meta": meta})
+            except ValueError as error:
+                error_msgs.append(f"{prefix}weight: {error}")
+                return
+            if (loaded.codec, loaded.shape) != (self.codec, self.qtensor.shape):
+                error_msgs.append(
+                    f"{prefix}weight: the saved weight is {loaded.codec} {loaded.shape}, this "
+                    f"module holds {self.codec} {self.qtensor.shape}"
+                )
+                return
+        super()._load_from_state_dict(
+            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the kernel holds addresses of this module's memory."""
+        return {**self.__dict__, "_packed": None, "_kernel": None}
+
+
+def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
+    if tensor is None or isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)

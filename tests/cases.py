@@ -1,0 +1,155 @@
+"""The one catalogue of cases: parity, the sanitizer, ahead-of-time compilation, benchmarks.
+
+A case is data. Its text form, printed by a failing test, rebuilds it: `LinearCase.parse(text)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lath.formats import packing
+from lath.formats.activations import activation_format
+from lath.formats.codec import codec as parse_codec
+from lath.formats.qtensor import SCALE_DTYPES, QTensor
+from lath.reference import linear as reference
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """codec, M, N, K, dtype of x, activation format, kind of data, bias or not.
+
+    data: "normal" (random signs), "one_sign" (nothing cancels: an accumulator that is too narrow
+    shows), "integers" (|x| <= 4, scales 1 and 2, so that fp32 sums are exact at every split).
+    """
+
+    codec: str
+    m: int
+    n: int
+    k: int
+    dtype: str = "fp16"
+    activations: str = "float"
+    data: str = "normal"
+    bias: bool = False
+
+    def __str__(self) -> str:
+        return " ".join(str(getattr(self, field.name)) for field in dataclasses.fields(self))
+
+    @staticmethod
+    def parse(text: str) -> LinearCase:
+        codec, m, n, k, dtype, activations, data, bias = text.split()
+        return LinearCase(codec, int(m), int(n), int(k), dtype, activations, data, bias == "True")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+# What the benchmarks run: one token and many, on a layer of a 135M and of a 7B model.
+SPEED = [
+    LinearCase(codec, m, n, k, "bf16", activations)
+    for n, k in ((1536, 576), (11008, 4096))
+    for m in (1, 8, 128)
+    for codec, activations in (("int4-g64", "int8-g64"), ("int2", "int8"), ("int8-g64", "int8-g64"))
+]
+
+
+@dataclass(frozen=True)
+class LinearInputs:
+    """What a case calls `linear` with."""
+
+    x: Tensor
+    weight: QTensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class LinearData(LinearInputs):
+    """Inputs and their answer: y64 and the gauge Σ|a||w| + |bias|, float64 [M, N]."""
+
+    y64: NDArray[np.float64]
+    gauge: NDArray[np.float64]
+
+
+def make_weight(text: str, rows: int, columns: int, rng: np.random.Generator, data: str) -> QTensor:
+    """A packed weight with every code in use and every scale and zero different from its like."""
+    codec = parse_codec(text)
+    groups, padded = codec.num_groups(columns), packing.round_up(rows, packing.PANEL)
+    codes = rng.integers(0, codec.levels, (rows, columns)).astype(np.uint8)
+    scales = np.zeros((groups, padded), np.float32)
+    zeros = np.zeros((groups, padded), np.float32)
+    if data == "integers":
+        scales[:, :rows] = rng.integers(1, 3, (groups, rows))
+        zeros[:, :rows] = -rng.integers(0, codec.levels, (groups, rows))
+    else:
+        scales[:, :rows] = (0.5 + rng.random((groups, rows))) / (codec.levels * columns**0.5)
+        zeros[:, :rows] = -scales[:, :rows] * codec.levels * rng.random((groups, rows))
+        if data == "one_sign":
+            zeros = -zeros
+    scale_dtype = SCALE_DTYPES[codec.scale_dtype]
+    zeros_tensor = None
+    if codec.zero == "float":
+        zeros_tensor = torch.from_numpy(zeros).to(scale_dtype)
+    elif codec.zero == "integer":
+        low, high = (0, 1) if data == "one_sign" else (0, codec.levels)
+        points = np.zeros((groups, padded), np.uint8)
+        points[:, :rows] = rng.integers(low, high, (groups, rows))
+        zeros_tensor = torch.from_numpy(points)
+    packed = packing.pack(torch.from_numpy(codes), codec)
+    stored = torch.from_numpy(scales).to(scale_dtype)
+    return QTensor(codec, (rows, columns), packed, stored, zeros_tensor)
+
+
+def make_inputs(case: LinearCase) -> LinearInputs:
+    """The inputs of a case: the same in every process, from a seed that is the case itself."""
+    seed = int.from_bytes(hashlib.sha256(str(case).encode()).digest()[:8], "little")
+    rng = np.random.default_rng(seed)
+    weight = make_weight(case.codec, case.n, case.k, rng, case.data)
+    if case.data == "integers":
+        values = rng.integers(-4, 5, (case.m, case.k)).astype(np.float32)
+        offsets = rng.integers(-8, 9, case.n).astype(np.float32)
+    else:
+        values = rng.standard_normal((case.m, case.k)).astype(np.float32)
+        offsets = rng.standard_normal(case.n).astype(np.float32)
+        if case.data == "one_sign":
+            values, offsets = np.abs(values), np.abs(offsets)
+    x = torch.from_numpy(values).to(case.torch_dtype)
+    bias = torch.from_numpy(offsets).to(case.torch_dtype) if case.bias else None
+    return LinearInputs(x, weight, bias)
+
+
+def make(case: LinearCase) -> LinearData:
+    """The inputs of a case with the answer that `lath.reference` gives."""
+    inputs = make_inputs(case)
+    y64, gauge = definition(inputs.x, inputs.weight, inputs.bias, case.activations)
+    return LinearData(inputs.x, inputs.weight, inputs.bias, y64, gauge)
+
+
+def definition(
+    x: Tensor, weight: QTensor, bias: Tensor | None, activations: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """y64 by `lath.reference`, and the sum of the magnitudes that make it up (+ |bias|)."""
+    rows = weight.shape[0]
+    codes = weight.unpack_codes().numpy()
+    scales = weight.scales[:, :rows].numpy()
+    zeros = None if weight.zeros is None else weight.zeros[:, :rows].numpy()
+    offsets = None if bias is None else bias.float().numpy()
+    fmt = activation_format(activations)
+    y64 = reference.linear(x.float().numpy(), codes, scales, zeros, weight.codec, offsets, fmt)
+    values = np.abs(reference.decode_activations(x.float().numpy(), fmt))
+    # A kernel may fold the zero point into sums of x, so each part counts by itself: a code of up
+    # to `levels` in magnitude, and its offset again up to `levels`, or the minimum.
+    group = np.arange(weight.shape[1]) // weight.codec.group_size(weight.shape[1])
+    parts = 2 * weight.codec.levels * scales.T.astype(np.float64)[:, group]
+    if weight.codec.zero == "float" and zeros is not None:
+        parts = parts + np.abs(zeros.T.astype(np.float64)[:, group])
+    gauge = values @ parts.T
+    return y64, gauge if offsets is None else gauge + np.abs(offsets)

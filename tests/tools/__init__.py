@@ -1,0 +1,1 @@
+"""Tools of the test suite: an honest interpreter, a sanitizer, and ahead-of-time compilation."""
