@@ -1,4 +1,4 @@
-"""Plan: which loop runs one operation, on what tile, and why. Pure data, made by a plan function."""
+"""Plan: which loop runs one operation, on what tile, and why. Pure data."""
 
 from __future__ import annotations
 

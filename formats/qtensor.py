@@ -92,7 +92,7 @@ class QTensor:
         return packing.unpack(self.codes, self.codec, self.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [N, K] that the codes stand for, computed in fp32 and rounded once to dtype."""
+        """The weight [N, K] that the codes stand for: fp32 inside, rounded once to dtype."""
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point torch dtype, got {dtype}")
         rows, columns = self.shape
