@@ -253,6 +253,7 @@ class PackedLinear(nn.Module):
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
-    if tensor is None or isinstance(tensor, nn.Parameter):
+    """A parameter without gradient; one that is so already stays itself, and tied modules tied."""
+    if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
         return tensor
-    return nn.Parameter(tensor, requires_grad=False)
+    return None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)

@@ -18,9 +18,16 @@ from lath.formats.codec import Codec
 from lath.formats.device import DeviceDescription, known_device
 from lath.formats.plan import Backend, Plan
 
+OPERAND_BYTES = {"int8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Above this many tokens a decoded weight is used often enough to pay for storing it (CPU, float).
 CPU_GEMV_TOKENS = 8
+# Up to this many tokens a product per weight costs less than filling a dot's tile (GPU, fp32).
+GEMV_TOKENS = 4
+# Above this many tokens the tile is full and splitting K only adds workspace (GPU).
+FLAT_TOKENS = 64
+# A piece of K shorter than this spends more on its share of the reduction than it saves.
+MIN_BLOCKS_PER_PIECE = 2
 # The interpreter has no device; its launches are planned as for this one.
 INTERPRETED_DEVICE = known_device("sm_80")
 
@@ -130,4 +137,91 @@ def _plan_gpu(
     dtype: torch.dtype,
     device: DeviceDescription,
 ) -> Plan:
-    return draft
+    dot, why_dot = _dot_type(k, codec, activations, dtype)
+    crossover = _decode_crossover(n, device)
+    if m > crossover and activations.kind == "float":
+        return replace(
+            draft,
+            dataflow="decode_matmul",
+            dot=dot,
+            reason=f"{m} tokens, above {crossover} on {device.architecture}: decoding once to "
+            f"{dot} and a library matmul cost less than decoding in every tile",
+        )
+    if dot == "fp32" and m <= GEMV_TOKENS:
+        draft = replace(draft, dataflow="gemv", block_m=1 << max(m - 1, 0).bit_length())
+        draft = replace(draft, block_n=32, block_k=packing.BLOCK, warps=4, stages=2)
+        why = "fp32 and few tokens: no tensor core would help, products are summed directly"
+        return _split(draft, m, n, k, device, [why_dot, why])
+    if m <= FLAT_TOKENS:
+        draft = replace(draft, dataflow="flat")
+        why = f"{m} tokens: weight bytes decide, K is split until every unit has work"
+        return _split(_tile(draft, m, n, dot, device), m, n, k, device, [why_dot, why])
+    draft = _tile(replace(draft, dataflow="tiled"), m, n, dot, device)
+    return replace(draft, reason=f"{why_dot}; {m} tokens fill the tiles, K is not split")
+
+
+def _dot_type(
+    k: int, codec: Codec, activations: ActivationFormat, dtype: torch.dtype
+) -> tuple[str, str]:
+    """The type that is multiplied, and why."""
+    if activations.kind == "float":
+        name = DTYPE_NAMES[dtype]
+        return name, f"{name} activations are multiplied as they are"
+    run = common_group(k, codec, activations)
+    if run % 32 == 0:
+        return "int8", "int8 activations: int8 dot, summed in int32"
+    return "fp16", f"scales change every {run} columns, less than an int8 dot's depth of 32: fp16"
+
+
+def _decode_crossover(n: int, device: DeviceDescription) -> int:
+    """Tokens above which decode-then-matmul is taken: fewer where the matmul unit is faster."""
+    if device.kind == "hip":
+        return 256
+    if device.capability >= 100:
+        return 64
+    return 128 if device.capability == 90 else 256
+
+
+def _tile(draft: Plan, m: int, n: int, dot: str, device: DeviceDescription) -> Plan:
+    """Tile, orientation, warps and stages of a dataflow with a dot."""
+    tokens = max(16, min(64, 1 << max(m - 1, 0).bit_length()))
+    swap = False
+    if m <= 8 and device.kind == "cuda":
+        swap, tokens = True, 8
+    elif tokens == 64 and device.kind == "cuda" and device.capability < 100:
+        swap = True
+    rows = 128 if n >= 128 * device.compute_units and tokens < 64 else 64
+    warps = 4
+    if device.capability == 100 and swap:
+        rows, warps = 64, 2
+    most = 2 if device.kind == "hip" or device.capability < 80 else 3
+    stage_bytes = packing.BLOCK * (tokens * OPERAND_BYTES[dot] + rows)
+    stages = max(1, min(most, device.shared_memory // stage_bytes))
+    return replace(
+        draft,
+        dot=dot,
+        swap=swap,
+        block_m=rows if swap else tokens,
+        block_n=tokens if swap else rows,
+        block_k=packing.BLOCK,
+        warps=warps,
+        stages=stages,
+    )
+
+
+def _split(
+    draft: Plan, m: int, n: int, k: int, device: DeviceDescription, reasons: list[str]
+) -> Plan:
+    """K in pieces of whole blocks: enough programs for the device, no piece empty."""
+    rows = draft.block_m if draft.swap else draft.block_n
+    tiles = max(1, -(-n // rows))
+    blocks = max(1, -(-k // packing.BLOCK))
+    split = max(1, min(device.compute_units // tiles, blocks // MIN_BLOCKS_PER_PIECE))
+    while split > 1 and -(-blocks // split) * (split - 1) >= blocks:
+        split -= 1
+    workspace = 8 * split * m * n if split > 1 else 0
+    if split > 1:
+        reasons = [*reasons, f"{tiles} tiles on {device.compute_units} units: K in {split} pieces"]
+    return replace(
+        draft, split_k=split, reason="; ".join(reasons), bytes_moved=draft.bytes_moved + workspace
+    )

@@ -1,0 +1,113 @@
+"""The commands of `lath`, with their options. What they do is in a module each."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from lath.formats.activations import activation_format
+from lath.formats.codec import codec as parse_codec
+from lath.integration.models import ACCEPTED_MODELS, parse_dtype
+from lath.integration.plan_command import plan_table
+from lath.integration.run_command import DEFAULT_PROMPT, RunOptions, run_model
+from lath.verbs.backends import resolve_backend
+
+app = typer.Typer(
+    help="lath: low-bit weights for language models.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option(help=f"{ACCEPTED_MODELS}.")]
+Weights = Annotated[str, typer.Option(help="Codec of the weights, such as int4-g64 or int3-g32-asym.")]
+Activations = Annotated[str, typer.Option(help="'auto', 'float', 'int8' or 'int8-g{multiple of 16}'.")]
+Skip = Annotated[list[str], typer.Option(help="Pattern of layers to leave alone; may be repeated.")]
+Dtype = Annotated[str, typer.Option(help="'bfloat16', 'float16', 'float32' or 'auto'.")]
+
+
+def _console() -> Console:
+    """A console as wide as its reader: lines that go into a file are not broken at 80 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+@app.command()
+def run(
+    model: Model = "smollm2",
+    weights: Weights = "int4-g64",
+    activations: Activations = "auto",
+    backend: Annotated[str, typer.Option(help="'auto', 'cpu', 'triton' or 'reference'.")] = "auto",
+    skip: Skip = ["lm_head"],  # noqa: B006 (typer reads the default and copies it)
+    search: Annotated[bool, typer.Option(help="Choose scales by squared error.")] = False,
+    prompt: Annotated[str, typer.Option(help="What to ask the model.")] = DEFAULT_PROMPT,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 96,
+    dtype: Dtype = "bfloat16",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's choice.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the speed measurement.")] = 3,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+) -> None:
+    """Run a model as it is and with packed weights; compare bytes, perplexity, speed, answers."""
+    parse_codec(weights)
+    parse_dtype(dtype)
+    if activations != "auto":
+        activation_format(activations)
+    _check_backend(backend)
+    if json is not None:
+        _check_writable(json)
+    if threads:
+        torch.set_num_threads(threads)
+    options = RunOptions(
+        model, weights, activations, backend, tuple(skip), search, prompt, max_new_tokens, dtype,
+        rounds,
+    )  # fmt: skip
+    result = run_model(options, _console())
+    if json is not None:
+        result.write(json)
+
+
+@app.command()
+def plan(
+    model: Model = "smollm2",
+    weights: Weights = "int4-g64",
+    m: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,16,256",
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda', or an architecture: sm_90.")] = "cpu",
+    activations: Activations = "auto",
+    dtype: Dtype = "bfloat16",
+    skip: Skip = ["lm_head"],  # noqa: B006
+) -> None:
+    """Show how each layer of a model would run, and why; the device need not be here."""
+    numbers = _numbers(m)
+    target = parse_dtype(dtype) or torch.bfloat16
+    _console().print(plan_table(model, weights, numbers, device, target, activations, skip))
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(piece) for piece in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0:
+        raise ValueError(f"--m must be whole numbers separated by commas, such as 1,16, got {text!r}")
+    return numbers
+
+
+def _check_backend(backend: str) -> None:
+    """The model will be on the CPU: say now if the backend cannot run there."""
+    try:
+        resolve_backend(backend, torch.device("cpu"))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"--json must be a file in a folder that exists, got {str(path)!r}")
+    if shutil.disk_usage(path.absolute().parent).free < 1_000_000:
+        raise ValueError(f"no disk space for --json {str(path)!r}: 1,000,000 bytes needed")

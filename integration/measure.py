@@ -1,0 +1,96 @@
+"""How fast a model reads a prompt and writes tokens, through its own `generate()`.
+
+Variants are measured in turn within one run, order reversed every other round, and the medians are
+compared: what else the machine is doing then hits all of them alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lath.integration.progress import Advance
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians, in tokens per second."""
+
+    prefill: float
+    decode: float
+
+
+class _Clock:
+    """A streamer that notes when `generate()` starts and when each token is out."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def generate(model: Any, ids: Tensor, new_tokens: int, **options: Any) -> Tensor:
+    """Greedy `model.generate` for a prompt `ids` [1, L]; returns the new tokens alone, 1-D."""
+    with torch.inference_mode():
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            **options,
+        )
+    return output[0, ids.shape[1] :]
+
+
+def time_generate(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, list[float]]:
+    """Seconds until the first token, and seconds of each token after it (`new_tokens` - 1)."""
+    clock = _Clock()
+    generate(model, ids, new_tokens, min_new_tokens=new_tokens, streamer=clock)
+    steps = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+    return steps[0], steps[1:]
+
+
+def measure_speeds(
+    model: Any,
+    ids: Tensor,
+    variants: Mapping[str, Callable[[], None]],
+    new_tokens: int = 32,
+    rounds: int = 3,
+    advance: Advance | None = None,
+) -> dict[str, Speed]:
+    """The speed of each variant on the prompt `ids` [1, L].
+
+    variants: by name, the call that brings the model into that state. new_tokens: 2 or more, per
+    round. advance: called with 1 after each of the len(variants) * (rounds + 1) measurements; the
+    first of each variant only warms up.
+    """
+    if new_tokens < 2 or rounds < 1:
+        raise ValueError(
+            f"new_tokens must be 2 or more and rounds 1 or more, got {new_tokens} and {rounds}"
+        )
+    prefill: dict[str, list[float]] = {name: [] for name in variants}
+    decode: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for turn in range(rounds + 1):
+        for name in names if turn % 2 else names[::-1]:
+            variants[name]()
+            first, rest = time_generate(model, ids, new_tokens if turn else 2)
+            if turn:
+                prefill[name].append(first)
+                decode[name] += rest
+            if advance is not None:
+                advance(1)
+    return {
+        name: Speed(ids.shape[1] / median(prefill[name]), 1 / median(decode[name]))
+        for name in names
+    }

@@ -1,0 +1,260 @@
+"""`lath.patch`: replace the linear layers of a model by packed ones, in place, and say what was done.
+
+Works on any torch module: it looks for `nn.Linear` and knows no model. What it knows of Hugging
+Face models is how they name an output layer and how they tie it to the embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lath.formats.activations import ActivationFormat, activation_format
+from lath.formats.codec import Codec
+from lath.formats.codec import codec as parse_codec
+from lath.formats.qtensor import QTensor
+from lath.integration.find import Found, check_skip, find_linears
+from lath.integration.linear import PackedLinear
+from lath.integration.progress import progress_bar, shows_progress
+from lath.integration.report import PatchReport, PatchRow, Place, model_bytes, unique_bytes
+from lath.integration.tying import untie
+from lath.verbs.backends import BACKENDS, resolve_backend
+from lath.verbs.checks import check_flag
+from lath.verbs.quantize import quantize
+
+logger = logging.getLogger("lath")
+
+# More work than this, in weights, takes more than about two seconds on one CPU core.
+_WORTH_A_BAR = 50_000_000
+_SEARCH_COST = 40
+
+
+@dataclass(frozen=True)
+class _Options:
+    codec: Codec
+    activations: ActivationFormat | None  # None: as the device suggests
+    backend: str
+    search: bool
+
+    def activations_on(self, device: torch.device) -> ActivationFormat:
+        if self.activations is not None:
+            return self.activations
+        return auto_activations(self.codec, device.type == "cpu" and self.backend != "triton")
+
+
+@dataclass(frozen=True)
+class _Packed:
+    module: PackedLinear
+    error: float
+
+
+def patch(
+    model: nn.Module,
+    weights: str | Codec = "int4-g64",
+    *,
+    skip: Sequence[str] = ("lm_head",),
+    activations: str | ActivationFormat = "auto",
+    backend: str = "auto",
+    search: bool = False,
+    dry_run: bool = False,
+    progress: bool | None = None,
+) -> PatchReport:
+    """Replace every plain nn.Linear of `model` by a PackedLinear, in place.
+
+    weights: the codec. skip: patterns of modules to leave alone; a pattern fits the end of a
+    module's path, with everything below it, and may hold `*` and `?` ("lm_head", "layers.0",
+    "*_proj"). "lm_head" also means the model's output layer, whatever its name. skip=() packs that
+    too; a head that is tied to the embedding is untied first. activations: "float", "int8",
+    "int8-gG" or "auto": int8 with the weight's group on a CPU, float elsewhere. backend: as for
+    `lath.linear`. search: choose each group's range by squared error, slower. dry_run: only report.
+    progress: show a bar; None shows it on a terminal when there is much to do.
+
+    Kept, with the reason in the report: subclasses of nn.Linear, modules with hooks, weights on the
+    meta device. A module used in several places is packed once, for all of them. Layers packed
+    already with the same options stay; with other options: ValueError, undo that patch first. An
+    error leaves the model as it was. Warns if the model has nothing to replace.
+
+    Returns a PatchReport: print it, `undo()` it, or use it in a `with` statement.
+    """
+    options = _parse_options(model, weights, activations, backend, search)
+    found = find_linears(model, check_skip(model, skip))
+    _check_packed(found, options)
+    todo = [one for one in found if _is_to_do(one)]
+    packed = {} if check_flag("dry_run", dry_run) else _pack_all(todo, options, progress)
+    report = _report(model, found, packed, options, dry_run)
+    if not todo and all(row.action == "kept" for row in report.rows):
+        warnings.warn(f"lath.patch replaced nothing: {_why_nothing(model, report.rows)}", stacklevel=2)
+    if packed:
+        report._places = [
+            Place(*place, original=one.module, packed=packed[id(one.module)].module)
+            for one in todo
+            for place in one.places
+        ]
+        report._untie = lambda: untie(model, [one.module for one in todo])
+        report.redo()
+    logger.info("%s", report)
+    return report
+
+
+def auto_activations(codec: Codec, on_cpu: bool) -> ActivationFormat:
+    """int8 on a CPU, where the integer dot is what makes it fast, grouped as the weight is."""
+    return ActivationFormat("int8", codec.group) if on_cpu else ActivationFormat()
+
+
+def _parse_options(
+    model: nn.Module,
+    weights: str | Codec,
+    activations: str | ActivationFormat,
+    backend: str,
+    search: bool,
+) -> _Options:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    chosen = None if activations == "auto" else activation_format(activations)
+    return _Options(parse_codec(weights), chosen, backend, check_flag("search", search))
+
+
+def _check_packed(found: list[Found], options: _Options) -> None:
+    """Layers packed before must have been packed with the options asked for now."""
+    for one in found:
+        module = one.module
+        if one.reason or not isinstance(module, PackedLinear):
+            continue
+        activations = options.activations_on(module.weight.device)
+        have = (str(module.codec), str(module.activations), module.backend)
+        want = (str(options.codec), str(activations), options.backend)
+        if have != want:
+            raise ValueError(
+                f"{one.name} is packed already as weights={have[0]!r}, activations={have[1]!r}, "
+                f"backend={have[2]!r}; asked for {want[0]!r}, {want[1]!r}, {want[2]!r}: call "
+                "undo() on the report of the first patch, or skip this layer"
+            )
+
+
+def _pack_all(todo: list[Found], options: _Options, progress: bool | None) -> dict[int, _Packed]:
+    """Quantise every layer before the model is touched; keyed by the id of the dense module."""
+    packed: dict[int, _Packed] = {}
+    weights: dict[int, tuple[QTensor, float]] = {}
+    total = sum(one.module.weight.numel() for one in todo)
+    worth = total * (_SEARCH_COST if options.search else 1) >= _WORTH_A_BAR
+    enabled = (worth and shows_progress()) if progress is None else progress
+    with progress_bar(f"packing {len(todo)} layers as {options.codec}", total, enabled) as advance:
+        for one in todo:
+            dense, bias = one.module.weight, one.module.bias
+            # Two layers that share a weight share the packed one as well.
+            if id(dense) not in weights:
+                weights[id(dense)] = _quantize(one.name, dense.detach(), options)
+            weight, error = weights[id(dense)]
+            module = PackedLinear.from_qtensor(
+                weight,
+                None if bias is None else bias.detach().clone(),
+                activations=options.activations_on(dense.device),
+                backend=options.backend,
+                dtype=dense.dtype,
+            )
+            packed[id(one.module)] = _Packed(module, error)
+            advance(dense.numel())
+    return packed
+
+
+def _quantize(name: str, dense: Tensor, options: _Options) -> tuple[QTensor, float]:
+    """The packed weight and its relative error; checks that its backend can run where it is."""
+    resolve_backend(options.backend, dense.device)
+    try:
+        weight = quantize(dense, options.codec, search=options.search)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    return weight, relative_error(dense, weight)
+
+
+def relative_error(dense: Tensor, weight: QTensor) -> float:
+    """||W - packed W|| / ||W|| in the Frobenius norm; 0 for a weight of zeros."""
+
+    def norm(matrix: Tensor) -> float:
+        return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+
+    size = norm(dense)
+    return norm(weight.dequantize() - dense.float()) / size if size > 0 else 0.0
+
+
+def _report(
+    model: nn.Module,
+    found: list[Found],
+    packed: dict[int, _Packed],
+    options: _Options,
+    dry_run: bool,
+) -> PatchReport:
+    rows = [_row(one, packed.get(id(one.module)), options) for one in found]
+    return PatchReport(
+        rows=rows,
+        bytes_before=model_bytes(model),
+        bytes_after=_bytes_after(model, found, options),
+        weights=str(options.codec),
+        activations=_each(row.activations for row in rows),
+        backend=_each(row.backend for row in rows),
+        dry_run=dry_run,
+    )
+
+
+def _row(one: Found, packed: _Packed | None, options: _Options) -> PatchRow:
+    module = one.module
+    shape = (module.out_features, module.in_features)
+    own = unique_bytes(module.parameters(recurse=False))
+    row = PatchRow(one.name, shape, "kept", one.reason, also_named=one.also_named,
+                   bytes_before=own, bytes_after=own)  # fmt: skip
+    if one.reason:
+        return row
+    already = isinstance(module, PackedLinear)
+    return dataclasses.replace(
+        row,
+        action="already packed" if already else "replaced",
+        codec=str(options.codec),
+        activations=str(options.activations_on(module.weight.device)),
+        backend=resolve_backend(options.backend, module.weight.device),
+        bytes_after=own if already else _packed_bytes(one, options),
+        error=packed.error if packed else None,
+    )
+
+
+def _packed_bytes(one: Found, options: _Options) -> int:
+    """Bytes of the packed weight and of the bias."""
+    shape = (one.module.out_features, one.module.in_features)
+    bias = [] if one.module.bias is None else [one.module.bias]
+    return QTensor.empty(options.codec, shape).nbytes + unique_bytes(bias)
+
+
+def _bytes_after(model: nn.Module, found: list[Found], options: _Options) -> int:
+    """Bytes of the patched model; a weight that another module holds as well does not go away."""
+    replaced = {id(one.module): one for one in found if _is_to_do(one)}
+    stay = [
+        tensor
+        for module in model.modules()
+        if id(module) not in replaced
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    ]
+    packed = {id(one.module.weight): _packed_bytes(one, options) for one in replaced.values()}
+    return unique_bytes(stay) + sum(packed.values())
+
+
+def _is_to_do(one: Found) -> bool:
+    return not one.reason and isinstance(one.module, nn.Linear)
+
+
+def _each(values: Iterable[str]) -> str:
+    """The one value, several joined, or "none"."""
+    return ", ".join(sorted({value for value in values if value})) or "none"
+
+
+def _why_nothing(model: nn.Module, rows: list[PatchRow]) -> str:
+    if not rows:
+        return f"{type(model).__name__} has no nn.Linear"
+    reasons = sorted({row.reason for row in rows})
+    return f"all {len(rows)} linear layers were kept ({'; '.join(reasons)})"

@@ -1,0 +1,170 @@
+"""PatchReport: what was replaced, what was not and why, bytes before and after; it can undo itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from lath.integration.linear import PackedLinear
+
+Action = Literal["replaced", "kept", "already packed"]
+
+
+@dataclass(frozen=True)
+class PatchRow:
+    """One linear layer of the model.
+
+    name: its path in the model; also_named: further paths of the same module object. shape: (N, K).
+    reason: why it was kept, "" otherwise. codec, activations, backend: of a packed layer. error:
+    ||W - packed W|| / ||W|| in the Frobenius norm; None if nothing was measured. bytes_before and
+    bytes_after: weight and bias.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    action: Action
+    reason: str = ""
+    codec: str = ""
+    activations: str = ""
+    backend: str = ""
+    bytes_before: int = 0
+    bytes_after: int = 0
+    error: float | None = None
+    also_named: tuple[str, ...] = ()
+
+    @property
+    def pattern(self) -> str:
+        """The name with its numbers replaced by stars: rows that belong together share it."""
+        return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", self.name)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place of the model, and the two modules that can stand in it."""
+
+    parent: nn.Module
+    attribute: str
+    name: str
+    original: nn.Module
+    packed: PackedLinear
+
+
+@dataclass
+class PatchReport:
+    """The result of `lath.patch`; printing it shows the table.
+
+    rows: every linear layer of the model. bytes_before, bytes_after: all parameters and buffers of
+    the model, those with several names counted once. dry_run: nothing was changed.
+
+    `undo()` puts the original module objects back, `redo()` the packed ones; both may be called
+    again and do nothing the second time. As a context manager it undoes itself at the end, after an
+    exception too.
+    """
+
+    rows: list[PatchRow]
+    bytes_before: int
+    bytes_after: int
+    weights: str
+    activations: str
+    backend: str
+    dry_run: bool = False
+    _places: list[Place] = field(default_factory=list, repr=False)
+    # Strikes the places from the records of tied weights and returns what restores them.
+    _untie: Callable[[], Callable[[], None]] | None = field(default=None, repr=False)
+    _tie: Callable[[], None] | None = field(default=None, repr=False)
+    _active: bool = False
+
+    @property
+    def replaced(self) -> list[PatchRow]:
+        return [row for row in self.rows if row.action == "replaced"]
+
+    @property
+    def kept(self) -> list[PatchRow]:
+        return [row for row in self.rows if row.action == "kept"]
+
+    @property
+    def active(self) -> bool:
+        """Whether the packed modules are in the model."""
+        return self._active
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean of the replaced rows' relative errors."""
+        errors = [row.error for row in self.replaced if row.error is not None]
+        return sum(errors) / len(errors) if errors else None
+
+    def redo(self) -> None:
+        """Put the packed modules in (again), on the device of the originals and with their dtype."""
+        if self._active or not self._places:
+            return
+        self._check_occupants([place.original for place in self._places])
+        self._tie = self._untie() if self._untie else None
+        for place in self._places:
+            weight = place.original.weight
+            assert isinstance(weight, Tensor)
+            if (place.packed.weight.device, place.packed.dense_dtype) != (weight.device, weight.dtype):
+                place.packed.to(device=weight.device, dtype=weight.dtype)
+            _put(place, place.packed.train(place.original.training))
+        self._active = True
+
+    def undo(self) -> None:
+        """Put the original module objects back, moved and cast as the model was in between.
+
+        Raises RuntimeError, and changes nothing, if something else took the place of a packed
+        module since: undo that first.
+        """
+        if not self._active:
+            return
+        self._check_occupants([place.packed for place in self._places])
+        for place in self._places:
+            device, dtype = place.packed.weight.device, place.packed.dense_dtype
+            weight = place.original.weight
+            assert isinstance(weight, Tensor)
+            if (weight.device, weight.dtype) != (device, dtype):
+                place.original.to(device=device, dtype=dtype)
+            _put(place, place.original.train(place.packed.training))
+        if self._tie:
+            self._tie()
+        self._active = False
+
+    def _check_occupants(self, expected: list[nn.Module]) -> None:
+        wrong = [
+            place.name
+            for place, module in zip(self._places, expected, strict=True)
+            if place.parent._modules.get(place.attribute) is not module
+        ]
+        if wrong:
+            raise RuntimeError(
+                f"the model was changed since lath.patch: {', '.join(wrong[:3])}"
+                f"{' and others' if len(wrong) > 3 else ''} hold other modules now; "
+                "undo the later change first"
+            )
+
+    def __enter__(self) -> PatchReport:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+    def __str__(self) -> str:
+        from lath.integration.report_table import report_table
+
+        return report_table(self)
+
+
+def _put(place: Place, module: nn.Module) -> None:
+    # The entry keeps its position, so names and order of the state_dict do not change.
+    place.parent._modules[place.attribute] = module
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, those that are one object counted once."""
+    return unique_bytes([*model.parameters(), *model.buffers()])
+
+
+def unique_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())

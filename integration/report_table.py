@@ -1,0 +1,95 @@
+"""The plain-text table of a PatchReport, a line for each group of layers that fared alike."""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from lath.formats.activations import LARGEST_CODE, activation_format
+
+if TYPE_CHECKING:
+    from lath.integration.report import PatchReport, PatchRow
+
+_HEADER = ("layer", "", "shape [N, K]", "", "error", "MB before", "MB after")
+_LEFT = (True, True, True, True, False, False, False)
+
+
+def report_table(report: PatchReport) -> str:
+    lines = [_summary(report)]
+    cells = [_cells(list(group)) for group in _groups(report.rows)]
+    if cells:
+        lines += _align([_HEADER, *cells])
+    before, after = report.bytes_before, report.bytes_after
+    ratio = f" ({before / after:.2f} times smaller)" if 0 < after < before else ""
+    lines.append(f"whole model: {before / 1e6:.1f} MB → {after / 1e6:.1f} MB{ratio}")
+    return "\n".join(lines)
+
+
+def _summary(report: PatchReport) -> str:
+    verb = "would replace" if report.dry_run else "replaced"
+    text = (
+        f"lath.patch {verb} {len(report.replaced)} of {len(report.rows)} linear layers: "
+        f"weights {report.weights}, activations {report.activations}, backend {report.backend}"
+    )
+    packed = [row.activations for row in report.rows if row.activations not in ("", "float")]
+    if packed:
+        text += f" (rounding {packed[0]} adds {typical_error(packed[0]):.1%} to normal inputs)"
+    return text
+
+
+def typical_error(activations: str) -> float:
+    """Relative rounding error of an int8 format on normally distributed inputs.
+
+    The largest of g values is near sqrt(2 ln 2g) standard deviations; the step is that over 127,
+    and rounding to a step errs by step / sqrt(12). A per-token scale is counted as g = 1024.
+    """
+    group = activation_format(activations).group or 1024
+    return math.sqrt(2 * math.log(2 * group)) / LARGEST_CODE / math.sqrt(12)
+
+
+def _groups(rows: list[PatchRow]) -> list[list[PatchRow]]:
+    def key(row: PatchRow) -> tuple[str, ...]:
+        return (
+            row.pattern, str(row.shape), row.action, row.reason, row.codec, row.activations,
+            row.backend,
+        )  # fmt: skip
+
+    order = {key(row): position for position, row in reversed(list(enumerate(rows)))}
+    ordered = sorted(rows, key=lambda row: order[key(row)])
+    return [list(group) for _, group in groupby(ordered, key)]
+
+
+def _cells(group: list[PatchRow]) -> tuple[str, ...]:
+    row = group[0]
+    errors = [r.error for r in group if r.error is not None]
+    names = row.pattern if len(group) > 1 else row.name
+    if len(group) == 1 and row.also_named:
+        names += f" (= {', '.join(row.also_named)})"
+    if row.action == "kept":
+        what = f"kept: {row.reason}"
+    else:
+        what = f"{row.codec}, {row.activations}, {row.backend}"
+        if row.action == "already packed":
+            what = f"already packed: {what}"
+    return (
+        names,
+        f"x{len(group)}",
+        f"[{row.shape[0]}, {row.shape[1]}]",
+        what,
+        f"{sum(errors) / len(errors):.2%}" if errors else "",
+        f"{sum(r.bytes_before for r in group) / 1e6:.2f}",
+        f"{sum(r.bytes_after for r in group) / 1e6:.2f}",
+    )
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(row, widths, _LEFT, strict=True)
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,196 @@
+"""What `lath run` does: one model, measured as it is and patched, in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from lath.integration.measure import generate, measure_speeds
+from lath.integration.models import load_model, parse_dtype
+from lath.integration.patch import patch
+from lath.integration.perplexity import num_windows, perplexity
+from lath.integration.progress import progress_bar
+from lath.integration.report import PatchReport, model_bytes
+from lath.integration.text_sample import english_text
+from lath.verbs.planning import describe_device
+
+DEFAULT_PROMPT = "Explain in three sentences why bread rises."
+WINDOW = 512
+PREFILL_TOKENS = 256
+DECODE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of `lath run`; see its help."""
+
+    model: str
+    weights: str
+    activations: str
+    backend: str
+    skip: Sequence[str]
+    search: bool
+    prompt: str
+    max_new_tokens: int
+    dtype: str
+    rounds: int
+
+
+@dataclass
+class RunResult:
+    """The fields of `--json`, before and after patching. bytes: of the whole model."""
+
+    bytes_before: int = 0
+    bytes_after: int = 0
+    perplexity_before: float = 0.0
+    perplexity_after: float = 0.0
+    prefill_tokens_per_s_before: float = 0.0
+    prefill_tokens_per_s_after: float = 0.0
+    decode_tokens_per_s_before: float = 0.0
+    decode_tokens_per_s_after: float = 0.0
+    backend: str = ""
+    weights: str = ""
+    text_before: str = ""
+    text_after: str = ""
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+
+def run_model(options: RunOptions, console: Console) -> RunResult:
+    """Load, pack, measure both, show both answers as they are written, print the table."""
+    with console.status(f"loading {options.model}"):
+        # In the checkpoint's own dtype: codes are made from the numbers that were saved, not from
+        # their rounding to the dtype in which the rest of the model then runs.
+        model, tokenizer = load_model(options.model)
+    report = patch(
+        model,
+        options.weights,
+        skip=options.skip,
+        activations=options.activations,
+        backend=options.backend,
+        search=options.search,
+    )
+    report.undo()
+    dtype = parse_dtype(options.dtype)
+    if dtype is not None:
+        model.to(dtype)
+    result = RunResult(weights=report.weights, backend=report.backend)
+    text_ids = tokenizer(english_text(), return_tensors="pt", verbose=False).input_ids
+    prompt_ids = encode_prompt(tokenizer, options.prompt)
+    with progress_bar("perplexity", 2 * num_windows(text_ids.numel(), WINDOW)) as advance:
+        result.bytes_before = model_bytes(model)
+        result.perplexity_before = perplexity(model, text_ids, WINDOW, advance)
+        report.redo()
+        result.bytes_after = model_bytes(model)
+        result.perplexity_after = perplexity(model, text_ids, WINDOW, advance)
+    _measure_both(model, report, text_ids, options.rounds, result)
+    names = [_dtype_name(model), report.weights]
+    console.print(Text(f"> {options.prompt}", style="bold"))
+    report.undo()
+    result.text_before = _answer(model, tokenizer, prompt_ids, names[0], options, console)
+    report.redo()
+    result.text_after = _answer(model, tokenizer, prompt_ids, names[1], options, console)
+    console.print(result_table(result, report, names, options))
+    console.print(difference(result.text_before, result.text_after))
+    return result
+
+
+def _measure_both(
+    model: Any, report: PatchReport, text_ids: Tensor, rounds: int, result: RunResult
+) -> None:
+    with progress_bar("speed", 2 * (rounds + 1)) as advance:
+        speeds = measure_speeds(
+            model,
+            text_ids[:, :PREFILL_TOKENS],
+            {"before": report.undo, "after": report.redo},
+            new_tokens=DECODE_TOKENS,
+            rounds=rounds,
+            advance=advance,
+        )
+    result.prefill_tokens_per_s_before = speeds["before"].prefill
+    result.prefill_tokens_per_s_after = speeds["after"].prefill
+    result.decode_tokens_per_s_before = speeds["before"].decode
+    result.decode_tokens_per_s_after = speeds["after"].decode
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> Tensor:
+    """The prompt as token ids [1, L], in the model's chat form if it has one."""
+    if tokenizer.chat_template is None:
+        ids: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
+        return ids
+    messages = [{"role": "user", "content": prompt}]
+    chat: Tensor = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    return chat
+
+
+def _answer(
+    model: Any, tokenizer: Any, ids: Tensor, name: str, options: RunOptions, console: Console
+) -> str:
+    """Generate greedily, showing the text as it comes."""
+    from transformers import TextStreamer
+
+    console.rule(name, align="left")
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    tokens = generate(model, ids, options.max_new_tokens, streamer=streamer)
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def _dtype_name(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def result_table(
+    result: RunResult, report: PatchReport, names: Sequence[str], options: RunOptions
+) -> Table:
+    """Bytes, perplexity and speed, before, after and as a ratio."""
+    table = Table(title=f"{options.model}: {names[0]} and {names[1]}", title_justify="left")
+    table.add_column("")
+    for heading in (f"before: {names[0]}", f"after: {names[1]}", "change"):
+        table.add_column(heading, justify="right")
+    before, after = result.bytes_before, result.bytes_after
+    table.add_row("bytes", f"{before:,}", f"{after:,}", f"{before / after:.2f} times smaller")
+    old, new = result.perplexity_before, result.perplexity_after
+    table.add_row("perplexity", f"{old:.3f}", f"{new:.3f}", f"{new / old - 1:+.1%}")
+    for label, field in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")):
+        slow, fast = getattr(result, f"{field}_before"), getattr(result, f"{field}_after")
+        table.add_row(f"{label} tokens/s", f"{slow:.1f}", f"{fast:.1f}", f"{fast / slow:.2f} times")
+    device = describe_device("cpu")
+    table.caption = (
+        f"backend {result.backend} on {device.architecture}, {torch.get_num_threads()} thread(s); "
+        f"activations {report.activations}; prefill of {PREFILL_TOKENS} tokens, medians of "
+        f"{options.rounds} rounds in turn"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def difference(before: str, after: str) -> Text:
+    """Both answers in one text, word by word: [-only before-], {+only after+}."""
+    if before == after:
+        return Text("The two answers are the same.")
+    old, new = before.split(), after.split()
+    text = Text("Difference of the answers: ")
+    for tag, i, j, k, n in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if tag == "equal":
+            text.append(" ".join(old[i:j]) + " ")
+            continue
+        if i < j:
+            text.append(f"[-{' '.join(old[i:j])}-] ", style="red")
+        if k < n:
+            text.append(f"{{+{' '.join(new[k:n])}+}} ", style="green")
+    text.rstrip()
+    return text
