@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     except ImportError as error:
         return _fail(f"the command line needs typer and rich: pip install 'lath[cli]' ({error})")
     try:
-        code = app(list(arguments), prog_name="lath", standalone_mode=False)
+        code = app(list(arguments) or ["--help"], prog_name="lath", standalone_mode=False)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Exception as error:

@@ -14,20 +14,23 @@ from lath.formats.activations import activation_format
 from lath.formats.codec import codec as parse_codec
 from lath.integration.models import ACCEPTED_MODELS, parse_dtype
 from lath.integration.plan_command import plan_table
-from lath.integration.run_command import DEFAULT_PROMPT, RunOptions, run_model
+from lath.integration.run_command import DEFAULT_PROMPT, DEFAULT_WEIGHTS, RunOptions, run_model
 from lath.verbs.backends import resolve_backend
 
 app = typer.Typer(
     help="lath: low-bit weights for language models.",
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 Model = Annotated[str, typer.Option(help=f"{ACCEPTED_MODELS}.")]
-Weights = Annotated[str, typer.Option(help="Codec of the weights, such as int4-g64 or int3-g32-asym.")]
-Activations = Annotated[str, typer.Option(help="'auto', 'float', 'int8' or 'int8-g{multiple of 16}'.")]
+Weights = Annotated[
+    str, typer.Option(help="Codec of the weights, such as int4-g64 or int3-g32-asym.")
+]
+Activations = Annotated[
+    str, typer.Option(help="'auto', 'float', 'int8' or 'int8-g{multiple of 16}'.")
+]
 Skip = Annotated[list[str], typer.Option(help="Pattern of layers to leave alone; may be repeated.")]
 Dtype = Annotated[str, typer.Option(help="'bfloat16', 'float16', 'float32' or 'auto'.")]
 
@@ -41,7 +44,7 @@ def _console() -> Console:
 @app.command()
 def run(
     model: Model = "smollm2",
-    weights: Weights = "int4-g64",
+    weights: Weights = DEFAULT_WEIGHTS,
     activations: Activations = "auto",
     backend: Annotated[str, typer.Option(help="'auto', 'cpu', 'triton' or 'reference'.")] = "auto",
     skip: Skip = ["lm_head"],  # noqa: B006 (typer reads the default and copies it)
@@ -53,7 +56,10 @@ def run(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the speed measurement.")] = 3,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
-    """Run a model as it is and with packed weights; compare bytes, perplexity, speed, answers."""
+    """Compare a model with its packed self.
+
+    Bytes, perplexity, speed and answers, before and after, in one run.
+    """
     parse_codec(weights)
     parse_dtype(dtype)
     if activations != "auto":
@@ -82,7 +88,10 @@ def plan(
     dtype: Dtype = "bfloat16",
     skip: Skip = ["lm_head"],  # noqa: B006
 ) -> None:
-    """Show how each layer of a model would run, and why; the device need not be here."""
+    """Show how each layer would run, and why.
+
+    For this machine, or for a device that is not here.
+    """
     numbers = _numbers(m)
     target = parse_dtype(dtype) or torch.bfloat16
     _console().print(plan_table(model, weights, numbers, device, target, activations, skip))
@@ -94,7 +103,9 @@ def _numbers(text: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 0:
-        raise ValueError(f"--m must be whole numbers separated by commas, such as 1,16, got {text!r}")
+        raise ValueError(
+            f"--m must be whole numbers separated by commas, such as 1,16, got {text!r}"
+        )
     return numbers
 
 

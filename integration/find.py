@@ -1,4 +1,4 @@
-"""Which linear layers a model has, under which names, and which of them must be left alone and why."""
+"""Which linear layers a model has, under which names, and which must be left alone and why."""
 
 from __future__ import annotations
 
@@ -49,12 +49,14 @@ def find_linears(
     ]
 
 
-def _walk(
-    model: nn.Module,
-) -> list[tuple[nn.Linear | PackedLinear, list[str], list[tuple[nn.Module, str, str]]]]:
+# A layer, its paths, and the places where it is stored.
+_Seen = tuple[nn.Linear | PackedLinear, list[str], list[tuple[nn.Module, str, str]]]
+
+
+def _walk(model: nn.Module) -> list[_Seen]:
     if isinstance(model, nn.Linear | PackedLinear):
         return [(model, ["(the model itself)"], [])]
-    seen = {}
+    seen: dict[int, _Seen] = {}
     stored = set()
     for path, parent in model.named_modules(remove_duplicate=False):
         for attribute, child in parent._modules.items():
@@ -70,9 +72,7 @@ def _walk(
     return list(seen.values())
 
 
-def _reason(
-    one: Found, skip: Sequence[str], outputs: set[int], without_weights: bool
-) -> str:
+def _reason(one: Found, skip: Sequence[str], outputs: set[int], without_weights: bool) -> str:
     for name in (one.name, *one.also_named):
         for pattern in skip:
             if matches(name, pattern):
@@ -103,7 +103,9 @@ def matches(path: str, pattern: str) -> bool:
     """Whether `pattern` fits the end of `path`, or of a module above it."""
     parts = path.split(".")
     above = (".".join(parts[: i + 1]) for i in range(len(parts)))
-    return any(fnmatch.fnmatchcase(p, f"*.{pattern}") or fnmatch.fnmatchcase(p, pattern) for p in above)
+    return any(
+        fnmatch.fnmatchcase(p, f"*.{pattern}") or fnmatch.fnmatchcase(p, pattern) for p in above
+    )
 
 
 def check_skip(model: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ A GGUF file (version 2 or 3, little endian) is
 
     magic "GGUF", version u32, number of tensors u64, number of metadata entries u64
     entries      key, type u32, value
-    tensors      name, number of dimensions u32, dimensions u64 (fastest first), type u32, offset u64
-    data         at the next multiple of `general.alignment` (32 if absent); offsets count from there
+    tensors      name, number of dimensions u32, sizes u64 (fastest first), type u32, offset u64
+    data         at the next multiple of `general.alignment` (32 if absent); offsets start there
 
 Blocks of 32 values that `GgufTensor.values` decodes, d and m being fp16:
 
@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
 _STRING, _ARRAY = 8, 9
 
 

@@ -190,7 +190,7 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Move or cast. A cast of the model's floats must not round packed scales."""
         kept = {name: p.data for name in _PARTS if (p := self._parameters[name]) is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, data in kept.items():
             parameter = self._parameters[name]
             if parameter is not None and parameter.dtype != data.dtype:
@@ -219,7 +219,7 @@ class PackedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load, or refuse as a whole: a damaged or different weight leaves this module as it was."""
+        """Load or refuse: a damaged or different weight leaves this module as it was."""
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         meta = own.pop(prefix + _META, None)
         names = [name for name in _PARTS if prefix + name in own]

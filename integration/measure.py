@@ -49,7 +49,8 @@ def generate(model: Any, ids: Tensor, new_tokens: int, **options: Any) -> Tensor
             do_sample=False,
             **options,
         )
-    return output[0, ids.shape[1] :]
+    new: Tensor = output[0, ids.shape[1] :]
+    return new
 
 
 def time_generate(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, list[float]]:

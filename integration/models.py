@@ -51,6 +51,7 @@ def load_model(name_or_path: str, dtype: str | torch.dtype | None = "auto") -> t
     if name_or_path == "tiny":
         return tiny_model(wanted or torch.float32)
     folder = model_folder(name_or_path)
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -59,7 +60,7 @@ def load_model(name_or_path: str, dtype: str | torch.dtype | None = "auto") -> t
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=wanted or "auto", local_files_only=True
             )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the model in {folder}: {_first_line(error)}") from error
     return model.eval(), tokenizer
 
@@ -94,7 +95,7 @@ def empty_model(name_or_path: str) -> Any:
 
 
 def tiny_config() -> Any:
-    """A Llama of two layers whose sizes are not multiples of 128: tails are part of what it tests."""
+    """A Llama of two layers whose sizes are not multiples of 128: it is there to test tails too."""
     from transformers import LlamaConfig
 
     return LlamaConfig(

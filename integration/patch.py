@@ -1,4 +1,4 @@
-"""`lath.patch`: replace the linear layers of a model by packed ones, in place, and say what was done.
+"""`lath.patch`: replace the linear layers of a model by packed ones, in place, and report it.
 
 Works on any torch module: it looks for `nn.Linear` and knows no model. What it knows of Hugging
 Face models is how they name an output layer and how they tie it to the embedding.
@@ -50,6 +50,7 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Packed:
+    dense: nn.Linear
     module: PackedLinear
     error: float
 
@@ -89,11 +90,13 @@ def patch(
     packed = {} if check_flag("dry_run", dry_run) else _pack_all(todo, options, progress)
     report = _report(model, found, packed, options, dry_run)
     if not todo and all(row.action == "kept" for row in report.rows):
-        warnings.warn(f"lath.patch replaced nothing: {_why_nothing(model, report.rows)}", stacklevel=2)
+        reason = _why_nothing(model, report.rows)
+        warnings.warn(f"lath.patch replaced nothing: {reason}", stacklevel=2)
     if packed:
         report._places = [
-            Place(*place, original=one.module, packed=packed[id(one.module)].module)
+            Place(*place, original=new.dense, packed=new.module)
             for one in todo
+            for new in [packed[id(one.module)]]
             for place in one.places
         ]
         report._untie = lambda: untie(model, [one.module for one in todo])
@@ -148,20 +151,22 @@ def _pack_all(todo: list[Found], options: _Options, progress: bool | None) -> di
     enabled = (worth and shows_progress()) if progress is None else progress
     with progress_bar(f"packing {len(todo)} layers as {options.codec}", total, enabled) as advance:
         for one in todo:
-            dense, bias = one.module.weight, one.module.bias
+            dense = one.module
+            assert isinstance(dense, nn.Linear)
             # Two layers that share a weight share the packed one as well.
-            if id(dense) not in weights:
-                weights[id(dense)] = _quantize(one.name, dense.detach(), options)
-            weight, error = weights[id(dense)]
+            if id(dense.weight) not in weights:
+                weights[id(dense.weight)] = _quantize(one.name, dense.weight.detach(), options)
+            weight, error = weights[id(dense.weight)]
             module = PackedLinear.from_qtensor(
                 weight,
-                None if bias is None else bias.detach().clone(),
-                activations=options.activations_on(dense.device),
+                None if dense.bias is None else dense.bias.detach().clone(),
+                activations=options.activations_on(dense.weight.device),
                 backend=options.backend,
-                dtype=dense.dtype,
+                dtype=dense.weight.dtype,
             )
-            packed[id(one.module)] = _Packed(module, error)
-            advance(dense.numel())
+            packed[id(dense)] = _Packed(dense, module, error)
+            weights[id(dense.weight)] = module.qtensor, error
+            advance(dense.weight.numel())
     return packed
 
 
@@ -213,22 +218,20 @@ def _row(one: Found, packed: _Packed | None, options: _Options) -> PatchRow:
     if one.reason:
         return row
     already = isinstance(module, PackedLinear)
+    bias = 0 if module.bias is None else unique_bytes([module.bias])
     return dataclasses.replace(
         row,
         action="already packed" if already else "replaced",
         codec=str(options.codec),
         activations=str(options.activations_on(module.weight.device)),
         backend=resolve_backend(options.backend, module.weight.device),
-        bytes_after=own if already else _packed_bytes(one, options),
+        bytes_after=own if already else _weight_bytes(one, options) + bias,
         error=packed.error if packed else None,
     )
 
 
-def _packed_bytes(one: Found, options: _Options) -> int:
-    """Bytes of the packed weight and of the bias."""
-    shape = (one.module.out_features, one.module.in_features)
-    bias = [] if one.module.bias is None else [one.module.bias]
-    return QTensor.empty(options.codec, shape).nbytes + unique_bytes(bias)
+def _weight_bytes(one: Found, options: _Options) -> int:
+    return QTensor.empty(options.codec, (one.module.out_features, one.module.in_features)).nbytes
 
 
 def _bytes_after(model: nn.Module, found: list[Found], options: _Options) -> int:
@@ -240,7 +243,8 @@ def _bytes_after(model: nn.Module, found: list[Found], options: _Options) -> int
         if id(module) not in replaced
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     ]
-    packed = {id(one.module.weight): _packed_bytes(one, options) for one in replaced.values()}
+    stay += [one.module.bias for one in replaced.values() if one.module.bias is not None]
+    packed = {id(one.module.weight): _weight_bytes(one, options) for one in replaced.values()}
     return unique_bytes(stay) + sum(packed.values())
 
 

@@ -12,9 +12,7 @@ from torch.nn import functional
 from lath.integration.progress import Advance
 
 
-def perplexity(
-    model: Any, ids: Tensor, window: int = 512, advance: Advance | None = None
-) -> float:
+def perplexity(model: Any, ids: Tensor, window: int = 512, advance: Advance | None = None) -> float:
     """Perplexity of `model` on the tokens `ids` [L] or [1, L], cut into windows that stand alone.
 
     The first token of each window is given, the others are predicted; a last piece of fewer than
@@ -29,7 +27,7 @@ def perplexity(
     if flat.numel() < 2:
         raise ValueError(f"ids must hold 2 or more tokens, got {flat.numel()}")
     total, count = 0.0, 0
-    for piece in flat.split(window):
+    for piece in torch.split(flat, window):
         if piece.numel() < 2:
             continue
         with torch.inference_mode():

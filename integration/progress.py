@@ -1,4 +1,4 @@
-"""A progress bar that appears only where somebody can see it: on a terminal, with rich installed."""
+"""A progress bar that appears only where it is seen: on a terminal, with rich installed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,13 @@ def progress_bar(description: str, total: int, enabled: bool | None = None) -> I
         return
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
     except ImportError:
         yield lambda steps: None
         return

@@ -1,9 +1,9 @@
-"""PatchReport: what was replaced, what was not and why, bytes before and after; it can undo itself."""
+"""PatchReport: what was replaced, what was not and why, bytes before and after, and undoing it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -49,7 +49,7 @@ class Place:
     parent: nn.Module
     attribute: str
     name: str
-    original: nn.Module
+    original: nn.Linear
     packed: PackedLinear
 
 
@@ -98,16 +98,15 @@ class PatchReport:
         return sum(errors) / len(errors) if errors else None
 
     def redo(self) -> None:
-        """Put the packed modules in (again), on the device of the originals and with their dtype."""
+        """Put the packed modules in again, on the device of the originals and with their dtype."""
         if self._active or not self._places:
             return
         self._check_occupants([place.original for place in self._places])
         self._tie = self._untie() if self._untie else None
         for place in self._places:
-            weight = place.original.weight
-            assert isinstance(weight, Tensor)
-            if (place.packed.weight.device, place.packed.dense_dtype) != (weight.device, weight.dtype):
-                place.packed.to(device=weight.device, dtype=weight.dtype)
+            device, dtype = place.original.weight.device, place.original.weight.dtype
+            if (place.packed.weight.device, place.packed.dense_dtype) != (device, dtype):
+                place.packed.to(device=device, dtype=dtype)
             _put(place, place.packed.train(place.original.training))
         self._active = True
 
@@ -122,16 +121,14 @@ class PatchReport:
         self._check_occupants([place.packed for place in self._places])
         for place in self._places:
             device, dtype = place.packed.weight.device, place.packed.dense_dtype
-            weight = place.original.weight
-            assert isinstance(weight, Tensor)
-            if (weight.device, weight.dtype) != (device, dtype):
+            if (place.original.weight.device, place.original.weight.dtype) != (device, dtype):
                 place.original.to(device=device, dtype=dtype)
             _put(place, place.original.train(place.packed.training))
         if self._tie:
             self._tie()
         self._active = False
 
-    def _check_occupants(self, expected: list[nn.Module]) -> None:
+    def _check_occupants(self, expected: Sequence[nn.Module]) -> None:
         wrong = [
             place.name
             for place, module in zip(self._places, expected, strict=True)

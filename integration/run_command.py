@@ -26,6 +26,9 @@ from lath.integration.text_sample import english_text
 from lath.verbs.planning import describe_device
 
 DEFAULT_PROMPT = "Explain in three sentences why bread rises."
+# Four bits and a minimum per 32 weights: as SmolLM2's package stores its own weights, so that what
+# is compared by default is the arithmetic, not a second rounding.
+DEFAULT_WEIGHTS = "int4-g32-fzero"
 WINDOW = 512
 PREFILL_TOKENS = 256
 DECODE_TOKENS = 32

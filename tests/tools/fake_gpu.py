@@ -17,17 +17,20 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import os
+import sys
+import tempfile
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import triton
-from lath.formats.device import DeviceDescription, known_device
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
+from lath.formats.device import DeviceDescription, known_device
 from tools.cache import triton_cache
 
 KNOWN_VERSIONS = ("3.9.",)
@@ -163,16 +166,40 @@ def compile_recorded(specialisation: Specialisation, architecture: str | None = 
     )
     # Triton 3.10 turns fusion of multiply and add off by default: say what we want.
     options = {"enable_fp_fusion": True, **specialisation.options}
-    with _active_driver(target, device), triton_cache():
+    with _active_driver(target, device), triton_cache(), _compiler_messages() as messages:
         try:
             return triton.compile(source, target=target, options=options)
         except Exception as error:
-            reason = " ".join(str(error).split())
-            cause = error.__cause__
-            if cause is not None:
-                reason = f"{' '.join(str(cause).split())}: {reason}"
             subject = dataclasses.replace(specialisation, architecture=device.architecture)
-            raise CompileError(f"{subject} does not compile: {reason[-1500:]}") from error
+            reason = _reason(error, messages())
+            raise CompileError(f"{subject} does not compile: {reason}") from error
+
+
+@contextlib.contextmanager
+def _compiler_messages() -> Iterator[Callable[[], str]]:
+    """Keep what the compiler's C++ part prints on stderr (whole modules, when it fails)."""
+    sys.stderr.flush()
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+
+        def read() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            yield read
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
+
+
+def _reason(error: Exception, messages: str) -> str:
+    """The compiler's reason in one line: its own exception, then its first printed error."""
+    causes = [str(error.__cause__)] if error.__cause__ is not None else []
+    printed = [line.split("error: ", 1)[1] for line in messages.splitlines() if "error: " in line]
+    text = "; ".join([*causes, str(error), *printed[:1]])
+    return " ".join(text.split())[:1500]
 
 
 def target_of(architecture: str) -> GPUTarget:

@@ -175,11 +175,11 @@ def _patch_elementwise(interpreter: Any) -> None:
 
 
 def _integer_matmul(left: Array, right: Array) -> Array:
-    """Exact product of 8-bit integer matrices, as int32, through floating-point BLAS."""
-    largest_product = 255**2 if "u" in (left.dtype.kind, right.dtype.kind) else 128**2
-    # fp32 holds every integer below 2^24; all partial sums stay below this bound.
-    exact = np.float32 if left.shape[-1] * largest_product < 2**24 else np.float64
-    return np.matmul(left.astype(exact), right.astype(exact)).astype(np.int32)
+    """Exact product of int8 matrices, as int32, through floating-point BLAS."""
+    # fp32 holds every integer below 2^24: enough if no sum of products can pass it.
+    exact = np.float32 if left.shape[-1] * 128 * 128 < 2**24 else np.float64
+    product: Array = np.matmul(left.astype(exact), right.astype(exact)).astype(np.int32)
+    return product
 
 
 def _patch_dot(interpreter: Any) -> None:

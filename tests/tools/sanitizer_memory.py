@@ -94,7 +94,7 @@ class ArgumentSpans:
         return np.uint64(self._tags.get(id(argument), 0)) << _TAG_SHIFT
 
     def check(self, pointers: Array, size: int) -> tuple[Array, Array]:
-        """Tagged pointers (uint64, any shape) -> (addresses, which elements of `size` bytes fit)."""
+        """Tagged pointers (uint64, any shape) -> addresses, and which of `size` bytes fit."""
         addresses, tags = pointers & _ADDRESS, pointers >> _TAG_SHIFT
         inside = np.zeros(pointers.shape, dtype=bool)
         for tag in np.unique(tags).tolist():
@@ -119,7 +119,7 @@ class ArgumentSpans:
         )
 
 
-class FreshMemory(TorchDispatchMode):
+class FreshMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows each CPU tensor that torch.empty & co. make: which of its bytes have been written.
 
     In-place torch operations count as writes of exactly the view they get; kernels report theirs
@@ -127,7 +127,7 @@ class FreshMemory(TorchDispatchMode):
     """
 
     def __init__(self, fill: bool, track: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fill, self.track = fill, track
         self._active = True
         # Storages are kept alive, so that no address is used twice within the block.

@@ -1,0 +1,51 @@
+"""The argument block of the CPU kernels of `linear`: int64 fields at an address.
+
+One layout for every kernel, so that one driver runs them all. What depends on the layer alone is
+written once when it is prepared; a driver copies the block and fills in the rest for each call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lath.kernels.simd.emitter import I64, Emitter
+
+FIELDS = (
+    # set when a layer is prepared
+    "prepare",  # address of the kernel that turns x into codes (or fp32)
+    "kernel",  # address of the kernel that multiplies
+    "records",  # address of the weight's view (cpu_view.py)
+    "rows",  # N
+    "columns",  # K
+    "panels",  # of 16 rows
+    "groups",  # along K
+    "group",  # columns of one, padding included
+    "shared",  # columns that share one scale of the activations
+    "tile",  # tokens side by side in `codes`
+    "unit",  # panels that a thread takes at a time
+    "item",  # bytes of one prepared activation
+    "y_type",  # FP32, FP16 or BF16
+    # set for each call
+    "x",  # address
+    "x_stride",  # bytes from a token to the next
+    "bias",  # address of fp32 [16 * panels]
+    "y",  # address
+    "tokens",  # M
+    "codes",  # address of prepared activations [M / tile, groups * group / quad, tile, quad]
+    "scales",  # address of their fp32 scales [M / tile, groups, tile]
+    "sums",  # address of the sums over each group, same shape
+)
+INDEX = {name: index for index, name in enumerate(FIELDS)}
+
+
+class Arguments:
+    """The fields of a block as values in a kernel: `arguments["rows"]`."""
+
+    def __init__(self, emitter: Emitter, address: Any) -> None:
+        self._values = {
+            name: emitter.load(emitter.add(address, 8 * index), I64)
+            for name, index in INDEX.items()
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]

@@ -1,0 +1,219 @@
+"""The int8 kernels of `linear` on a CPU: a stream for one token, a register tile for more.
+
+Both add `code * activation` in int32 over one group (a view's group is short enough for that,
+`cpu_view.py`), take the zero point out as `zero * Σ activation`, and scale the exact integer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lath.formats.codec import Zero
+from lath.kernels.linear.cpu_arguments import Arguments
+from lath.kernels.linear.cpu_record import VECTOR_BYTES, Output, Record, RecordReader
+from lath.kernels.simd.emitter import F32, Emitter
+
+# Bytes ahead of the stream that are asked for: about the latency of memory at full bandwidth.
+PREFETCH_BYTES = 2048
+
+
+def emit_gemv(
+    e: Emitter, begin: Any, end: Any, arguments: Any, width: int, zero: Zero, half: bool
+) -> None:
+    """One token, panels [begin, end)."""
+    a, record = Arguments(e, arguments), Record(width, zero, half)
+    reader, output = RecordReader(e, a, record), Output(e, a)
+    with e.loop(e.subtract(end, begin)) as index:
+        panel = e.add(begin, index)
+        at = e.variable(e.add(a["records"], e.multiply(panel, reader.panel_bytes)))
+        x = e.variable(a["codes"])
+        total = e.variable(e.floats(0.0))
+        with e.loop(a["groups"]) as group:
+            dot = _stream_group(e, reader, at, x)
+            entry = e.multiply(group, 4)
+            scale, sums = e.add(a["scales"], entry), e.add(a["sums"], entry)
+            exact = _without_zero(e, reader, dot, at.value, sums)
+            total.value = _scaled(e, reader, exact, at.value, scale, sums, total.value)
+            at.value = e.add(at.value, record.side_bytes)
+        output.store(e.integer(0), panel, total.value)
+
+
+def _stream_group(e: Emitter, reader: RecordReader, at: Any, x: Any) -> Any:
+    """Σ code * activation over the codes at `at`, which moves behind them, as does `x`."""
+    width, columns = reader.record.width, reader.record.columns
+    fields = 8 // width
+    # Four sums that do not wait for each other; a group is a multiple of 16 columns, so that
+    # `unroll` vectors always divide it.
+    unroll = 4 // fields
+    # Fields may stay where they are in a byte where the product has room for them (not in the
+    # 16 bits of vpmaddubsw); one shift of the finished sum puts them right.
+    in_place = e.isa != "avx2"
+    sums = [e.variable(e.constant(0)) for _ in range(fields * unroll)]
+    with e.loop(e.divide(reader.steps, unroll)):
+        for u in range(unroll):
+            address = e.add(at.value, u * VECTOR_BYTES)
+            e.prefetch(e.add(address, PREFETCH_BYTES))
+            word = e.load(address)
+            codes = (e.fields_in_place if in_place else e.fields)(word, width)
+            for j, code in enumerate(codes):
+                activations = e.broadcast(e.add(x.value, u * columns + 4 * j))
+                part = sums[u * fields + j]
+                part.value = e.dot(part.value, code, activations, narrow=width <= 4)
+        at.value = e.add(at.value, unroll * VECTOR_BYTES)
+        x.value = e.add(x.value, unroll * columns)
+    dot = None
+    for index, part in enumerate(sums):
+        shift = width * (index % fields) if in_place else 0
+        value = e.shift_right_signed(part.value, shift)
+        dot = value if dot is None else e.builder.add(dot, value)
+    return dot
+
+
+def _without_zero(e: Emitter, reader: RecordReader, dot: Any, side: Any, sums: Any) -> Any:
+    """dot - zero * Σ activation, exact; a float minimum is added later."""
+    record = reader.record
+    if record.zero == "none":
+        zero = e.constant(record.zero_code)
+    elif record.zero == "integer":
+        zero = reader.zero_point(side)
+    else:
+        return dot
+    return e.builder.sub(dot, e.builder.mul(zero, e.broadcast(sums)))
+
+
+def _scaled(
+    e: Emitter, reader: RecordReader, exact: Any, side: Any, scale: Any, sums: Any, total: Any
+) -> Any:
+    """total + scales * (exact, + minimum * Σ activation)."""
+    activation_scale = e.broadcast(scale, F32)
+    if reader.record.zero == "float":
+        offset = e.builder.fmul(e.to_floats(e.broadcast(sums)), activation_scale)
+        total = e.fma(offset, reader.minimum(side), total)
+    factor = e.builder.fmul(reader.scale(side), activation_scale)
+    return e.fma(e.to_floats(exact), factor, total)
+
+
+def emit_tile(
+    e: Emitter,
+    begin: Any,
+    end: Any,
+    arguments: Any,
+    width: int,
+    zero: Zero,
+    half: bool,
+    tokens: int,
+    panels: int,
+) -> None:
+    """All tokens, panels [begin, end): register tiles of `tokens` times `panels` vectors."""
+    a, record = Arguments(e, arguments), Record(width, zero, half)
+    tile = _Tile(e, a, record, tokens, panels)
+    count = e.divide(e.add(e.subtract(end, begin), panels - 1), panels)
+    token_tiles = e.divide(e.add(a["tokens"], tokens - 1), tokens)
+    last = e.subtract(end, 1)
+    with e.loop(count) as index:
+        first = e.add(begin, e.multiply(index, panels))
+        # A tile over the end computes the last panel again, which is harmless.
+        columns = [_smaller(e, e.add(first, n), last) for n in range(panels)]
+        with e.loop(token_tiles) as token_tile:
+            tile.emit(columns, token_tile)
+
+
+def _smaller(e: Emitter, left: Any, right: Any) -> Any:
+    return e.builder.select(e.builder.icmp_signed("<", left, right), left, right)
+
+
+class _Tile:
+    """The register tile: `tokens` x `panels` int32 accumulators, fp32 sums in a stack buffer."""
+
+    def __init__(
+        self, e: Emitter, a: Arguments, record: Record, tokens: int, panels: int
+    ) -> None:
+        self.e, self.a, self.tokens, self.panels = e, a, tokens, panels
+        self.reader, self.output = RecordReader(e, a, record), Output(e, a)
+        self.totals = e.buffer(tokens * panels)
+        self.places = [(m, n) for m in range(tokens) for n in range(panels)]
+
+    def emit(self, columns: list[Any], token_tile: Any) -> None:
+        """One tile: the panels `columns` for the tokens of `token_tile`, stored into y."""
+        e, a, reader = self.e, self.a, self.reader
+        starts = [e.add(a["records"], e.multiply(c, reader.panel_bytes)) for c in columns]
+        groups_before = e.multiply(token_tile, a["groups"])
+        x = e.variable(
+            e.add(a["codes"], e.multiply(e.multiply(groups_before, a["group"]), self.tokens))
+        )
+        for place in self.places:
+            e.store(self._total(place), e.floats(0.0))
+        moved = e.variable(e.integer(0))
+        with e.loop(a["groups"]) as group:
+            entry = e.multiply(e.add(groups_before, group), 4 * self.tokens)
+            scales, sums = e.add(a["scales"], entry), e.add(a["sums"], entry)
+            accumulators = self._accumulators(sums)
+            self._multiply(starts, moved, x, accumulators)
+            sides = [e.add(start, moved.value) for start in starts]
+            self._scale(sides, scales, sums, accumulators)
+            moved.value = e.add(moved.value, reader.record.side_bytes)
+        self._store(columns, token_tile)
+
+    def _total(self, place: tuple[int, int]) -> Any:
+        return self.e.add(self.totals, VECTOR_BYTES * (place[0] * self.panels + place[1]))
+
+    def _accumulators(self, sums: Any) -> dict[tuple[int, int], Any]:
+        """A symmetric zero point is the accumulators' start: -zero * Σ activation."""
+        e = self.e
+        starts = [e.constant(0)] * self.tokens
+        if self.reader.record.zero == "none":
+            shift = self.reader.record.width - 1
+            starts = [
+                e.builder.neg(e.shift_left(e.broadcast(e.add(sums, 4 * m)), shift))
+                for m in range(self.tokens)
+            ]
+        return {(m, n): e.variable(starts[m]) for m, n in self.places}
+
+    def _multiply(self, starts: list[Any], moved: Any, x: Any, accumulators: Any) -> None:
+        e, width = self.e, self.reader.record.width
+        with e.loop(self.reader.steps):
+            words = [e.load(e.add(start, moved.value)) for start in starts]
+            codes = [e.fields(word, width) for word in words]
+            for j in range(8 // width):
+                for m in range(self.tokens):
+                    activations = e.broadcast(e.add(x.value, 4 * (j * self.tokens + m)))
+                    for n in range(self.panels):
+                        part = accumulators[m, n]
+                        part.value = e.dot(part.value, codes[n][j], activations, width <= 4)
+            moved.value = e.add(moved.value, VECTOR_BYTES)
+            x.value = e.add(x.value, self.reader.record.columns * self.tokens)
+
+    def _scale(self, sides: list[Any], scales: Any, sums: Any, accumulators: Any) -> None:
+        """Add the finished integers of a group, scaled, to the fp32 totals."""
+        e, reader = self.e, self.reader
+        zero = reader.record.zero
+        factors = [reader.scale(side) for side in sides]
+        offsets: list[Any] = []
+        if zero == "integer":
+            offsets = [reader.zero_point(side) for side in sides]
+        elif zero == "float":
+            offsets = [reader.minimum(side) for side in sides]
+        for m in range(self.tokens):
+            scale = e.broadcast(e.add(scales, 4 * m), F32)
+            total_code = e.broadcast(e.add(sums, 4 * m)) if offsets else None
+            for n in range(self.panels):
+                exact = accumulators[m, n].value
+                place = self._total((m, n))
+                total = e.load(place, scale.type)
+                if zero == "integer":
+                    exact = e.builder.sub(exact, e.builder.mul(offsets[n], total_code))
+                elif zero == "float":
+                    shift = e.builder.fmul(e.to_floats(total_code), scale)
+                    total = e.fma(shift, offsets[n], total)
+                factor = e.builder.fmul(factors[n], scale)
+                e.store(place, e.fma(e.to_floats(exact), factor, total))
+
+    def _store(self, columns: list[Any], token_tile: Any) -> None:
+        e = self.e
+        first = e.multiply(token_tile, self.tokens)
+        left = e.clip(e.subtract(self.a["tokens"], first), e.integer(self.tokens))
+        with e.loop(left) as m:
+            row = e.offset(self.totals, m, VECTOR_BYTES * self.panels)
+            for n, panel in enumerate(columns):
+                value = e.load(e.add(row, VECTOR_BYTES * n), e.floats(0.0).type)
+                self.output.store(e.add(first, m), panel, value)

@@ -1,0 +1,110 @@
+"""Records: how the CPU's view of a weight lies in memory, and how a kernel reads one.
+
+Per panel of 16 rows, per group, one record: codes as 64-byte vectors (lane = row; byte b of a lane
+holds, at bit width*j, the code of column 4*j + b of the vector's 32/width columns), then 16 scales,
+then 16 zero points (uint8) or minima (like the scales). A panel is read as one stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lath.formats.codec import Zero
+from lath.kernels.linear.cpu_arguments import Arguments
+from lath.kernels.simd.emitter import BF16, FP16, FP32, I8, LANES, Emitter
+
+VECTOR_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Record:
+    """width: bits of a stored code, 2, 4 or 8. zero: as in the codec. half: scales are fp16."""
+
+    width: int
+    zero: Zero
+    half: bool
+
+    @property
+    def columns(self) -> int:
+        """Columns of one 64-byte vector of codes."""
+        return 4 * (8 // self.width)
+
+    @property
+    def zero_code(self) -> int:
+        """The stored code that stands for 0 in a symmetric codec, whatever its bits."""
+        return 1 << (self.width - 1)
+
+    @property
+    def scale_bytes(self) -> int:
+        return LANES * (2 if self.half else 4)
+
+    @property
+    def zero_bytes(self) -> int:
+        return {"none": 0, "integer": LANES, "float": self.scale_bytes}[self.zero]
+
+    @property
+    def side_bytes(self) -> int:
+        return self.scale_bytes + self.zero_bytes
+
+    def nbytes(self, group: int) -> int:
+        return group // self.columns * VECTOR_BYTES + self.side_bytes
+
+
+class RecordReader:
+    """Emits the reads of records of one kind."""
+
+    def __init__(self, e: Emitter, arguments: Arguments, record: Record) -> None:
+        self.e, self.record = e, record
+        self.steps = e.divide(arguments["group"], record.columns)
+        self.nbytes = e.add(e.multiply(self.steps, VECTOR_BYTES), record.side_bytes)
+        self.panel_bytes = e.multiply(self.nbytes, arguments["groups"])
+        self._kind = FP16 if record.half else FP32
+
+    def scale(self, side: Any) -> Any:
+        """The scales at the address behind the codes."""
+        return self.e.load_floats(side, self._kind)
+
+    def zero_point(self, side: Any) -> Any:
+        """Integer zero points as int lanes."""
+        return self.e.load_bytes(self.e.add(side, self.record.scale_bytes))
+
+    def minimum(self, side: Any) -> Any:
+        return self.e.load_floats(self.e.add(side, self.record.scale_bytes), self._kind)
+
+
+class Output:
+    """Emits the end of a kernel: bias, one rounding to y's type, rows beyond N left out."""
+
+    def __init__(self, e: Emitter, arguments: Arguments) -> None:
+        self.e, self.a = e, arguments
+        self._partial = e.buffer(1)
+        kind = arguments["y_type"]
+        wide = e.builder.icmp_signed("==", kind, e.integer(FP32))
+        self._wide = wide
+        self._half = e.builder.icmp_signed("==", kind, e.integer(FP16))
+        self._item = e.builder.select(wide, e.integer(4), e.integer(2))
+
+    def store(self, token: Any, panel: Any, value: Any) -> None:
+        """y[token, 16*panel : 16*panel + 16] = value + bias."""
+        e = self.e
+        first = e.multiply(panel, LANES)
+        bias = e.load(e.offset(self.a["bias"], first, 4), value.type)
+        value = e.builder.fadd(value, bias)
+        element = e.add(e.multiply(token, self.a["rows"]), first)
+        address = e.add(self.a["y"], e.multiply(element, self._item))
+        left = e.subtract(self.a["rows"], first)
+        whole = e.builder.icmp_signed(">=", left, e.integer(LANES))
+        target = e.builder.select(whole, address, self._partial)
+        with e.choice(self._wide) as (then, otherwise):
+            with then:
+                e.store(target, value)
+            with otherwise, e.choice(self._half) as (half, brain):
+                with half:
+                    e.store(target, e.round_floats(value, FP16))
+                with brain:
+                    e.store(target, e.round_floats(value, BF16))
+        with e.when(e.builder.not_(whole)):
+            count = e.multiply(e.clip(left, e.integer(LANES)), self._item)
+            with e.loop(count) as i:
+                e.store(e.add(address, i), e.load(e.add(self._partial, i), I8))

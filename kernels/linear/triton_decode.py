@@ -1,0 +1,272 @@
+"""The tile decoder: words of packed planes to numbers that a dot multiplies. One for every codec.
+
+It is put together from constexpr parameters (the plane widths, 0 for a plane that is not there) and handed to the loops as a
+constexpr function. Its unit is a *run*: 16 columns of a row for 16-bit numbers, 32 for int8. A code
+is cut out of a word with a shift by a constant and a mask, for two (four) codes at once, and the
+planes of a split code are OR-ed; no code moves between lanes. Runs are then concatenated, which
+only renames registers, so that a dot sees a tile of x in one contiguous piece.
+
+What comes out is not the code q but a number D with q = unit * D + base (`encoding`), because a
+floating-point number is free to build only with its exponent in place:
+
+    fp16, bf16   D = 1 + q / 2**bits          exact (8 bits in bf16: D = q - 128)
+    int8         D = q                        (8 bits: D = q - 128)
+
+A symmetric codec subtracts its constant zero here, exactly; every other zero point is folded into
+the fp32 sums through sums of x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from lath.formats.codec import Codec
+
+# Copies of one 16-bit (8-bit) pattern in a word.
+_HALVES = tl.constexpr(0x00010001)
+_QUARTERS = tl.constexpr(0x01010101)
+# The bit patterns of 1.0, and of 128 and 256 in bf16.
+_ONE_FP16 = tl.constexpr(0x3C003C00)
+_ONE_BF16 = tl.constexpr(0x3F803F80)
+_128_BF16 = tl.constexpr(0x43004300)
+_256_BF16 = tl.constexpr(0x43804380)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a dot type represents a code: q = unit * D + base.
+
+    centre: what a symmetric codec subtracts from D before the dot (0: nothing; then the constant
+    zero is folded into the sums like any other).
+    """
+
+    unit: float
+    base: float
+    centre: float
+
+
+def encoding(codec: Codec, dot: str) -> Encoding:
+    """The encoding of `codec` for a dot in "fp16", "bf16", "fp32" or "int8"."""
+    if codec.bits == 8 and dot in ("bf16", "int8"):
+        return Encoding(1.0, 128.0, 0.0)
+    if dot == "int8":
+        return Encoding(1.0, 0.0, 0.0)
+    unit = float(codec.levels)
+    return Encoding(unit, -unit, 1.0 + codec.zero_code / unit if codec.zero == "none" else 0.0)
+
+
+@triton.jit
+def _field(words, WIDTH: tl.constexpr, AT: tl.constexpr, TO: tl.constexpr, LANES: tl.constexpr):
+    """The fields of WIDTH bits at bit AT of each lane of a word, moved to bit TO."""
+    if TO >= AT:
+        moved = words << (TO - AT)
+    else:
+        moved = words >> (AT - TO)
+    return moved & ((((1 << WIDTH) - 1) * LANES) << TO)
+
+
+@triton.jit
+def _side_by_side(left, right):
+    """[R, C], [R, C] -> [R, 2C]: the columns of left, then those of right."""
+    both = tl.permute(tl.join(left, right), (0, 2, 1))
+    return tl.reshape(both, (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit
+def _halves(words):
+    """uint32 [R, C] -> uint16 [R, 2C]."""
+    both = tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16))
+    return tl.reshape(both, (words.shape[0], 2 * words.shape[1]))
+
+
+@triton.jit
+def _quarters(words):
+    """uint32 [R, C] -> int8 [R, 4C]."""
+    low = tl.join(words.to(tl.uint8), (words >> 8).to(tl.uint8))
+    high = tl.join((words >> 16).to(tl.uint8), (words >> 24).to(tl.uint8))
+    both = tl.permute(tl.join(low, high), (0, 1, 3, 2))
+    return tl.reshape(both, (words.shape[0], 4 * words.shape[1])).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _plane(
+    plane,
+    rows,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    BIT: tl.constexpr,
+    TO: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Fields of COUNT words of each row; the first belongs to column pair FIRST of the block.
+
+    Slots of one word are 4 * WIDTH pairs apart. The same words are loaded again for each slot: the
+    compiler merges equal loads.
+    """
+    WORDS: tl.constexpr = 4 * WIDTH
+    offsets = rows[:, None] * WORDS + (FIRST % WORDS + tl.arange(0, COUNT))[None, :]
+    words = tl.load(plane + offsets).to(tl.uint32, bitcast=True)
+    return _field(words, WIDTH, BIT + WIDTH * (FIRST // WORDS), TO, LANES)
+
+
+@triton.jit
+def _planes(
+    planes,
+    rows,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    BIT: tl.constexpr,
+    TO: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTHS: tl.constexpr,
+):
+    """Codes at bit TO of each lane of COUNT words, all planes together: uint32 [rows, COUNT]."""
+    codes = _plane(planes[0], rows, FIRST, COUNT, BIT, TO, LANES, WIDTHS[0])
+    if WIDTHS[1] > 0:
+        codes |= _plane(planes[1], rows, FIRST, COUNT, BIT, TO + WIDTHS[0], LANES, WIDTHS[1])
+    if WIDTHS[2] > 0:
+        codes |= _plane(planes[2], rows, FIRST, COUNT, BIT, TO + WIDTHS[0] + WIDTHS[1], LANES, WIDTHS[2])
+    return codes
+
+
+@triton.jit
+def _pairs(
+    planes,
+    rows,
+    RUN: tl.constexpr,
+    TO: tl.constexpr,
+    WIDTHS: tl.constexpr,
+):
+    """Codes of 16 columns as pairs, uint32 [rows, 8], in the order of `column_order`."""
+    FIRST: tl.constexpr = 8 * (RUN // 2)
+    BIT: tl.constexpr = 8 * (RUN % 2)
+    if WIDTHS[0] == 1 or WIDTHS[1] == 1 or WIDTHS[2] == 1:
+        # A row has four words in a 1-bit plane: two slots of each make up the eight pairs. They
+        # stay beside each other, where the thread that loaded the word needs them.
+        left = _planes(planes, rows, FIRST, 4, BIT, TO, _HALVES, WIDTHS)
+        right = _planes(planes, rows, FIRST + 4, 4, BIT, TO, _HALVES, WIDTHS)
+        return tl.reshape(tl.join(left, right), (left.shape[0], 8))
+    else:
+        return _planes(planes, rows, FIRST, 8, BIT, TO, _HALVES, WIDTHS)
+
+
+@triton.jit
+def column_order(
+    COUNT: tl.constexpr, WIDTHS: tl.constexpr
+):
+    """int32 [COUNT]: the column at each position of COUNT 16-bit numbers that were decoded."""
+    position = tl.arange(0, COUNT)
+    if WIDTHS[0] == 1 or WIDTHS[1] == 1 or WIDTHS[2] == 1:
+        inside = (position // 2) % 2 * 8 + (position // 4) % 4 * 2 + position % 2
+        return position // 16 * 16 + inside
+    else:
+        return position
+
+
+@triton.jit
+def decode_fp16(
+    planes,
+    rows,
+    RUN: tl.constexpr,
+    CENTRE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+):
+    """Run RUN (16 columns) of a block: fp16 [rows, 16]."""
+    codes = _pairs(planes, rows, RUN, 10 - (WIDTHS[0] + WIDTHS[1] + WIDTHS[2]), WIDTHS)
+    numbers = _halves(codes | _ONE_FP16).to(tl.float16, bitcast=True)
+    if CENTRE > 0:
+        numbers = numbers - tl.full((1, 1), CENTRE, tl.float16)
+    return numbers
+
+
+@triton.jit
+def decode_fp32(
+    planes,
+    rows,
+    RUN: tl.constexpr,
+    CENTRE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+):
+    """Run RUN (16 columns) of a block: fp32 [rows, 16]."""
+    return decode_fp16(planes, rows, RUN, CENTRE, WIDTHS).to(tl.float32)
+
+
+@triton.jit
+def decode_bf16(
+    planes,
+    rows,
+    RUN: tl.constexpr,
+    CENTRE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+):
+    """Run RUN (16 columns) of a block: bf16 [rows, 16]."""
+    if WIDTHS[0] == 8:
+        # bf16 has 8 bits of precision: 128 + (q mod 128) is exact, and so is its distance to 128
+        # or 256, whichever makes it q - 128.
+        codes = _pairs(planes, rows, RUN, 0, WIDTHS)
+        low = _halves((codes & 0x007F007F) | _128_BF16).to(tl.bfloat16, bitcast=True)
+        return low - _halves((codes & 0x00800080) ^ _256_BF16).to(tl.bfloat16, bitcast=True)
+    else:
+        codes = _pairs(planes, rows, RUN, 7 - (WIDTHS[0] + WIDTHS[1] + WIDTHS[2]), WIDTHS)
+        numbers = _halves(codes | _ONE_BF16).to(tl.bfloat16, bitcast=True)
+        if CENTRE > 0:
+            numbers = numbers - tl.full((1, 1), CENTRE, tl.bfloat16)
+        return numbers
+
+
+@triton.jit
+def decode_int8(
+    planes,
+    rows,
+    RUN: tl.constexpr,
+    CENTRE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+):
+    """Run RUN (32 columns) of a block: int8 [rows, 32], in the order of the int8 row quantiser."""
+    if WIDTHS[0] == 1 or WIDTHS[1] == 1 or WIDTHS[2] == 1:
+        left = _planes(planes, rows, 8 * RUN, 4, 0, 0, _QUARTERS, WIDTHS)
+        right = _planes(planes, rows, 8 * RUN + 4, 4, 0, 0, _QUARTERS, WIDTHS)
+        codes = _side_by_side(left, right)
+    else:
+        codes = _planes(planes, rows, 8 * RUN, 8, 0, 0, _QUARTERS, WIDTHS)
+    if WIDTHS[0] == 8:
+        codes = codes ^ 0x80808080
+    return _quarters(codes)
+
+
+@triton.jit
+def decode_tile(
+    planes,
+    rows,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    DECODE: tl.constexpr,
+    CENTRE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+):
+    """Runs FIRST .. FIRST + COUNT (a power of two) of a block, side by side."""
+    if COUNT == 1:
+        return DECODE(planes, rows, FIRST, CENTRE, WIDTHS)
+    else:
+        return _side_by_side(
+            decode_tile(planes, rows, FIRST, COUNT // 2, DECODE, CENTRE, WIDTHS),
+            decode_tile(planes, rows, FIRST + COUNT // 2, COUNT // 2, DECODE, CENTRE, WIDTHS),
+        )
+
+
+@triton.jit
+def block_planes(
+    codes, panel, block, padded_rows, blocks, WIDTHS: tl.constexpr
+):
+    """Where block `block` of panel `panel` begins in each plane of the flat tensor of codes."""
+    # Per bit of plane width: 64 words in a block of 16 rows, 4 * padded_rows * blocks in all.
+    before = (panel.to(tl.int64) * blocks + block) * 64
+    size = padded_rows.to(tl.int64) * blocks * 4
+    first = codes + before * WIDTHS[0]
+    second = codes + (size * WIDTHS[0] + before * WIDTHS[1])
+    third = codes + (size * (WIDTHS[0] + WIDTHS[1]) + before * WIDTHS[2])
+    return first, second, third

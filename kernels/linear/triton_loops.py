@@ -1,0 +1,285 @@
+"""The loops of `linear` on a GPU: gemv, tile matmul (flat and tiled), reduction and decode.
+
+All share the tile decoder and one accounting of scales and zero points. With D the decoded numbers
+(`triton_decode.encoding`: q = unit * D + base), a *span* the longest run of columns that has one
+weight scale and one activation scale, and r = Σ x over a span,
+
+    Σ x (q - zero) = unit * Σ x D + (base - zero) * r          y += x_scale * scale * (that)
+    Σ x (scale * q + minimum) = scale * (unit * Σ x D + base * r) + minimum * r
+
+in fp32 (int32 where the dot is int8). SPAN 0 means: one span along all of K.
+
+Columns beyond K: x counts as 0 there, codes and scales are read from padding or from the last
+group. Rows beyond N read the last panel, tokens beyond M the last token; neither is stored.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lath.kernels.linear.triton_decode import (
+    block_planes,
+    column_order,
+    decode_tile,
+)
+
+_BLOCK = tl.constexpr(128)
+_PANEL = tl.constexpr(16)
+# Tiles of y in this many rows of tiles run one after another, so that they share weights in cache.
+_TILES_TOGETHER = tl.constexpr(8)
+
+
+@triton.jit
+def _by_row(vector, SWAP: tl.constexpr):
+    """A value per row of the weight, to be broadcast over a tile of y ([BN, BM] if SWAP)."""
+    if SWAP:
+        return vector[:, None]
+    else:
+        return vector[None, :]
+
+
+@triton.jit
+def _group_of(column, groups, GROUP: tl.constexpr):
+    """The group of a column, int64; a column of the padding counts to the last group."""
+    if GROUP == 0:
+        return (column * 0).to(tl.int64)
+    else:
+        return tl.minimum(column // GROUP, groups - 1).to(tl.int64)
+
+
+@triton.jit
+def _weigh(part, sums, scale, zero, UNIT: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr):
+    """Scale and zero point of one span: part Σ x D and sums Σ x to fp32.
+
+    scale, zero, sums: broadcastable to part. OFFSET: base - zero_code if ZERO is "none", base
+    otherwise; a whole number where part is int32, but for one bit.
+    """
+    if ZERO == "none" and OFFSET == 0:
+        return part.to(tl.float32) * (scale * UNIT)
+    if OFFSET != OFFSET // 1:
+        part = part.to(tl.float32)
+        sums = sums.to(tl.float32)
+    if UNIT != 1:
+        part = part * UNIT
+    if ZERO == "integer":
+        part += sums * (tl.full((1, 1), OFFSET, tl.float32) - zero.to(tl.float32)).to(part.dtype)
+    elif OFFSET != 0:
+        part += sums * tl.full((1, 1), OFFSET, part.dtype)
+    value = part.to(tl.float32) * scale
+    if ZERO == "float":
+        value += sums.to(tl.float32) * zero.to(tl.float32)
+    return value
+
+
+@triton.jit
+def _tile_of(program, tiles_m, tiles_n):
+    """Row and column of the tile of a program: down a few rows of tiles, then to the right."""
+    group = program // (_TILES_TOGETHER * tiles_n)
+    first = group * _TILES_TOGETHER
+    height = tl.minimum(tiles_m - first, _TILES_TOGETHER)
+    inside = program - group * (_TILES_TOGETHER * tiles_n)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _multiply(
+    part,
+    x,
+    weight,
+    column,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    DEPTH: tl.constexpr,
+    RUN: tl.constexpr,
+    DECODE: tl.constexpr,
+    CENTRE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    MASKED: tl.constexpr,
+    SWAP: tl.constexpr,
+):
+    """part + x times the weights in COUNT columns from column + FIRST, DEPTH columns a dot.
+
+    x: (pointer, offsets of a tile, its column order, K). weight: (codes, panel, rows, padded rows,
+    blocks). column: the first of this step. RUN: columns of a run of the decoder.
+    """
+    for i in tl.static_range(COUNT // DEPTH):
+        # The last step may reach into a block that is not there; x is 0 in it.
+        block = tl.minimum(column // _BLOCK + (FIRST + i * DEPTH) // _BLOCK, weight[4] - 1)
+        planes = block_planes(weight[0], weight[1], block, weight[3], weight[4], WIDTHS)
+        numbers = decode_tile(
+            planes,
+            weight[2],
+            (FIRST + i * DEPTH) % _BLOCK // RUN,
+            DEPTH // RUN,
+            DECODE,
+            CENTRE,
+            WIDTHS,
+        )
+        pointers = x[0] + (column + (FIRST + i * DEPTH)) + x[1]
+        if MASKED:
+            inside = column + (FIRST + i * DEPTH) + x[2] < x[3]
+            values = tl.load(pointers, mask=_by_row(inside, SWAP), other=0)
+        else:
+            values = tl.load(pointers)
+        if SWAP:
+            part = tl.dot(numbers, values, part, input_precision="ieee")
+        else:
+            part = tl.dot(values, tl.trans(numbers), part, input_precision="ieee")
+    return part
+
+
+@triton.jit
+def matmul_kernel(
+    x,
+    codes,
+    scales,
+    zeros,
+    x_scales,
+    x_sums,
+    bias,
+    y,
+    M,
+    N,
+    K,
+    stride_x,
+    padded_rows,
+    blocks,
+    groups,
+    x_groups,
+    DECODE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    CENTRE: tl.constexpr,
+    UNIT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    X_GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    RUN: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SUMS: tl.constexpr,
+    MASKED: tl.constexpr,
+    BIAS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of y, or of one piece of K (program axis 1) of the fp32 workspace y [pieces, M, N].
+
+    x: [M, >= K] with stride stride_x. codes, scales, zeros: of a QTensor. x_scales: fp32
+    [x_groups, M] (X_GROUP 0: per token, -1: none). x_sums: [spans, M] sums of x over SPAN columns
+    (BLOCK_K if SPAN is 0), where SUMS. GROUP 0: a scale per row. WHOLE: y is final, round to it.
+    """
+    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
+    piece = tl.program_id(1)
+    steps = tl.cdiv(blocks * _BLOCK, BLOCK_K)
+    steps_each = tl.cdiv(steps, tl.num_programs(1))
+    first_step = piece * steps_each
+    last_step = tl.minimum(first_step + steps_each, steps)
+
+    first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+    token = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
+    lane = tl.arange(0, BLOCK_N)
+    panel = tl.minimum(lane // _PANEL, padded_rows // _PANEL - 1 - first_n // _PANEL)
+    row = first_n + panel * _PANEL + lane % _PANEL
+    weight = (
+        codes,
+        first_n // _PANEL,
+        panel * (blocks * _PANEL) + lane % _PANEL,
+        padded_rows,
+        blocks,
+    )
+    if RUN == 16:
+        order = column_order(DEPTH, WIDTHS)
+    else:
+        order = tl.arange(0, DEPTH)
+    x_offsets = _by_row(token * stride_x, not SWAP) + _by_row(order, SWAP)
+    x_tile = (x + first_m.to(tl.int64) * stride_x, x_offsets, order, K)
+    token += first_m
+
+    if SWAP:
+        nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        nothing = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = nothing
+    if RUN == 32:
+        nothing = nothing.to(tl.int32)
+    if SPAN == 0:
+        part = nothing
+        if SUMS:
+            sums = tl.zeros((BLOCK_M,), x_sums.dtype.element_ty)
+    for step in range(first_step, last_step):
+        column = step * BLOCK_K
+        if SPAN == 0:
+            part = _multiply(
+                part, x_tile, weight, column, 0, BLOCK_K, DEPTH, RUN, DECODE, CENTRE, WIDTHS,
+                MASKED, SWAP,
+            )  # fmt: skip
+            if SUMS:
+                sums += tl.load(x_sums + step.to(tl.int64) * M + token)
+        else:
+            for i in tl.static_range(BLOCK_K // SPAN):
+                partial = _multiply(
+                    nothing, x_tile, weight, column, i * SPAN, SPAN, DEPTH, RUN, DECODE, CENTRE,
+                    WIDTHS, MASKED, SWAP,
+                )  # fmt: skip
+                at = _group_of(column + i * SPAN, groups, GROUP) * padded_rows + row
+                scale = _by_row(tl.load(scales + at).to(tl.float32), SWAP)
+                zero = scale
+                if ZERO != "none":
+                    zero = _by_row(tl.load(zeros + at), SWAP)
+                span_sums = scale
+                if SUMS:
+                    span = (column // SPAN + i).to(tl.int64)
+                    span_sums = _by_row(tl.load(x_sums + span * M + token), not SWAP)
+                value = _weigh(partial, span_sums, scale, zero, UNIT, OFFSET, ZERO)
+                if X_GROUP > 0:
+                    x_at = _group_of(column + i * SPAN, x_groups, X_GROUP) * M + token
+                    value *= _by_row(tl.load(x_scales + x_at), not SWAP)
+                total += value
+    if SPAN == 0:
+        scale = _by_row(tl.load(scales + row).to(tl.float32), SWAP)
+        zero = scale
+        if ZERO != "none":
+            zero = _by_row(tl.load(zeros + row), SWAP)
+        all_sums = scale
+        if SUMS:
+            all_sums = _by_row(sums, not SWAP)
+        total = _weigh(part, all_sums, scale, zero, UNIT, OFFSET, ZERO)
+    if X_GROUP == 0:
+        total *= _by_row(tl.load(x_scales + token), not SWAP)
+
+    token = first_m + tl.arange(0, BLOCK_M)
+    row = first_n + lane
+    if BIAS:
+        total += _by_row(tl.load(bias + row, mask=row < N, other=0).to(tl.float32), SWAP)
+    tile = y + (piece.to(tl.int64) * M + first_m) * N + first_n
+    offsets = _by_row(tl.arange(0, BLOCK_M) * N, not SWAP) + _by_row(lane, SWAP)
+    stored = _by_row(token < M, not SWAP) & _by_row(row < N, SWAP)
+    tl.store(tile + offsets, total.to(y.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def reduce_kernel(
+    pieces,
+    bias,
+    y,
+    elements,
+    N,
+    PIECES: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y = the sum of fp32 pieces [PIECES, elements], first to last, plus bias [N], rounded once."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    offset = first + tl.arange(0, BLOCK)
+    inside = offset < elements
+    total = tl.zeros((BLOCK,), tl.float32)
+    for piece in tl.static_range(PIECES):
+        total += tl.load(pieces + piece * elements.to(tl.int64) + offset, mask=inside, other=0)
+    if BIAS:
+        total += tl.load(bias + offset % N, mask=inside, other=0).to(tl.float32)
+    tl.store(y + offset, total.to(y.dtype.element_ty), mask=inside)

@@ -1,0 +1,121 @@
+"""Compiling a kernel once per machine: numba's on-disk cache with a key that is complete.
+
+numba keys a cached function by its own source file, its closure and the CPU. What an intrinsic emits
+is invisible to that key, so every kernel is a closure over `kernel_key()`: the instruction set and a
+digest of all sources that take part in emission.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from lath.kernels.simd.emitter import Emitter
+from lath.kernels.simd.isa import Isa, host_isa
+
+Emission = Callable[..., None]
+_KERNEL_TYPE = types.void(types.int64, types.int64, types.int64)
+
+
+@functools.cache
+def kernel_key() -> str:
+    """Text that changes with the instruction set or any source of the emitted code."""
+    here = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted([*here.glob("*.py"), *here.parent.glob("*/cpu*.py")]):
+        digest.update(path.read_bytes())
+    return f"{host_isa()} {digest.hexdigest()[:16]}"
+
+
+def isa_of(key: str) -> Isa:
+    return key.split()[0]  # type: ignore[return-value]
+
+
+@functools.cache
+def compile_kernel(emission: Emission, *options: int | str) -> Any:
+    """The machine code of `emission(emitter, begin, end, arguments, *options)`.
+
+    A kernel works on the units [begin, end) and finds everything else at the address `arguments`.
+    Returns an object with the C `address` of the code, which lives as long as the process.
+    """
+    key, name, text = kernel_key(), f"{emission.__module__}:{emission.__name__}", repr(options)
+
+    # Only text is closed over: it is what numba can tell apart from one process to the next.
+    def run(begin, end, arguments):
+        emitted(key, name, text, begin, end, arguments)
+
+    return _cached(lambda cache: numba.cfunc(_KERNEL_TYPE, cache=cache))(run)
+
+
+@intrinsic(prefer_literal=True)
+def emitted(typing_context, key, name, options, begin, end, arguments):
+    """The body of a kernel: what the emission function `name` emits, inlined here."""
+
+    def emit(context, builder, signature, values):
+        module, _, function = name.literal_value.partition(":")
+        emission: Emission = getattr(importlib.import_module(module), function)
+        emitter = Emitter(builder, isa_of(key.literal_value))
+        emission(emitter, *values[3:], *ast.literal_eval(options.literal_value))
+        return context.get_dummy_value()
+
+    return types.void(key, name, options, types.int64, types.int64, types.int64), emit
+
+
+def driver(signature: Any, parallel: bool = False) -> Callable[[Callable[..., None]], Any]:
+    """Compile a function that Python calls, for one signature, without the GIL."""
+    return _cached(
+        lambda cache: numba.njit(
+            signature, cache=cache, nogil=True, parallel=parallel, error_model="numpy"
+        )
+    )
+
+
+def _cached(decorator: Callable[[bool], Any]) -> Callable[[Callable[..., None]], Any]:
+    def compiled(function: Callable[..., None]) -> Any:
+        try:
+            return decorator(True)(function)
+        except RuntimeError as error:
+            if "cannot cache function" not in str(error):
+                raise
+            warnings.warn(
+                f"compiled kernels cannot be kept on disk ({error}): each process compiles anew; "
+                "set NUMBA_CACHE_DIR to a folder that can be written to",
+                stacklevel=2,
+            )
+            return decorator(False)(function)
+
+    return compiled
+
+
+@intrinsic
+def call_kernel(typing_context, address, begin, end, arguments):
+    """Call the kernel at a C address."""
+    integer = ir.IntType(64)
+
+    def emit(context, builder, signature, values):
+        kind = ir.FunctionType(ir.VoidType(), [integer] * 3)
+        builder.call(builder.inttoptr(values[0], kind.as_pointer()), values[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), emit
+
+
+@intrinsic
+def load_integer(typing_context, address):
+    """The int64 at an address."""
+
+    def emit(context, builder, signature, values):
+        return builder.load(builder.inttoptr(values[0], ir.IntType(64).as_pointer()))
+
+    return types.int64(types.int64), emit

@@ -1,0 +1,311 @@
+"""Emitter: the vector operations that kernels are written in, over llvmlite's IR builder.
+
+A vector is sixteen 32-bit lanes, integers or floats; lane = output row. Kernels are Python functions
+that call these methods; plain Python loops unroll a register tile, `loop` makes a loop at run time.
+Addresses are 64-bit integers. LLVM keeps a `Variable` in a register and splits a vector where the
+machine's are narrower, so that one kernel serves every instruction set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from lath.kernels.simd.isa import Isa
+
+LANES = 16
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+INTS = ir.VectorType(I32, LANES)
+FLOATS = ir.VectorType(F32, LANES)
+HALVES = ir.VectorType(F16, LANES)
+SHORTS = ir.VectorType(I16, LANES)
+BYTES = ir.VectorType(I8, LANES)
+_BYTES64 = ir.VectorType(I8, 64)
+_SHORTS32 = ir.VectorType(I16, 32)
+_SHORTS64 = ir.VectorType(I16, 64)
+
+# Float types in memory, as kernels name them.
+FP32, FP16, BF16 = 0, 1, 2
+ITEM_BYTES = {FP32: 4, FP16: 2, BF16: 2}
+
+
+class Variable:
+    """A value that changes in a loop."""
+
+    def __init__(self, builder: Any, start: Any) -> None:
+        self._builder = builder
+        self._slot = cgutils.alloca_once(builder, start.type)
+        builder.store(start, self._slot)
+
+    @property
+    def value(self) -> Any:
+        return self._builder.load(self._slot)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self._builder.store(value, self._slot)
+
+
+class Emitter:
+    """builder: llvmlite's IRBuilder inside the function to extend. isa: how `dot` is lowered."""
+
+    def __init__(self, builder: Any, isa: Isa) -> None:
+        self.builder = builder
+        self.isa = isa
+
+    # Scalars and control
+
+    def integer(self, value: int) -> Any:
+        return ir.Constant(I64, value)
+
+    def add(self, left: Any, right: Any) -> Any:
+        """left + right; an int stands for a constant of the other's type."""
+        return self.builder.add(left, self._like(left, right))
+
+    def multiply(self, left: Any, right: Any) -> Any:
+        return self.builder.mul(left, self._like(left, right))
+
+    def subtract(self, left: Any, right: Any) -> Any:
+        return self.builder.sub(left, self._like(left, right))
+
+    def clip(self, value: Any, high: Any) -> Any:
+        """value, but at least 0 and at most `high`."""
+        low = self.builder.icmp_signed("<", value, self._like(value, 0))
+        value = self.builder.select(low, self._like(value, 0), value)
+        return self.builder.select(self.builder.icmp_signed("<", value, high), value, high)
+
+    def divide(self, left: Any, right: Any) -> Any:
+        """left // right for a left that is not negative."""
+        return self.builder.udiv(left, self._like(left, right))
+
+    def offset(self, address: Any, index: Any, scale: int) -> Any:
+        return self.add(address, self.multiply(index, scale))
+
+    def variable(self, start: Any) -> Variable:
+        return Variable(self.builder, start)
+
+    @contextlib.contextmanager
+    def loop(self, count: Any) -> Iterator[Any]:
+        """A loop at run time; yields its index, 0 to count - 1."""
+        with cgutils.for_range(self.builder, count) as loop:
+            yield loop.index
+
+    @contextlib.contextmanager
+    def when(self, condition: Any) -> Iterator[None]:
+        with self.builder.if_then(condition):
+            yield
+
+    @contextlib.contextmanager
+    def choice(self, condition: Any) -> Iterator[Any]:
+        """Yields two context managers: the branch where the condition holds, and the other."""
+        with self.builder.if_else(condition) as branches:
+            yield branches
+
+    def buffer(self, vectors: int) -> Any:
+        """The address of scratch for some vectors of floats, on the stack."""
+        slot = cgutils.alloca_once(self.builder, ir.ArrayType(FLOATS, vectors))
+        return self.builder.ptrtoint(slot, I64)
+
+    # Memory
+
+    def load(self, address: Any, kind: Any = INTS) -> Any:
+        value = self.builder.load(self.builder.inttoptr(address, kind.as_pointer()))
+        value.align = 1
+        return value
+
+    def store(self, address: Any, value: Any) -> None:
+        pointer = self.builder.inttoptr(address, value.type.as_pointer())
+        self.builder.store(value, pointer).align = 1
+
+    def prefetch(self, address: Any) -> None:
+        pointer = self.builder.inttoptr(address, I8.as_pointer())
+        function = self._function(
+            "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32]
+        )
+        read, keep, data = (ir.Constant(I32, value) for value in (0, 3, 1))
+        self.builder.call(function, [pointer, read, keep, data])
+
+    def load_floats(self, address: Any, kind: int) -> Any:
+        """Sixteen floats of type `kind` in memory, as fp32."""
+        if kind == FP32:
+            return self.load(address, FLOATS)
+        if kind == FP16:
+            return self.builder.fpext(self.load(address, HALVES), FLOATS)
+        wide = self.builder.zext(self.load(address, SHORTS), INTS)
+        return self.builder.bitcast(self.shift_left(wide, 16), FLOATS)
+
+    def load_bytes(self, address: Any) -> Any:
+        """Sixteen uint8 as integers."""
+        return self.builder.zext(self.load(address, BYTES), INTS)
+
+    def round_floats(self, value: Any, kind: int) -> Any:
+        """fp32 lanes rounded once (to nearest, ties to even) to the type `kind`."""
+        if kind == FP32:
+            return value
+        if kind == FP16:
+            return self.builder.fptrunc(value, HALVES)
+        bits = self.builder.bitcast(value, INTS)
+        odd = self.builder.and_(self.shift_right(bits, 16), self.constant(1))
+        rounded = self.builder.add(self.builder.add(bits, odd), self.constant(0x7FFF))
+        nan = self.builder.fcmp_unordered("uno", value, value)
+        kept = self.builder.select(nan, self.constant(0x7FC00000), rounded)
+        return self.builder.trunc(self.shift_right(kept, 16), SHORTS)
+
+    # Lanes
+
+    def constant(self, value: int) -> Any:
+        return ir.Constant(INTS, [value] * LANES)
+
+    def floats(self, value: float) -> Any:
+        return ir.Constant(FLOATS, [value] * LANES)
+
+    def splat(self, scalar: Any) -> Any:
+        """A scalar in every lane."""
+        kind = ir.VectorType(scalar.type, LANES)
+        undefined = ir.Constant(kind, ir.Undefined)
+        first = self.builder.insert_element(undefined, scalar, ir.Constant(I32, 0))
+        return self.builder.shuffle_vector(first, undefined, ir.Constant(INTS, [0] * LANES))
+
+    def broadcast(self, address: Any, kind: Any = I32) -> Any:
+        """The scalar in memory in every lane."""
+        return self.splat(self.load(address, kind))
+
+    def shift_right(self, value: Any, count: int) -> Any:
+        return value if count == 0 else self.builder.lshr(value, self.constant(count))
+
+    def shift_left(self, value: Any, count: int) -> Any:
+        return value if count == 0 else self.builder.shl(value, self.constant(count))
+
+    def shift_right_signed(self, value: Any, count: int) -> Any:
+        return value if count == 0 else self.builder.ashr(value, self.constant(count))
+
+    def to_floats(self, value: Any) -> Any:
+        return self.builder.sitofp(value, FLOATS)
+
+    def fma(self, left: Any, right: Any, addend: Any) -> Any:
+        """left * right + addend, fused where the machine has it."""
+        function = self._function("llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3)
+        return self.builder.call(function, [left, right, addend])
+
+    def nearest(self, value: Any) -> Any:
+        """Rounded to an integer, ties to even; float lanes to int lanes."""
+        rounded = self.builder.call(self._function("llvm.rint.v16f32", FLOATS, [FLOATS]), [value])
+        return self.builder.fptosi(rounded, INTS)
+
+    def larger(self, left: Any, right: Any) -> Any:
+        return self.builder.select(self.builder.icmp_unsigned(">", left, right), left, right)
+
+    def largest_lane(self, value: Any) -> Any:
+        function = self._function("llvm.vector.reduce.umax.v16i32", I32, [INTS])
+        return self.builder.call(function, [value])
+
+    def sum_of_lanes(self, value: Any) -> Any:
+        if value.type == INTS:
+            function = self._function("llvm.vector.reduce.add.v16i32", I32, [INTS])
+            return self.builder.call(function, [value])
+        function = self._function("llvm.vector.reduce.fadd.v16f32", F32, [F32, FLOATS])
+        start = ir.Constant(F32, 0.0)
+        return self.builder.call(function, [start, value], fastmath=("reassoc",))
+
+    # Codes
+
+    def fields(self, word: Any, width: int) -> list[Any]:
+        """The codes of `width` bits in each byte, low bits first, each alone in its byte."""
+        mask = self.constant(((1 << width) - 1) * 0x01010101 & 0xFFFFFFFF)
+        if width == 8:
+            return [word]
+        return [
+            self.builder.and_(self.shift_right(word, shift), mask) for shift in range(0, 8, width)
+        ]
+
+    def fields_in_place(self, word: Any, width: int) -> list[Any]:
+        """As `fields`, but field j stays 2**(width*j) times too large: no shift was spent on it."""
+        if width == 8:
+            return [word]
+        mask = ((1 << width) - 1) * 0x01010101
+        return [
+            self.builder.and_(word, self.constant(mask << shift)) for shift in range(0, 8, width)
+        ]
+
+    def dot(self, total: Any, codes: Any, signed: Any, narrow: bool) -> Any:
+        """total + Σ of four products in each lane: uint8 codes times int8, |int8| <= 127.
+
+        narrow: codes are at most 127, so that a sum of two products fits in 16 bits.
+        """
+        if self.isa == "avx512_vnni":
+            function = self._function("llvm.x86.avx512.vpdpbusd.512", INTS, [INTS] * 3)
+            return self.builder.call(function, [total, codes, signed])
+        codes = self.builder.bitcast(codes, _BYTES64)
+        signed = self.builder.bitcast(signed, _BYTES64)
+        if self.isa == "avx2":
+            pairs = self._pairs_avx2(codes, signed) if narrow else self._products(codes, signed)
+            return self.builder.add(total, self._add_pairs_avx2(pairs))
+        return self.builder.add(total, self._add_quads(self._products(codes, signed)))
+
+    def _products(self, codes: Any, signed: Any) -> Any:
+        """64 products as int16: 255 * 127 still fits."""
+        wide = self.builder.zext(codes, _SHORTS64), self.builder.sext(signed, _SHORTS64)
+        return self.builder.mul(*wide)
+
+    def _pairs_avx2(self, codes: Any, signed: Any) -> Any:
+        """32 int16 sums of two neighbouring products."""
+        half = ir.VectorType(I8, 32)
+        function = self._function(
+            "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), [half, half]
+        )
+        low, high = (
+            self.builder.call(function, [self._slice(codes, h, 32), self._slice(signed, h, 32)])
+            for h in (0, 32)
+        )
+        return self._concatenate(low, high)
+
+    def _add_pairs_avx2(self, shorts: Any) -> Any:
+        """Neighbouring int16 (32 or 64 of them) added until there are 16 int32."""
+        half = ir.VectorType(I16, 16)
+        function = self._function("llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), [half, half])
+        ones = ir.Constant(half, [1] * 16)
+        parts = [
+            self.builder.call(function, [self._slice(shorts, start, 16), ones])
+            for start in range(0, shorts.type.count, 16)
+        ]
+        joined = [
+            self._concatenate(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)
+        ]
+        if len(joined) == 1:
+            return joined[0]
+        return self._add_neighbours(self._concatenate(*joined))
+
+    def _add_quads(self, products: Any) -> Any:
+        wide = self.builder.sext(products, ir.VectorType(I32, 64))
+        return self._add_neighbours(self._add_neighbours(wide))
+
+    def _add_neighbours(self, value: Any) -> Any:
+        count = value.type.count // 2
+        even, odd = (
+            self._shuffle(value, value, [2 * lane + start for lane in range(count)])
+            for start in (0, 1)
+        )
+        return self.builder.add(even, odd)
+
+    def _slice(self, value: Any, start: int, count: int) -> Any:
+        return self._shuffle(value, value, list(range(start, start + count)))
+
+    def _concatenate(self, low: Any, high: Any) -> Any:
+        return self._shuffle(low, high, list(range(2 * low.type.count)))
+
+    def _shuffle(self, left: Any, right: Any, lanes: list[int]) -> Any:
+        order = ir.Constant(ir.VectorType(I32, len(lanes)), lanes)
+        return self.builder.shuffle_vector(left, right, order)
+
+    def _function(self, name: str, result: Any, arguments: list[Any]) -> Any:
+        kind = ir.FunctionType(result, arguments)
+        return cgutils.get_or_insert_function(self.builder.module, kind, name)
+
+    @staticmethod
+    def _like(value: Any, other: Any) -> Any:
+        return ir.Constant(value.type, other) if isinstance(other, int) else other

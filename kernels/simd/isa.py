@@ -1,0 +1,62 @@
+"""Which instruction set the compiled CPU kernels are lowered for.
+
+    avx512_vnni   vpdpbusd: sixteen dot products of four 8-bit pairs in one instruction
+    avx2          vpmaddubsw and vpmaddwd, on 256-bit halves
+    portable      plain vector IR: whatever the machine has, an Arm CPU included
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Literal, cast, get_args
+
+Isa = Literal["avx512_vnni", "avx2", "portable"]
+
+_NEEDS: dict[Isa, frozenset[str]] = {
+    "avx512_vnni": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"}),
+    "avx2": frozenset({"avx2", "fma", "f16c"}),
+    "portable": frozenset(),
+}
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """Features that numba compiles for, in LLVM's names (NUMBA_CPU_FEATURES and _NAME count)."""
+    from llvmlite import binding
+    from numba.core import config
+
+    if config.CPU_FEATURES is not None:
+        listed = str(config.CPU_FEATURES)
+    elif config.CPU_NAME is not None and binding.get_host_cpu_name() != config.CPU_NAME:
+        return _features_of_name(str(config.CPU_NAME))
+    else:
+        listed = str(binding.get_host_cpu_features().flatten())
+    return frozenset(name[1:] for name in listed.split(",") if name.startswith("+"))
+
+
+def _features_of_name(name: str) -> frozenset[str]:
+    """What a CPU model certainly has; llvmlite cannot list it, so only well-known levels count."""
+    v3 = {"haswell", "broadwell", "skylake", "znver1", "znver2", "znver3", "x86-64-v3"}
+    with_vnni = {"cascadelake", "icelake-server", "sapphirerapids", "znver4", "znver5"}
+    if name in with_vnni:
+        return _NEEDS["avx512_vnni"] | _NEEDS["avx2"]
+    return _NEEDS["avx2"] if name in v3 or name == "x86-64-v4" else frozenset()
+
+
+@functools.cache
+def host_isa() -> Isa:
+    """The instruction set in use: the widest this machine has, or the one LATH_ISA names.
+
+    ValueError for an unknown LATH_ISA, RuntimeError for one whose instructions are missing.
+    """
+    features = cpu_features()
+    asked = os.environ.get("LATH_ISA", "")
+    if not asked:
+        return next(isa for isa, needs in _NEEDS.items() if needs <= features)
+    if asked not in get_args(Isa):
+        raise ValueError(f"LATH_ISA must be one of {get_args(Isa)}, got {asked!r}")
+    missing = sorted(_NEEDS[cast(Isa, asked)] - features)
+    if missing:
+        raise RuntimeError(f"LATH_ISA={asked!r} needs {missing}, which this CPU lacks")
+    return cast(Isa, asked)
