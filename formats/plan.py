@@ -15,9 +15,10 @@ class Plan:
 
     backend: who computes. dataflow: "gemv" (no dot instruction), "flat" (few tokens, K split with
     an ordered reduction), "tiled", "decode_matmul" (decode, then a library matmul) or "definition"
-    (NumPy). dot: the type that is multiplied, "int8", "fp16", "bf16" or "fp32". block_m, block_n:
-    tile of y; block_k: columns per step; split_k: pieces of K; swap: the weight is the left operand
-    of the dot; warps, stages, threads: as the backend understands them (0 where it does not).
+    (NumPy). dot: the type that is multiplied, "int8", "fp16", "bf16" or "fp32". block_m tokens by
+    block_n rows of the weight: tile of y; block_k: columns per step; split_k: pieces of K; swap:
+    the weight is the left operand of the dot; warps, stages, threads: as the backend understands
+    them (0 where it does not).
     bytes_moved: predicted traffic of weights, scales, x, y and workspace. operations: 2*M*N*K.
     reason: one sentence per choice.
     """

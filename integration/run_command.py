@@ -25,7 +25,7 @@ from lath.integration.report import PatchReport, model_bytes
 from lath.integration.text_sample import english_text
 from lath.verbs.planning import describe_device
 
-DEFAULT_PROMPT = "Explain in three sentences why bread rises."
+DEFAULT_PROMPT = "Explain in two sentences why the sky is blue."
 # Four bits and a minimum per 32 weights: as SmolLM2's package stores its own weights, so that what
 # is compared by default is the arithmetic, not a second rounding.
 DEFAULT_WEIGHTS = "int4-g32-fzero"
@@ -167,7 +167,7 @@ def result_table(
     before, after = result.bytes_before, result.bytes_after
     table.add_row("bytes", f"{before:,}", f"{after:,}", f"{before / after:.2f} times smaller")
     old, new = result.perplexity_before, result.perplexity_after
-    table.add_row("perplexity", f"{old:.3f}", f"{new:.3f}", f"{new / old - 1:+.1%}")
+    table.add_row("perplexity", f"{old:.3f}", f"{new:.3f}", f"{new / old - 1:+.2%}")
     for label, field in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")):
         slow, fast = getattr(result, f"{field}_before"), getattr(result, f"{field}_after")
         table.add_row(f"{label} tokens/s", f"{slow:.1f}", f"{fast:.1f}", f"{fast / slow:.2f} times")

@@ -22,8 +22,8 @@ OPERAND_BYTES = {"int8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Above this many tokens a decoded weight is used often enough to pay for storing it (CPU, float).
 CPU_GEMV_TOKENS = 8
-# Up to this many tokens a product per weight costs less than filling a dot's tile (GPU, fp32).
-GEMV_TOKENS = 4
+# Up to this many tokens products are summed directly (GPU), with a tensor core and without one.
+GEMV_TOKENS, SUMMED_TOKENS = 1, 4
 # Above this many tokens the tile is full and splitting K only adds workspace (GPU).
 FLAT_TOKENS = 64
 # A piece of K shorter than this spends more on its share of the reduction than it saves.
@@ -137,84 +137,118 @@ def _plan_gpu(
     dtype: torch.dtype,
     device: DeviceDescription,
 ) -> Plan:
-    dot, why_dot = _dot_type(k, codec, activations, dtype)
-    crossover = _decode_crossover(n, device)
+    dot, why_dot = _dot_type(k, codec, activations, dtype, device)
+    crossover = _decode_crossover(device)
     if m > crossover and activations.kind == "float":
-        return replace(
-            draft,
-            dataflow="decode_matmul",
-            dot=dot,
-            reason=f"{m} tokens, above {crossover} on {device.architecture}: decoding once to "
-            f"{dot} and a library matmul cost less than decoding in every tile",
+        why = (
+            f"{m} tokens, above {crossover} on {device.architecture}: decoding once to {dot} and a "
+            "library matmul cost less than decoding in every tile"
         )
-    if dot == "fp32" and m <= GEMV_TOKENS:
-        draft = replace(draft, dataflow="gemv", block_m=1 << max(m - 1, 0).bit_length())
-        draft = replace(draft, block_n=32, block_k=packing.BLOCK, warps=4, stages=2)
-        why = "fp32 and few tokens: no tensor core would help, products are summed directly"
-        return _split(draft, m, n, k, device, [why_dot, why])
+        return replace(
+            draft, dataflow="decode_matmul", dot=dot, reason=why, block_n=64, warps=4, stages=1,
+            block_k=packing.BLOCK,
+        )  # fmt: skip
+    few = SUMMED_TOKENS if _has_no_tensor_core(dot, device) else GEMV_TOKENS
+    if m <= few:
+        draft = replace(
+            draft, dataflow="gemv", dot="fp32", block_m=_power_of_two(m, 1, 4), block_n=64,
+            block_k=packing.BLOCK, warps=2, stages=2 if device.kind == "hip" else 3,
+        )  # fmt: skip
+        why = f"{m} token(s): products are summed directly, a dot would be mostly padding"
+        return _split(draft, m, n, k, device, [why])
     if m <= FLAT_TOKENS:
-        draft = replace(draft, dataflow="flat")
+        draft = _tile(replace(draft, dataflow="flat"), m, n, codec, dot, device)
         why = f"{m} tokens: weight bytes decide, K is split until every unit has work"
-        return _split(_tile(draft, m, n, dot, device), m, n, k, device, [why_dot, why])
-    draft = _tile(replace(draft, dataflow="tiled"), m, n, dot, device)
+        return _split(draft, m, n, k, device, [why_dot, why])
+    draft = _tile(replace(draft, dataflow="tiled"), m, n, codec, dot, device)
     return replace(draft, reason=f"{why_dot}; {m} tokens fill the tiles, K is not split")
 
 
 def _dot_type(
-    k: int, codec: Codec, activations: ActivationFormat, dtype: torch.dtype
+    k: int,
+    codec: Codec,
+    activations: ActivationFormat,
+    dtype: torch.dtype,
+    device: DeviceDescription,
 ) -> tuple[str, str]:
     """The type that is multiplied, and why."""
     if activations.kind == "float":
         name = DTYPE_NAMES[dtype]
         return name, f"{name} activations are multiplied as they are"
     run = common_group(k, codec, activations)
-    if run % 32 == 0:
-        return "int8", "int8 activations: int8 dot, summed in int32"
-    return "fp16", f"scales change every {run} columns, less than an int8 dot's depth of 32: fp16"
+    if run % 32:
+        return "fp16", f"scales change every {run} columns, below an int8 dot's depth of 32: fp16"
+    return "int8", "int8 activations: int8 dot, summed in int32"
 
 
-def _decode_crossover(n: int, device: DeviceDescription) -> int:
+def _has_no_tensor_core(dot: str, device: DeviceDescription) -> bool:
+    """fp32 products are never a tensor core's; Triton uses none on architectures before sm_80."""
+    return dot == "fp32" or (device.kind == "cuda" and device.capability < 80)
+
+
+def _decode_crossover(device: DeviceDescription) -> int:
     """Tokens above which decode-then-matmul is taken: fewer where the matmul unit is faster."""
     if device.kind == "hip":
         return 256
     if device.capability >= 100:
-        return 64
+        return 64 if device.capability == 100 else 256
+    if device.capability < 80:
+        return SUMMED_TOKENS
     return 128 if device.capability == 90 else 256
 
 
-def _tile(draft: Plan, m: int, n: int, dot: str, device: DeviceDescription) -> Plan:
-    """Tile, orientation, warps and stages of a dataflow with a dot."""
-    tokens = max(16, min(64, 1 << max(m - 1, 0).bit_length()))
-    swap = False
-    if m <= 8 and device.kind == "cuda":
-        swap, tokens = True, 8
-    elif tokens == 64 and device.kind == "cuda" and device.capability < 100:
-        swap = True
-    rows = 128 if n >= 128 * device.compute_units and tokens < 64 else 64
-    warps = 4
-    if device.capability == 100 and swap:
-        rows, warps = 64, 2
-    most = 2 if device.kind == "hip" or device.capability < 80 else 3
-    stage_bytes = packing.BLOCK * (tokens * OPERAND_BYTES[dot] + rows)
-    stages = max(1, min(most, device.shared_memory // stage_bytes))
-    return replace(
-        draft,
-        dot=dot,
-        swap=swap,
-        block_m=rows if swap else tokens,
-        block_n=tokens if swap else rows,
-        block_k=packing.BLOCK,
-        warps=warps,
-        stages=stages,
+def _tile(draft: Plan, m: int, n: int, codec: Codec, dot: str, device: DeviceDescription) -> Plan:
+    """Tile, orientation, warps and stages of a dataflow with a dot.
+
+    The tile's left side is padded to 16 or 64, its right side only to 8: with few tokens the weight
+    goes left (`swap`). On sm_90 a decoded weight on the left also stays in registers.
+    """
+    swap, warps = False, 4
+    tokens = _power_of_two(m, 16, 64)
+    rows = 128 if n >= 128 * device.compute_units else 64
+    if _has_no_tensor_core(dot, device):
+        tokens, rows = 16, 32
+    elif device.kind == "cuda" and device.capability == 90:
+        # A 1-bit plane is read in half runs, which the left operand would pass through memory.
+        swap = 1 not in codec.plane_widths
+    elif device.kind == "cuda" and device.capability == 100:
+        # Four warps would take the path through tensor memory, longer below 64 tokens.
+        swap = m <= 8
+        rows, warps = (64, 2) if swap else (rows, warps)
+    elif device.kind == "cuda":
+        swap = m <= 8 or tokens >= 32
+    if swap and m <= 8:
+        tokens = 8
+    draft = replace(
+        draft, dot=dot, swap=swap, block_m=tokens, block_n=rows, block_k=packing.BLOCK, warps=warps
     )
+    slowest = device.kind == "hip" or _has_no_tensor_core(dot, device)
+    stages = 2 if slowest else 3
+    while stages > 1 and shared_bytes(draft, stages, codec, device) > device.shared_memory:
+        stages -= 1
+    return replace(draft, stages=stages)
+
+
+def shared_bytes(plan: Plan, stages: int, codec: Codec, device: DeviceDescription) -> int:
+    """An upper estimate of the shared memory of a tile: loads in flight and decoded weights."""
+    size = OPERAND_BYTES[plan.dot]
+    x_stages = stages if device.kind == "cuda" and device.capability >= 90 else stages - 1
+    loads = plan.block_k * (
+        (stages - 1) * plan.block_n * codec.bits // 8 + x_stages * plan.block_m * size
+    )
+    through = device.kind == "hip" or (device.capability >= 90 and not plan.swap)
+    return loads + (packing.BLOCK * plan.block_n * size if through else 0)
+
+
+def _power_of_two(value: int, low: int, high: int) -> int:
+    return max(low, min(high, 1 << max(value - 1, 0).bit_length()))
 
 
 def _split(
     draft: Plan, m: int, n: int, k: int, device: DeviceDescription, reasons: list[str]
 ) -> Plan:
     """K in pieces of whole blocks: enough programs for the device, no piece empty."""
-    rows = draft.block_m if draft.swap else draft.block_n
-    tiles = max(1, -(-n // rows))
+    tiles = max(1, -(-n // draft.block_n) * -(-m // draft.block_m))
     blocks = max(1, -(-k // packing.BLOCK))
     split = max(1, min(device.compute_units // tiles, blocks // MIN_BLOCKS_PER_PIECE))
     while split > 1 and -(-blocks // split) * (split - 1) >= blocks:

@@ -263,23 +263,204 @@ def matmul_kernel(
 
 
 @triton.jit
-def reduce_kernel(
-    pieces,
+def _multiply_without_dot(
+    parts,
+    sums,
+    x,
+    weight,
+    column,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    CENTRE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    SUMS: tl.constexpr,
+    MASKED: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Add COUNT columns to `parts`, a fp32 [BN, 16] per token, and x to `sums`, a [1, 16] each.
+
+    x: (a pointer per token, K). Arguments as in `_multiply`.
+    """
+    block = column // _BLOCK
+    planes = block_planes(weight[0], weight[1], block, weight[3], weight[4], WIDTHS)
+    order = column_order(16, WIDTHS)
+    for i in tl.static_range(COUNT // 16):
+        numbers = decode_fp16(planes, weight[2], FIRST // 16 + i, CENTRE, WIDTHS).to(tl.float32)
+        added, added_sums = (), ()
+        for m in tl.static_range(TOKENS):
+            pointers = x[0][m] + (column + (FIRST + i * 16)) + order
+            if MASKED:
+                inside = column + (FIRST + i * 16) + order < x[1]
+                values = tl.load(pointers, mask=inside, other=0)
+            else:
+                values = tl.load(pointers)
+            values = values.to(tl.float32)[None, :]
+            added = added + (parts[m] + numbers * values,)
+            if SUMS:
+                added_sums = added_sums + (sums[m] + values,)
+            else:
+                added_sums = added_sums + (sums[m],)
+        parts, sums = added, added_sums
+    return parts, sums
+
+
+@triton.jit
+def gemv_kernel(
+    x,
+    codes,
+    scales,
+    zeros,
+    x_scales,
     bias,
     y,
-    elements,
+    M,
     N,
-    PIECES: tl.constexpr,
+    K,
+    stride_x,
+    padded_rows,
+    blocks,
+    groups,
+    x_groups,
+    WIDTHS: tl.constexpr,
+    CENTRE: tl.constexpr,
+    UNIT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    X_GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    SUMS: tl.constexpr,
+    MASKED: tl.constexpr,
     BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """BLOCK_N columns of y for all M <= TOKENS tokens, without a dot: fp32 products and sums.
+
+    Arguments as in `matmul_kernel`; x in its own column order, and its sums are made here.
+    """
+    first_n = tl.program_id(0) * BLOCK_N
+    piece = tl.program_id(1)
+    blocks_each = tl.cdiv(blocks, tl.num_programs(1))
+    first_block = piece * blocks_each
+    last_block = tl.minimum(first_block + blocks_each, blocks)
+    lane = tl.arange(0, BLOCK_N)
+    panel = tl.minimum(lane // _PANEL, padded_rows // _PANEL - 1 - first_n // _PANEL)
+    row = first_n + panel * _PANEL + lane % _PANEL
+    rows = panel * (blocks * _PANEL) + lane % _PANEL
+    weight = (codes, first_n // _PANEL, rows, padded_rows, blocks)
+
+    tokens, pointers, totals, nothing, no_sums = (), (), (), (), ()
+    for m in tl.static_range(TOKENS):
+        token = tl.minimum(piece * 0 + m, M - 1)
+        tokens = tokens + (token,)
+        pointers = pointers + (x + token.to(tl.int64) * stride_x,)
+        totals = totals + (tl.zeros((BLOCK_N, 16), tl.float32),)
+        nothing = nothing + (tl.zeros((BLOCK_N, 16), tl.float32),)
+        no_sums = no_sums + (tl.zeros((1, 16), tl.float32),)
+    x_tile = (pointers, K)
+    parts, sums = nothing, no_sums
+    for block in tl.range(first_block, last_block, num_stages=STAGES):
+        column = block * _BLOCK
+        if SPAN == 0:
+            parts, sums = _multiply_without_dot(
+                parts, sums, x_tile, weight, column, 0, 128, CENTRE, WIDTHS, SUMS, MASKED, TOKENS
+            )
+        else:
+            for i in tl.static_range(128 // SPAN):
+                partial, partial_sums = _multiply_without_dot(
+                    nothing, no_sums, x_tile, weight, column, i * SPAN, SPAN, CENTRE, WIDTHS,
+                    SUMS, MASKED, TOKENS,
+                )  # fmt: skip
+                at = _group_of(column + i * SPAN, groups, GROUP) * padded_rows + row
+                scale = tl.load(scales + at).to(tl.float32)[:, None]
+                zero = scale
+                if ZERO != "none":
+                    zero = tl.load(zeros + at)[:, None]
+                added = ()
+                for m in tl.static_range(TOKENS):
+                    value = _weigh(partial[m], partial_sums[m], scale, zero, UNIT, OFFSET, ZERO)
+                    if X_GROUP > 0:
+                        x_at = _group_of(column + i * SPAN, x_groups, X_GROUP) * M + tokens[m]
+                        value *= tl.load(x_scales + x_at)
+                    added = added + (totals[m] + value,)
+                totals = added
+    if SPAN == 0:
+        scale = tl.load(scales + row).to(tl.float32)[:, None]
+        zero = scale
+        if ZERO != "none":
+            zero = tl.load(zeros + row)[:, None]
+
+    row = first_n + lane
+    if BIAS:
+        offset = tl.load(bias + row, mask=row < N, other=0).to(tl.float32)
+    for m in tl.static_range(TOKENS):
+        total = totals[m]
+        if SPAN == 0:
+            total = _weigh(parts[m], sums[m], scale, zero, UNIT, OFFSET, ZERO)
+        result = tl.sum(total, axis=1)
+        if X_GROUP == 0:
+            result *= tl.load(x_scales + tokens[m])
+        if BIAS:
+            result += offset
+        pointers_y = y + (piece.to(tl.int64) * M + m) * N + row
+        tl.store(pointers_y, result.to(y.dtype.element_ty), mask=(row < N) & (m < M))
+
+
+@triton.jit
+def reduce_kernel(
+    pieces, bias, y, elements, N, PIECES: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """y = the sum of fp32 pieces [PIECES, elements], first to last, plus bias [N], rounded once."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    offset = first + tl.arange(0, BLOCK)
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < elements
     total = tl.zeros((BLOCK,), tl.float32)
-    for piece in tl.static_range(PIECES):
-        total += tl.load(pieces + piece * elements.to(tl.int64) + offset, mask=inside, other=0)
+    for _ in tl.static_range(PIECES):
+        total += tl.load(pieces + offset, mask=inside, other=0)
+        pieces += elements
     if BIAS:
         total += tl.load(bias + offset % N, mask=inside, other=0).to(tl.float32)
     tl.store(y + offset, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def decode_kernel(
+    codes,
+    scales,
+    zeros,
+    dense,
+    N,
+    K,
+    padded_rows,
+    blocks,
+    groups,
+    WIDTHS: tl.constexpr,
+    CENTRE: tl.constexpr,
+    UNIT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dense [N, K] = the decoded weight: fp32 inside, rounded once. A program per block of K."""
+    first_n, block = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    lane = tl.arange(0, BLOCK_N)
+    panel = tl.minimum(lane // _PANEL, padded_rows // _PANEL - 1 - first_n // _PANEL)
+    row = first_n + panel * _PANEL + lane % _PANEL
+    rows = panel * (blocks * _PANEL) + lane % _PANEL
+    planes = block_planes(codes, first_n // _PANEL, block, padded_rows, blocks, WIDTHS)
+    order = column_order(16, WIDTHS)
+    one = tl.full((1, 1), 1.0, tl.float32)
+    for run in tl.static_range(8):
+        numbers = decode_fp32(planes, rows, run, CENTRE, WIDTHS)
+        column = block * _BLOCK + run * 16
+        at = _group_of(column, groups, GROUP) * padded_rows + row
+        scale = tl.load(scales + at).to(tl.float32)[:, None]
+        zero = scale
+        if ZERO != "none":
+            zero = tl.load(zeros + at)[:, None]
+        value = _weigh(numbers, one, scale, zero, UNIT, OFFSET, ZERO)
+        pointers = dense + first_n.to(tl.int64) * K + lane[:, None] * K + (column + order)[None, :]
+        stored = (first_n + lane < N)[:, None] & (column + order < K)[None, :]
+        tl.store(pointers, value.to(dense.dtype.element_ty), mask=stored)

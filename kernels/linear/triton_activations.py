@@ -1,0 +1,99 @@
+"""Row kernels over x: the int8 quantiser of `lath.formats.activations`, and sums of x over spans.
+
+The quantiser also writes the sums of its codes over spans, exact integers, which the matmul needs
+for zero points. It writes the codes in the order in which the int8 decoder delivers the weights:
+inside each 32 columns the two halves of 16 alternate. NATURAL order serves the other loops.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Adding 1.5 * 2**23 to a fp32 number below 2**22 rounds it to an integer, half to even, and leaves
+# that integer in the low bits: no conversion instruction, and no fused multiply-add may intervene.
+_ROUND = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _columns(first, WIDTH: tl.constexpr, NATURAL: tl.constexpr):
+    """The columns of x that go to positions first .. first + WIDTH of the codes."""
+    position = tl.arange(0, WIDTH)
+    if NATURAL:
+        return first + position
+    else:
+        return first + position // 32 * 32 + position % 2 * 16 + position % 32 // 2
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x,
+    codes,
+    scales,
+    sums,
+    K,
+    M,
+    stride_x,
+    padded_columns,
+    groups,
+    group_size,
+    SPAN: tl.constexpr,
+    NATURAL: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SMALLEST: tl.constexpr,
+):
+    """GROUPS groups of one token of x [M, K] to codes, scales [groups, M] and sums [spans, M].
+
+    codes: int8, or fp16 holding the same integers, [M, padded_columns]; columns beyond K hold 0.
+    sums: int32, SPAN columns each. Groups longer than CHUNK columns are read twice in pieces, and
+    then GROUPS is 1. Must run without fused multiply-add.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    first = (group * group_size)[:, None]
+    last = tl.minimum(first + group_size, K)
+    row = x + token * stride_x
+    absmax = tl.zeros((GROUPS,), tl.float32)
+    broken = tl.zeros((GROUPS,), tl.int32)
+    for start in range(0, group_size, CHUNK):
+        column = first + start + tl.arange(0, CHUNK)[None, :]
+        values = tl.load(row + column, mask=column < last, other=0).to(tl.float32)
+        size = tl.abs(values)
+        finite = size < float("inf")  # false for NaN too
+        absmax = tl.maximum(absmax, tl.max(tl.where(finite, size, 0.0), axis=1))
+        broken = tl.maximum(broken, tl.max(tl.where(finite, 0, 1), axis=1))
+    usable = (broken == 0) & (absmax >= SMALLEST)
+    safe = tl.where(usable, absmax, 1.0)
+    limit = tl.full((GROUPS,), LIMIT, tl.float32)
+    inverse = tl.where(usable, tl.div_rn(limit, safe), 0.0)
+    scale = tl.where(usable, tl.div_rn(safe, limit), 1.0)
+    scale = tl.where(broken != 0, float("nan"), scale)
+    tl.store(scales + group.to(tl.int64) * M + token, scale, mask=group < groups)
+
+    end = tl.minimum(first + group_size, padded_columns)
+    for start in range(0, group_size, CHUNK):
+        column = _columns(first + start, CHUNK, NATURAL)
+        inside = (column < last) & (broken == 0)[:, None]
+        values = tl.load(row + column, mask=inside, other=0).to(tl.float32)
+        scaled = values * inverse[:, None]
+        rounded = (tl.where(inside, scaled, 0.0) + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+        position = first + start + tl.arange(0, CHUNK)[None, :]
+        target = codes + token * padded_columns + position
+        tl.store(target, rounded.to(codes.dtype.element_ty), mask=position < end)
+        parts = tl.reshape(rounded.to(tl.int32), (GROUPS, CHUNK // SPAN, SPAN))
+        span = (first + start) // SPAN + tl.arange(0, CHUNK // SPAN)[None, :]
+        tl.store(sums + span.to(tl.int64) * M + token, tl.sum(parts, axis=2), mask=span * SPAN < end)
+
+
+@triton.jit
+def sum_rows_kernel(
+    x, sums, M, K, stride_x, spans, SPAN: tl.constexpr, SPANS: tl.constexpr
+):
+    """sums fp32 [spans, M]: those of SPANS spans of SPAN columns each, of one token of x [M, K]."""
+    token = tl.program_id(0).to(tl.int64)
+    span = tl.program_id(1) * SPANS + tl.arange(0, SPANS)
+    column = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+    values = tl.load(x + token * stride_x + column, mask=column < K, other=0).to(tl.float32)
+    tl.store(sums + span.to(tl.int64) * M + token, tl.sum(values, axis=1), mask=span < spans)
