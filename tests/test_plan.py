@@ -84,8 +84,8 @@ def test_dataflows_follow_one_another_as_m_grows(base: str) -> None:
 
 @pytest.mark.parametrize("base", GPUS)
 def test_few_tiles_split_k_to_fill_the_device(base: str) -> None:
-    plan = lath.plan(8, 512, 8192, "int4-g128", device=base)
-    tiles = -(-512 // (plan.block_n))
+    plan = lath.plan(4, 512, 8192, "int4-g128", device=base)
+    tiles = -(-512 // plan.block_n)
     assert plan.split_k > 1
     assert plan.split_k * tiles <= 2 * KNOWN_DEVICES[base].compute_units + tiles
 
