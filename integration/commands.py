@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,14 @@ from lath.formats.activations import activation_format
 from lath.formats.codec import codec as parse_codec
 from lath.integration.models import ACCEPTED_MODELS, parse_dtype
 from lath.integration.plan_command import plan_table
-from lath.integration.run_command import DEFAULT_PROMPT, DEFAULT_WEIGHTS, RunOptions, run_model
+from lath.integration.run_command import (
+    DEFAULT_HEAD,
+    DEFAULT_PROMPT,
+    DEFAULT_WEIGHTS,
+    NO_HEAD,
+    RunOptions,
+    run_model,
+)
 from lath.verbs.backends import resolve_backend
 
 app = typer.Typer(
@@ -48,6 +56,9 @@ def run(
     activations: Activations = "auto",
     backend: Annotated[str, typer.Option(help="'auto', 'cpu', 'triton' or 'reference'.")] = "auto",
     skip: Skip = ["lm_head"],  # noqa: B006 (typer reads the default and copies it)
+    head: Annotated[
+        str, typer.Option(help="Codec of the output layer, or 'none' to leave it as it is.")
+    ] = DEFAULT_HEAD,
     search: Annotated[bool, typer.Option(help="Choose scales by squared error.")] = False,
     prompt: Annotated[str, typer.Option(help="What to ask the model.")] = DEFAULT_PROMPT,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 96,
@@ -61,6 +72,8 @@ def run(
     Bytes, perplexity, speed and answers, before and after, in one run.
     """
     parse_codec(weights)
+    if head != NO_HEAD:
+        parse_codec(head)
     parse_dtype(dtype)
     if activations != "auto":
         activation_format(activations)
@@ -70,8 +83,8 @@ def run(
     if threads:
         torch.set_num_threads(threads)
     options = RunOptions(
-        model, weights, activations, backend, tuple(skip), search, prompt, max_new_tokens, dtype,
-        rounds,
+        model, weights, activations, backend, tuple(skip), head, search, prompt, max_new_tokens,
+        dtype, rounds,
     )  # fmt: skip
     result = run_model(options, _console())
     if json is not None:
@@ -95,6 +108,29 @@ def plan(
     numbers = _numbers(m)
     target = parse_dtype(dtype) or torch.bfloat16
     _console().print(plan_table(model, weights, numbers, device, target, activations, skip))
+
+
+@app.command()
+def warmup(
+    weights: Annotated[
+        list[str] | None, typer.Option(help="Codec to prepare for; may be repeated.")
+    ] = None,
+) -> None:
+    """Compile the CPU kernels ahead of use.
+
+    They are kept on disk, so that the first call of a later process need not wait for them.
+    """
+    codecs = [
+        str(parse_codec(text)) for text in weights or (DEFAULT_WEIGHTS, DEFAULT_HEAD, "int4-g64")
+    ]
+    _check_backend("cpu")
+    from lath.kernels.linear.cpu import warmup as compile_kernels
+
+    begin = time.perf_counter()
+    with Console(stderr=True).status("compiling") as status:
+        compile_kernels(codecs, lambda step: status.update(f"compiling {step}"))
+    seconds = time.perf_counter() - begin
+    _console().print(f"kernels for {', '.join(codecs)} are ready ({seconds:.1f} s)")
 
 
 def _numbers(text: str) -> list[int]:

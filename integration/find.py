@@ -31,22 +31,41 @@ class Found:
     reason: str
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which layers were asked for.
+
+    only: patterns, one of which must fit; None: all. skip: patterns, none of which may fit. Among
+    both, OUTPUT_LAYER fits the model's output layer under any name.
+    """
+
+    skip: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
+
+    def reason_against(self, names: Sequence[str], is_output: bool) -> str:
+        """Why a layer of these names is left alone, or ""."""
+        if self.only is not None and not _first_fit(names, self.only, is_output):
+            return f"not in only={self.only!r}"
+        pattern = _first_fit(names, self.skip, is_output)
+        return f"skip={pattern!r}" if pattern else ""
+
+
 def find_linears(
-    model: nn.Module, skip: Sequence[str], without_weights: bool = False
+    model: nn.Module, selection: Selection, without_weights: bool = False
 ) -> list[Found]:
     """Every nn.Linear and PackedLinear of `model`, each module object once, in model order.
 
     without_weights: a weight on the meta device is no reason to leave a layer alone.
     """
-    found = [
-        Found(module, names[0], tuple(names[1:]), tuple(places), "")
-        for module, names, places in _walk(model)
-    ]
-    outputs = {id(layer) for layer in output_layers(model)} if OUTPUT_LAYER in skip else set()
-    return [
-        dataclasses.replace(one, reason=_reason(one, skip, outputs, without_weights))
-        for one in found
-    ]
+    outputs = {id(layer) for layer in output_layers(model)}
+    found = []
+    for module, names, places in _walk(model):
+        reason = selection.reason_against(names, id(module) in outputs)
+        one = Found(module, names[0], tuple(names[1:]), tuple(places), reason)
+        if not reason:
+            one = dataclasses.replace(one, reason=_obstacle(one, without_weights))
+        found.append(one)
+    return found
 
 
 # A layer, its paths, and the places where it is stored.
@@ -72,14 +91,9 @@ def _walk(model: nn.Module) -> list[_Seen]:
     return list(seen.values())
 
 
-def _reason(one: Found, skip: Sequence[str], outputs: set[int], without_weights: bool) -> str:
-    for name in (one.name, *one.also_named):
-        for pattern in skip:
-            if matches(name, pattern):
-                return f"skip={pattern!r}"
+def _obstacle(one: Found, without_weights: bool) -> str:
+    """Why a layer that was asked for cannot be replaced, or ""."""
     module = one.module
-    if id(module) in outputs:
-        return f"output layer, which skip={OUTPUT_LAYER!r} means"
     if isinstance(module, PackedLinear):
         return ""
     if not one.places:
@@ -99,33 +113,54 @@ def _reason(one: Found, skip: Sequence[str], outputs: set[int], without_weights:
     return "" if module.weight.numel() else "its weight is empty"
 
 
+def _first_fit(names: Sequence[str], patterns: Sequence[str], is_output: bool) -> str:
+    for pattern in patterns:
+        if is_output and pattern == OUTPUT_LAYER:
+            return pattern
+        if any(matches(name, pattern) for name in names):
+            return pattern
+    return ""
+
+
 def matches(path: str, pattern: str) -> bool:
     """Whether `pattern` fits the end of `path`, or of a module above it."""
     parts = path.split(".")
-    above = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    above = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(
-        fnmatch.fnmatchcase(p, f"*.{pattern}") or fnmatch.fnmatchcase(p, pattern) for p in above
+        fnmatch.fnmatchcase(p, pattern) or fnmatch.fnmatchcase(p, f"*.{pattern}") for p in above
     )
 
 
-def check_skip(model: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:
-    """`skip` as a tuple; a pattern that fits no module is an error, for it protects nothing.
+def check_selection(model: nn.Module, skip: Sequence[str], only: Sequence[str] | None) -> Selection:
+    """The patterns, checked: one that fits no module protects or names nothing and is an error.
 
-    "lm_head" may be absent: it is the default, and models without a head have none.
+    "lm_head" in `skip` may be absent: it is the default, and models without a head have none.
     """
-    if isinstance(skip, str) or not all(isinstance(pattern, str) for pattern in skip):
-        raise TypeError(f"skip must be a sequence of str, such as ('lm_head',), got {skip!r}")
-    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
-    for pattern in skip:
-        if pattern == OUTPUT_LAYER or any(matches(path, pattern) for path in paths):
+    for name, patterns in (("skip", skip), ("only", only)):
+        if patterns is None:
             continue
-        names = sorted({part for path in paths for part in path.split(".")})
-        close = difflib.get_close_matches(pattern.split(".")[-1], names, n=3)
-        raise ValueError(
-            f"skip pattern {pattern!r} fits no module of {type(model).__name__}"
-            f"{'; close names: ' + ', '.join(close) if close else ''}"
-        )
-    return tuple(skip)
+        if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+            raise TypeError(
+                f"{name} must be a sequence of str, such as ('lm_head',), got {patterns!r}"
+            )
+        for pattern in patterns:
+            if (name, pattern) != ("skip", OUTPUT_LAYER):
+                _check_pattern(model, name, pattern)
+    return Selection(tuple(skip), None if only is None else tuple(only))
+
+
+def _check_pattern(model: nn.Module, name: str, pattern: str) -> None:
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+    if any(matches(path, pattern) for path in paths):
+        return
+    if pattern == OUTPUT_LAYER and any(True for _ in output_layers(model)):
+        return
+    parts = sorted({part for path in paths for part in path.split(".")})
+    close = difflib.get_close_matches(pattern.split(".")[-1], parts, n=3)
+    raise ValueError(
+        f"{name} pattern {pattern!r} fits no module of {type(model).__name__}"
+        f"{'; close names: ' + ', '.join(close) if close else ''}"
+    )
 
 
 def output_layers(model: nn.Module) -> Iterator[nn.Module]:

@@ -19,7 +19,7 @@ from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.codec import Codec
 from lath.formats.codec import codec as parse_codec
 from lath.formats.qtensor import QTensor
-from lath.integration.find import Found, check_skip, find_linears
+from lath.integration.find import Found, check_selection, find_linears
 from lath.integration.linear import PackedLinear
 from lath.integration.progress import progress_bar, shows_progress
 from lath.integration.report import PatchReport, PatchRow, Place, model_bytes, unique_bytes
@@ -60,6 +60,7 @@ def patch(
     weights: str | Codec = "int4-g64",
     *,
     skip: Sequence[str] = ("lm_head",),
+    only: Sequence[str] | None = None,
     activations: str | ActivationFormat = "auto",
     backend: str = "auto",
     search: bool = False,
@@ -71,7 +72,8 @@ def patch(
     weights: the codec. skip: patterns of modules to leave alone; a pattern fits the end of a
     module's path, with everything below it, and may hold `*` and `?` ("lm_head", "layers.0",
     "*_proj"). "lm_head" also means the model's output layer, whatever its name. skip=() packs that
-    too; a head that is tied to the embedding is untied first. activations: "float", "int8",
+    too; a head that is tied to the embedding is untied first. only: patterns of the layers to pack,
+    so that a second call gives others another codec; None packs all. activations: "float", "int8",
     "int8-gG" or "auto": int8 with the weight's group on a CPU, float elsewhere. backend: as for
     `lath.linear`. search: choose each group's range by squared error, slower. dry_run: only report.
     progress: show a bar; None shows it on a terminal when there is much to do.
@@ -84,7 +86,7 @@ def patch(
     Returns a PatchReport: print it, `undo()` it, or use it in a `with` statement.
     """
     options = _parse_options(model, weights, activations, backend, search)
-    found = find_linears(model, check_skip(model, skip))
+    found = find_linears(model, check_selection(model, skip, only))
     _check_packed(found, options)
     todo = [one for one in found if _is_to_do(one)]
     packed = {} if check_flag("dry_run", dry_run) else _pack_all(todo, options, progress)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.codec import codec as parse_codec
-from lath.integration.find import find_linears
+from lath.integration.find import check_selection, find_linears
 from lath.integration.models import empty_model
 from lath.integration.patch import auto_activations
 from lath.integration.report import PatchRow
@@ -60,7 +60,9 @@ def plan_table(
 def _layers(model: str, skip: Sequence[str]) -> dict[tuple[int, int], str]:
     """(N, K) of the layers that `patch` would pack → which they are and how many."""
     names: dict[tuple[int, int], Counter[str]] = {}
-    for one in find_linears(empty_model(model), skip, without_weights=True):
+    empty = empty_model(model)
+    selection = check_selection(empty, skip, None)
+    for one in find_linears(empty, selection, without_weights=True):
         if not one.reason:
             shape = (one.module.out_features, one.module.in_features)
             pattern = PatchRow(one.name, shape, "kept").pattern

@@ -108,6 +108,19 @@ def test_skip_patterns(skip: tuple[str, ...], kept: set[str]) -> None:
     assert {row.name for row in report.kept if row.reason.startswith("skip")} == kept
 
 
+def test_a_second_call_gives_other_layers_another_codec() -> None:
+    model = net()
+    body = patch(model)
+    head = patch(model, "int8-g16", skip=(), only=("lm_head",))
+    assert [row.name for row in head.replaced] == ["lm_head"]
+    assert "only" in head.kept[0].reason
+    head.undo()
+    body.undo()
+    assert not any(isinstance(m, PackedLinear) for m in model.modules())
+    with pytest.raises(ValueError, match=r"only.*'layers.7'"):
+        patch(model, only=("layers.7",))
+
+
 def test_a_tied_weight_is_packed_on_request_and_the_embedding_kept() -> None:
     model = net()
     embedding = model.embed.weight

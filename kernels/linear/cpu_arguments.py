@@ -17,7 +17,8 @@ FIELDS = (
     "records",  # address of the weight's view (cpu_view.py)
     "rows",  # N
     "columns",  # K
-    "panels",  # of 16 rows
+    "first",  # first panel (of 16 rows) to compute
+    "panels",  # and how many
     "groups",  # along K
     "group",  # columns of one, padding included
     "shared",  # columns that share one scale of the activations
@@ -25,6 +26,7 @@ FIELDS = (
     "unit",  # panels that a thread takes at a time
     "item",  # bytes of one prepared activation
     "y_type",  # FP32, FP16 or BF16
+    "y_stride",  # bytes from a column to the next, of a decoded weight
     # set for each call
     "x",  # address
     "x_stride",  # bytes from a token to the next

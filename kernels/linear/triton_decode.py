@@ -9,11 +9,11 @@ only renames registers, so that a dot sees a tile of x in one contiguous piece.
 What comes out is not the code q but a number D with q = unit * D + base (`encoding`), because a
 floating-point number is free to build only with its exponent in place:
 
-    fp16, bf16   D = 1 + q / 2**bits          exact (8 bits in bf16: D = q - 128)
-    int8         D = q                        (8 bits: D = q - 128)
+    fp16, bf16, fp32   D = 1 + q / 2**bits      exact (8 bits in bf16: D = q - 128)
+    int8               D = q                    (8 bits: D = q - 128)
 
-A symmetric codec subtracts its constant zero here, exactly; every other zero point is folded into
-the fp32 sums through sums of x.
+A symmetric codec may subtract its constant zero here (CENTRE), exactly; any other zero point, and
+that one where subtracting is dear, is folded into the fp32 sums through sums of x.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lath.formats.codec import Codec
 _HALVES = tl.constexpr(0x00010001)
 _QUARTERS = tl.constexpr(0x01010101)
 # The bit patterns of 1.0, and of 128 and 256 in bf16.
+_ONE_FP32 = tl.constexpr(0x3F800000)
 _ONE_FP16 = tl.constexpr(0x3C003C00)
 _ONE_BF16 = tl.constexpr(0x3F803F80)
 _128_BF16 = tl.constexpr(0x43004300)
@@ -37,25 +38,25 @@ _256_BF16 = tl.constexpr(0x43804380)
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a dot type represents a code: q = unit * D + base.
+    """How a dot type represents a code: q = unit * D + base; then `centre` is subtracted from D."""
 
-    centre: what a symmetric codec subtracts from D before the dot (0: nothing; then the constant
-    zero is folded into the sums like any other).
-    """
-
-    unit: float
-    base: float
+    unit: int
+    base: int
     centre: float
 
 
-def encoding(codec: Codec, dot: str) -> Encoding:
-    """The encoding of `codec` for a dot in "fp16", "bf16", "fp32" or "int8"."""
+def encoding(codec: Codec, dot: str, centred: bool) -> Encoding:
+    """The encoding of `codec` for a dot in "fp16", "bf16", "fp32" or "int8".
+
+    centred: let the decoder subtract the zero of a symmetric codec where D is a float.
+    """
     if codec.bits == 8 and dot in ("bf16", "int8"):
-        return Encoding(1.0, 128.0, 0.0)
+        return Encoding(1, 128, 0.0)
     if dot == "int8":
-        return Encoding(1.0, 0.0, 0.0)
-    unit = float(codec.levels)
-    return Encoding(unit, -unit, 1.0 + codec.zero_code / unit if codec.zero == "none" else 0.0)
+        return Encoding(1, 0, 0.0)
+    unit = codec.levels
+    centre = 1.0 + codec.zero_code / unit if centred and codec.zero == "none" else 0.0
+    return Encoding(unit, -unit, centre)
 
 
 @triton.jit
@@ -134,24 +135,29 @@ def _planes(
 
 
 @triton.jit
-def _pairs(
+def _eight(
     planes,
     rows,
     RUN: tl.constexpr,
+    HALF: tl.constexpr,
     TO: tl.constexpr,
+    LANES: tl.constexpr,
     WIDTHS: tl.constexpr,
 ):
-    """Codes of 16 columns as pairs, uint32 [rows, 8], in the order of `column_order`."""
+    """Codes of a run of 16 columns in eight words, uint32 [rows, 8], ordered by `column_order`.
+
+    LANES 0x10001: both codes of each column pair; 1: the code in half HALF of each.
+    """
     FIRST: tl.constexpr = 8 * (RUN // 2)
-    BIT: tl.constexpr = 8 * (RUN % 2)
+    BIT: tl.constexpr = 8 * (RUN % 2) + 16 * HALF
     if WIDTHS[0] == 1 or WIDTHS[1] == 1 or WIDTHS[2] == 1:
         # A row has four words in a 1-bit plane: two slots of each make up the eight pairs. They
         # stay beside each other, where the thread that loaded the word needs them.
-        left = _planes(planes, rows, FIRST, 4, BIT, TO, _HALVES, WIDTHS)
-        right = _planes(planes, rows, FIRST + 4, 4, BIT, TO, _HALVES, WIDTHS)
+        left = _planes(planes, rows, FIRST, 4, BIT, TO, LANES, WIDTHS)
+        right = _planes(planes, rows, FIRST + 4, 4, BIT, TO, LANES, WIDTHS)
         return tl.reshape(tl.join(left, right), (left.shape[0], 8))
     else:
-        return _planes(planes, rows, FIRST, 8, BIT, TO, _HALVES, WIDTHS)
+        return _planes(planes, rows, FIRST, 8, BIT, TO, LANES, WIDTHS)
 
 
 @triton.jit
@@ -176,7 +182,8 @@ def decode_fp16(
     WIDTHS: tl.constexpr,
 ):
     """Run RUN (16 columns) of a block: fp16 [rows, 16]."""
-    codes = _pairs(planes, rows, RUN, 10 - (WIDTHS[0] + WIDTHS[1] + WIDTHS[2]), WIDTHS)
+    TO: tl.constexpr = 10 - (WIDTHS[0] + WIDTHS[1] + WIDTHS[2])
+    codes = _eight(planes, rows, RUN, 0, TO, _HALVES, WIDTHS)
     numbers = _halves(codes | _ONE_FP16).to(tl.float16, bitcast=True)
     if CENTRE > 0:
         numbers = numbers - tl.full((1, 1), CENTRE, tl.float16)
@@ -192,7 +199,14 @@ def decode_fp32(
     WIDTHS: tl.constexpr,
 ):
     """Run RUN (16 columns) of a block: fp32 [rows, 16]."""
-    return decode_fp16(planes, rows, RUN, CENTRE, WIDTHS).to(tl.float32)
+    TO: tl.constexpr = 23 - (WIDTHS[0] + WIDTHS[1] + WIDTHS[2])
+    low = _eight(planes, rows, RUN, 0, TO, 1, WIDTHS) | _ONE_FP32
+    high = _eight(planes, rows, RUN, 1, TO, 1, WIDTHS) | _ONE_FP32
+    both = tl.reshape(tl.join(low, high), (low.shape[0], 16))
+    numbers = both.to(tl.float32, bitcast=True)
+    if CENTRE > 0:
+        numbers = numbers - CENTRE
+    return numbers
 
 
 @triton.jit
@@ -207,11 +221,12 @@ def decode_bf16(
     if WIDTHS[0] == 8:
         # bf16 has 8 bits of precision: 128 + (q mod 128) is exact, and so is its distance to 128
         # or 256, whichever makes it q - 128.
-        codes = _pairs(planes, rows, RUN, 0, WIDTHS)
+        codes = _eight(planes, rows, RUN, 0, 0, _HALVES, WIDTHS)
         low = _halves((codes & 0x007F007F) | _128_BF16).to(tl.bfloat16, bitcast=True)
         return low - _halves((codes & 0x00800080) ^ _256_BF16).to(tl.bfloat16, bitcast=True)
     else:
-        codes = _pairs(planes, rows, RUN, 7 - (WIDTHS[0] + WIDTHS[1] + WIDTHS[2]), WIDTHS)
+        TO: tl.constexpr = 7 - (WIDTHS[0] + WIDTHS[1] + WIDTHS[2])
+        codes = _eight(planes, rows, RUN, 0, TO, _HALVES, WIDTHS)
         numbers = _halves(codes | _ONE_BF16).to(tl.bfloat16, bitcast=True)
         if CENTRE > 0:
             numbers = numbers - tl.full((1, 1), CENTRE, tl.bfloat16)

@@ -21,11 +21,10 @@ import triton.language as tl
 from lath.kernels.linear.triton_decode import (
     block_planes,
     column_order,
+    decode_fp32,
     decode_tile,
 )
 
-_BLOCK = tl.constexpr(128)
-_PANEL = tl.constexpr(16)
 # Tiles of y in this many rows of tiles run one after another, so that they share weights in cache.
 _TILES_TOGETHER = tl.constexpr(8)
 
@@ -43,7 +42,7 @@ def _by_row(vector, SWAP: tl.constexpr):
 def _group_of(column, groups, GROUP: tl.constexpr):
     """The group of a column, int64; a column of the padding counts to the last group."""
     if GROUP == 0:
-        return (column * 0).to(tl.int64)
+        return tl.cast(column * 0, tl.int64)
     else:
         return tl.minimum(column // GROUP, groups - 1).to(tl.int64)
 
@@ -105,12 +104,12 @@ def _multiply(
     """
     for i in tl.static_range(COUNT // DEPTH):
         # The last step may reach into a block that is not there; x is 0 in it.
-        block = tl.minimum(column // _BLOCK + (FIRST + i * DEPTH) // _BLOCK, weight[4] - 1)
+        block = tl.minimum(column // 128 + (FIRST + i * DEPTH) // 128, weight[4] - 1)
         planes = block_planes(weight[0], weight[1], block, weight[3], weight[4], WIDTHS)
         numbers = decode_tile(
             planes,
             weight[2],
-            (FIRST + i * DEPTH) % _BLOCK // RUN,
+            (FIRST + i * DEPTH) % 128 // RUN,
             DEPTH // RUN,
             DECODE,
             CENTRE,
@@ -161,7 +160,6 @@ def matmul_kernel(
     SUMS: tl.constexpr,
     MASKED: tl.constexpr,
     BIAS: tl.constexpr,
-    WHOLE: tl.constexpr,
     SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -171,11 +169,11 @@ def matmul_kernel(
 
     x: [M, >= K] with stride stride_x. codes, scales, zeros: of a QTensor. x_scales: fp32
     [x_groups, M] (X_GROUP 0: per token, -1: none). x_sums: [spans, M] sums of x over SPAN columns
-    (BLOCK_K if SPAN is 0), where SUMS. GROUP 0: a scale per row. WHOLE: y is final, round to it.
+    (BLOCK_K if SPAN is 0), where SUMS. GROUP 0: a scale per row.
     """
     tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
     piece = tl.program_id(1)
-    steps = tl.cdiv(blocks * _BLOCK, BLOCK_K)
+    steps = tl.cdiv(blocks * 128, BLOCK_K)
     steps_each = tl.cdiv(steps, tl.num_programs(1))
     first_step = piece * steps_each
     last_step = tl.minimum(first_step + steps_each, steps)
@@ -183,12 +181,12 @@ def matmul_kernel(
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     token = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
     lane = tl.arange(0, BLOCK_N)
-    panel = tl.minimum(lane // _PANEL, padded_rows // _PANEL - 1 - first_n // _PANEL)
-    row = first_n + panel * _PANEL + lane % _PANEL
+    panel = tl.minimum(lane // 16, padded_rows // 16 - 1 - first_n // 16)
+    row = first_n + panel * 16 + lane % 16
     weight = (
         codes,
-        first_n // _PANEL,
-        panel * (blocks * _PANEL) + lane % _PANEL,
+        first_n // 16,
+        panel * (blocks * 16) + lane % 16,
         padded_rows,
         blocks,
     )
@@ -219,7 +217,7 @@ def matmul_kernel(
                 MASKED, SWAP,
             )  # fmt: skip
             if SUMS:
-                sums += tl.load(x_sums + step.to(tl.int64) * M + token)
+                sums += tl.load(x_sums + tl.cast(step, tl.int64) * M + token)
         else:
             for i in tl.static_range(BLOCK_K // SPAN):
                 partial = _multiply(
@@ -233,7 +231,7 @@ def matmul_kernel(
                     zero = _by_row(tl.load(zeros + at), SWAP)
                 span_sums = scale
                 if SUMS:
-                    span = (column // SPAN + i).to(tl.int64)
+                    span = tl.cast(column // SPAN + i, tl.int64)
                     span_sums = _by_row(tl.load(x_sums + span * M + token), not SWAP)
                 value = _weigh(partial, span_sums, scale, zero, UNIT, OFFSET, ZERO)
                 if X_GROUP > 0:
@@ -271,9 +269,7 @@ def _multiply_without_dot(
     column,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
-    CENTRE: tl.constexpr,
     WIDTHS: tl.constexpr,
-    SUMS: tl.constexpr,
     MASKED: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -281,11 +277,11 @@ def _multiply_without_dot(
 
     x: (a pointer per token, K). Arguments as in `_multiply`.
     """
-    block = column // _BLOCK
+    block = column // 128
     planes = block_planes(weight[0], weight[1], block, weight[3], weight[4], WIDTHS)
     order = column_order(16, WIDTHS)
     for i in tl.static_range(COUNT // 16):
-        numbers = decode_fp16(planes, weight[2], FIRST // 16 + i, CENTRE, WIDTHS).to(tl.float32)
+        numbers = decode_fp32(planes, weight[2], FIRST // 16 + i, 0, WIDTHS)
         added, added_sums = (), ()
         for m in tl.static_range(TOKENS):
             pointers = x[0][m] + (column + (FIRST + i * 16)) + order
@@ -296,10 +292,7 @@ def _multiply_without_dot(
                 values = tl.load(pointers)
             values = values.to(tl.float32)[None, :]
             added = added + (parts[m] + numbers * values,)
-            if SUMS:
-                added_sums = added_sums + (sums[m] + values,)
-            else:
-                added_sums = added_sums + (sums[m],)
+            added_sums = added_sums + (sums[m] + values,)
         parts, sums = added, added_sums
     return parts, sums
 
@@ -322,14 +315,12 @@ def gemv_kernel(
     groups,
     x_groups,
     WIDTHS: tl.constexpr,
-    CENTRE: tl.constexpr,
     UNIT: tl.constexpr,
     OFFSET: tl.constexpr,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
     X_GROUP: tl.constexpr,
     SPAN: tl.constexpr,
-    SUMS: tl.constexpr,
     MASKED: tl.constexpr,
     BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -346,10 +337,10 @@ def gemv_kernel(
     first_block = piece * blocks_each
     last_block = tl.minimum(first_block + blocks_each, blocks)
     lane = tl.arange(0, BLOCK_N)
-    panel = tl.minimum(lane // _PANEL, padded_rows // _PANEL - 1 - first_n // _PANEL)
-    row = first_n + panel * _PANEL + lane % _PANEL
-    rows = panel * (blocks * _PANEL) + lane % _PANEL
-    weight = (codes, first_n // _PANEL, rows, padded_rows, blocks)
+    panel = tl.minimum(lane // 16, padded_rows // 16 - 1 - first_n // 16)
+    row = first_n + panel * 16 + lane % 16
+    rows = panel * (blocks * 16) + lane % 16
+    weight = (codes, first_n // 16, rows, padded_rows, blocks)
 
     tokens, pointers, totals, nothing, no_sums = (), (), (), (), ()
     for m in tl.static_range(TOKENS):
@@ -362,16 +353,16 @@ def gemv_kernel(
     x_tile = (pointers, K)
     parts, sums = nothing, no_sums
     for block in tl.range(first_block, last_block, num_stages=STAGES):
-        column = block * _BLOCK
+        column = block * 128
         if SPAN == 0:
             parts, sums = _multiply_without_dot(
-                parts, sums, x_tile, weight, column, 0, 128, CENTRE, WIDTHS, SUMS, MASKED, TOKENS
+                parts, sums, x_tile, weight, column, 0, 128, WIDTHS, MASKED, TOKENS
             )
         else:
             for i in tl.static_range(128 // SPAN):
                 partial, partial_sums = _multiply_without_dot(
-                    nothing, no_sums, x_tile, weight, column, i * SPAN, SPAN, CENTRE, WIDTHS,
-                    SUMS, MASKED, TOKENS,
+                    nothing, no_sums, x_tile, weight, column, i * SPAN, SPAN, WIDTHS,
+                    MASKED, TOKENS,
                 )  # fmt: skip
                 at = _group_of(column + i * SPAN, groups, GROUP) * padded_rows + row
                 scale = tl.load(scales + at).to(tl.float32)[:, None]
@@ -405,7 +396,7 @@ def gemv_kernel(
         if BIAS:
             result += offset
         pointers_y = y + (piece.to(tl.int64) * M + m) * N + row
-        tl.store(pointers_y, result.to(y.dtype.element_ty), mask=(row < N) & (m < M))
+        tl.store(pointers_y, result.to(y.dtype.element_ty), mask=(row < N) & (lane * 0 + m < M))
 
 
 @triton.jit
@@ -446,15 +437,15 @@ def decode_kernel(
     """dense [N, K] = the decoded weight: fp32 inside, rounded once. A program per block of K."""
     first_n, block = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     lane = tl.arange(0, BLOCK_N)
-    panel = tl.minimum(lane // _PANEL, padded_rows // _PANEL - 1 - first_n // _PANEL)
-    row = first_n + panel * _PANEL + lane % _PANEL
-    rows = panel * (blocks * _PANEL) + lane % _PANEL
-    planes = block_planes(codes, first_n // _PANEL, block, padded_rows, blocks, WIDTHS)
+    panel = tl.minimum(lane // 16, padded_rows // 16 - 1 - first_n // 16)
+    row = first_n + panel * 16 + lane % 16
+    rows = panel * (blocks * 16) + lane % 16
+    planes = block_planes(codes, first_n // 16, block, padded_rows, blocks, WIDTHS)
     order = column_order(16, WIDTHS)
     one = tl.full((1, 1), 1.0, tl.float32)
     for run in tl.static_range(8):
         numbers = decode_fp32(planes, rows, run, CENTRE, WIDTHS)
-        column = block * _BLOCK + run * 16
+        column = block * 128 + run * 16
         at = _group_of(column, groups, GROUP) * padded_rows + row
         scale = tl.load(scales + at).to(tl.float32)[:, None]
         zero = scale

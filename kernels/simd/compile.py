@@ -98,17 +98,17 @@ def _cached(decorator: Callable[[bool], Any]) -> Callable[[Callable[..., None]],
     return compiled
 
 
-@intrinsic
-def call_kernel(typing_context, address, begin, end, arguments):
-    """Call the kernel at a C address."""
+@intrinsic(prefer_literal=True)
+def call_kernel(typing_context, key, address, begin, end, arguments):
+    """Call the kernel at a C address. key: `kernel_key()`, for numba's cache to see."""
     integer = ir.IntType(64)
 
     def emit(context, builder, signature, values):
         kind = ir.FunctionType(ir.VoidType(), [integer] * 3)
-        builder.call(builder.inttoptr(values[0], kind.as_pointer()), values[1:])
+        builder.call(builder.inttoptr(values[1], kind.as_pointer()), values[2:])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), emit
+    return types.void(key, *[types.int64] * 4), emit
 
 
 @intrinsic

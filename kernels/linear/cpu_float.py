@@ -1,0 +1,130 @@
+"""The float kernels of `linear` on a CPU: codes decoded to fp32 in registers, fp32 sums.
+
+The zero point is taken out per group as `zero * Σ x`, so that a code costs a shift, a mask, a
+conversion and one multiply-add per token. Many tokens use a weight often enough to decode it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lath.formats.codec import Zero
+from lath.kernels.linear.cpu_arguments import Arguments
+from lath.kernels.linear.cpu_record import VECTOR_BYTES, Output, Record, RecordReader
+from lath.kernels.simd.emitter import F32, Emitter
+
+PREFETCH_BYTES = 2048
+# Sums of one token that do not wait for each other, to cover the latency of a multiply-add.
+_CHAINS = 4
+
+
+def emit_float(
+    e: Emitter, begin: Any, end: Any, arguments: Any, width: int, zero: Zero, half: bool, tokens: int
+) -> None:
+    """All tokens, `tokens` at a time, panels [begin, end)."""
+    a, record = Arguments(e, arguments), Record(width, zero, half)
+    reader, output = RecordReader(e, a, record), Output(e, a)
+    token_tiles = e.divide(e.add(a["tokens"], tokens - 1), tokens)
+    with e.loop(e.subtract(end, begin)) as index:
+        panel = e.add(begin, index)
+        start = e.add(a["records"], e.multiply(panel, reader.panel_bytes))
+        with e.loop(token_tiles) as token_tile:
+            totals = _multiply(e, a, reader, start, token_tile, tokens)
+            first = e.multiply(token_tile, tokens)
+            for m, total in enumerate(totals):
+                token = e.add(first, m)
+                with e.when(e.builder.icmp_signed("<", token, a["tokens"])):
+                    output.store(token, panel, total.value)
+
+
+def _multiply(
+    e: Emitter, a: Arguments, reader: RecordReader, start: Any, token_tile: Any, tokens: int
+) -> list[Any]:
+    """fp32 sums of one panel for a tile of tokens, as variables."""
+    record = reader.record
+    at = e.variable(start)
+    groups_before = e.multiply(token_tile, a["groups"])
+    columns_before = e.multiply(groups_before, a["group"])
+    x = e.variable(e.add(a["codes"], e.multiply(columns_before, 4 * tokens)))
+    totals = [e.variable(e.floats(0.0)) for _ in range(tokens)]
+    chains = max(1, _CHAINS // tokens)
+    with e.loop(a["groups"]) as group:
+        parts = [[e.variable(e.floats(0.0)) for _ in range(chains)] for _ in range(tokens)]
+        with e.loop(reader.steps):
+            e.prefetch(e.add(at.value, PREFETCH_BYTES))
+            for column, code in enumerate(_codes(e, e.load(at.value), record.width)):
+                decoded = e.to_floats(code)
+                for m in range(tokens):
+                    value = e.broadcast(e.add(x.value, 4 * (column * tokens + m)), F32)
+                    part = parts[m][column % chains]
+                    part.value = e.fma(decoded, value, part.value)
+            at.value = e.add(at.value, VECTOR_BYTES)
+            x.value = e.add(x.value, 4 * record.columns * tokens)
+        entry = e.multiply(e.add(groups_before, group), 4 * tokens)
+        for m in range(tokens):
+            dot = _sum(e, [part.value for part in parts[m]])
+            total = e.broadcast(e.add(e.add(a["sums"], entry), 4 * m), F32)
+            totals[m].value = _scaled(e, reader, dot, at.value, total, totals[m].value)
+        at.value = e.add(at.value, record.side_bytes)
+    return totals
+
+
+def _codes(e: Emitter, word: Any, width: int) -> Iterator[Any]:
+    """The codes of a 64-byte vector, sixteen rows at a time, column after column."""
+    mask = e.constant((1 << width) - 1)
+    for shift in range(0, 8, width):
+        for byte in range(4):
+            yield e.builder.and_(e.shift_right(word, 8 * byte + shift), mask)
+
+
+def _sum(e: Emitter, values: list[Any]) -> Any:
+    while len(values) > 1:
+        values = [e.builder.fadd(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _zero_point(e: Emitter, reader: RecordReader, side: Any) -> Any:
+    if reader.record.zero == "integer":
+        return e.to_floats(reader.zero_point(side))
+    return e.floats(float(reader.record.zero_code))
+
+
+def _scaled(
+    e: Emitter, reader: RecordReader, dot: Any, side: Any, sum_of_x: Any, total: Any
+) -> Any:
+    """total + scales * (dot - zero * Σ x), or total + scales * dot + minimum * Σ x."""
+    if reader.record.zero == "float":
+        total = e.fma(reader.minimum(side), sum_of_x, total)
+    else:
+        zero = e.builder.fneg(_zero_point(e, reader, side))
+        dot = e.fma(zero, sum_of_x, dot)
+    return e.fma(reader.scale(side), dot, total)
+
+
+def emit_decode(
+    e: Emitter, begin: Any, end: Any, arguments: Any, width: int, zero: Zero, half: bool
+) -> None:
+    """The weight of panels [begin, end) in fp32, transposed: column k of the weight at
+    y + k*y_stride, panel p of it 64*(p - first) bytes further."""
+    a, record = Arguments(e, arguments), Record(width, zero, half)
+    reader = RecordReader(e, a, record)
+    with e.loop(e.subtract(end, begin)) as index:
+        panel = e.add(begin, index)
+        at = e.variable(e.add(a["records"], e.multiply(panel, reader.panel_bytes)))
+        to = e.variable(e.add(a["y"], e.multiply(e.subtract(panel, a["first"]), VECTOR_BYTES)))
+        with e.loop(a["groups"]):
+            side = e.add(at.value, e.multiply(reader.steps, VECTOR_BYTES))
+            scale = reader.scale(side)
+            with e.loop(reader.steps):
+                for code in _codes(e, e.load(at.value), record.width):
+                    value = e.to_floats(code)
+                    if zero == "float":
+                        value = e.fma(value, scale, reader.minimum(side))
+                    else:
+                        value = e.builder.fsub(value, _zero_point(e, reader, side))
+                        value = e.builder.fmul(value, scale)
+                    e.store(to.value, value)
+                    to.value = e.add(to.value, a["y_stride"])
+                at.value = e.add(at.value, VECTOR_BYTES)
+            at.value = e.add(at.value, record.side_bytes)

@@ -1,0 +1,201 @@
+"""Which kernels run a layer on a CPU, compiled and checked once per process.
+
+Before a kernel's first use it multiplies small integers, and the answer must be exact: an
+instruction that a lowering misjudged shows there and not in a model. There is no other kernel to
+fall back on silently.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lath.formats.activations import LARGEST_CODE
+from lath.formats.codec import Codec
+from lath.formats.packing import PANEL, pack, round_up
+from lath.formats.qtensor import QTensor
+from lath.kernels.linear.cpu_activations import emit_quantize, emit_widen
+from lath.kernels.linear.cpu_dot import emit_gemv, emit_tile
+from lath.kernels.linear.cpu_float import emit_decode, emit_float
+from lath.kernels.linear.cpu_launch import argument_block, serial_driver
+from lath.kernels.linear.cpu_record import Record
+from lath.kernels.linear.cpu_view import CpuView, build_view
+from lath.kernels.simd.compile import compile_kernel
+from lath.kernels.simd.emitter import BF16, FP16, FP32
+from lath.kernels.simd.isa import Isa, host_isa
+
+Kind = Literal["int8", "float"]
+
+FLOAT_KINDS = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
+# Register tiles, (tokens, panels of 16 rows): accumulators, one panel of codes each and a broadcast
+# fill the 32 (or 16 half as wide) vector registers.
+_INT8_TILES: dict[Isa, tuple[tuple[int, int], ...]] = {
+    "avx512_vnni": ((2, 4), (4, 4), (8, 3)),
+    "avx2": ((4, 1),),
+    "portable": ((4, 1),),
+}
+_FLOAT_TILES: dict[Isa, tuple[int, ...]] = {"avx512_vnni": (4, 8), "avx2": (4,), "portable": (4,)}
+
+
+def tile_of(kind: Kind, tokens: int) -> tuple[int, int]:
+    """(tokens, panels) that one register tile covers when x has `tokens` tokens."""
+    if tokens == 1:
+        return 1, 1
+    if kind == "float":
+        heights = _FLOAT_TILES[host_isa()]
+        return next((height for height in heights if height >= tokens), heights[-1]), 1
+    tiles = _INT8_TILES[host_isa()]
+    return next((tile for tile in tiles if tile[0] >= tokens), tiles[-1])
+
+
+def linear_block(
+    view: CpuView, kind: Kind, shared: int, x_type: int, tile: tuple[int, int]
+) -> NDArray[np.int64]:
+    """The argument block that multiplies x of `x_type` by a view; y has the same type.
+
+    shared: columns that share one scale of the activations. Raises RuntimeError if the kernels do
+    not pass their check.
+    """
+    _check(kind, view.record, x_type, tile)
+    return _block(view, kind, shared, x_type, tile, x_type)
+
+
+def decode_blocks(view: CpuView, panels: int) -> list[NDArray[np.int64]]:
+    """Argument blocks that decode a view, `panels` at a time, to fp32 columns."""
+    _check_decode(view.record)
+    return [
+        _decode_block(view, first, min(panels, view.panels - first))
+        for first in range(0, view.panels, panels)
+    ]
+
+
+def _decode_block(view: CpuView, first: int, panels: int) -> NDArray[np.int64]:
+    record = view.record
+    kernel = compile_kernel(emit_decode, record.width, record.zero, record.half)
+    # With no tokens, nothing is prepared: any kernel does.
+    prepare = compile_kernel(emit_widen, FP32)
+    return argument_block(
+        prepare=prepare.address,
+        kernel=kernel.address,
+        records=view.records.data_ptr(),
+        first=first,
+        panels=panels,
+        groups=view.groups,
+        group=view.group,
+        tile=1,
+        unit=1,
+        y_stride=4 * PANEL * panels,
+    )
+
+
+def _block(
+    view: CpuView, kind: Kind, shared: int, x_type: int, tile: tuple[int, int], y_type: int
+) -> NDArray[np.int64]:
+    record = view.record
+    options = (record.width, record.zero, record.half)
+    if kind == "float":
+        prepare = compile_kernel(emit_widen, x_type)
+        kernel = compile_kernel(emit_float, *options, tile[0])
+    else:
+        prepare = compile_kernel(emit_quantize, x_type)
+        kernel = (
+            compile_kernel(emit_gemv, *options)
+            if tile == (1, 1)
+            else compile_kernel(emit_tile, *options, *tile)
+        )
+    return argument_block(
+        prepare=prepare.address,
+        kernel=kernel.address,
+        records=view.records.data_ptr(),
+        rows=view.rows,
+        columns=view.columns,
+        panels=view.panels,
+        groups=view.groups,
+        group=view.group,
+        shared=shared,
+        tile=tile[0],
+        unit=tile[1],
+        item=4 if kind == "float" else 1,
+        y_type=y_type,
+    )
+
+
+@functools.cache
+def _check(kind: Kind, record: Record, x_type: int, tile: tuple[int, int]) -> None:
+    """Small integers through the kernels of one specialisation: each sum must be exact."""
+    weight, decoded = _check_weight(record)
+    rows, columns = weight.shape
+    view = build_view(weight, 48)
+    tokens = 1 if tile[0] == 1 else tile[0] + 1
+    rng = np.random.default_rng(1)
+    x = rng.integers(-9, 10, (tokens, columns)).astype(np.float32)
+    x[:, ::48] = LARGEST_CODE  # the largest magnitude of every group: its scale is 1
+    dtype = next(dtype for dtype, number in FLOAT_KINDS.items() if number == x_type)
+    values = torch.from_numpy(x).to(dtype)
+    bias = torch.arange(16 * view.panels, dtype=torch.float32)
+    y = torch.full((tokens, rows), torch.nan)
+    block = _block(view, kind, 48, x_type, tile, FP32)
+    _run(block, values, bias, y)
+    expected = x.astype(np.float64) @ decoded.T + np.arange(rows)
+    _require(np.array_equal(y.double().numpy(), expected), f"{kind} {record} tile={tile}")
+
+
+@functools.cache
+def _check_decode(record: Record) -> None:
+    weight, decoded = _check_weight(record)
+    view = build_view(weight, 48)
+    out = torch.full((view.groups * view.group, PANEL * view.panels), torch.nan)
+    _run(_decode_block(view, 0, view.panels), torch.empty(0, 1), out, out)
+    found = out[: weight.shape[1], : weight.shape[0]].T.double().numpy()
+    _require(np.array_equal(found, decoded), f"decode {record}")
+
+
+def _run(block: NDArray[np.int64], x: Tensor, bias: Tensor, y: Tensor) -> None:
+    stride = x.shape[1] * x.element_size()
+    serial_driver()(
+        block.ctypes.data, x.data_ptr(), stride, bias.data_ptr(), y.data_ptr(), x.shape[0], 1
+    )
+
+
+def _check_weight(record: Record) -> tuple[QTensor, NDArray[np.float64]]:
+    """A weight [40, 140] with power-of-two scales, and its values computed here."""
+    rows, columns, group = 40, 140, 48
+    rng = np.random.default_rng(0)
+    codec = Codec(record.width, group, record.zero, "fp16" if record.half else "fp32")
+    codes = rng.integers(0, codec.levels, (rows, columns)).astype(np.uint8)
+    shape = (codec.num_groups(columns), rows)
+    scales = 2.0 ** rng.integers(-2, 3, shape)
+    zeros: NDArray[Any] = np.full(shape, codec.zero_code)
+    if record.zero != "none":
+        zeros = rng.integers(0, codec.levels, shape)
+    of_column = np.arange(columns) // group
+    if record.zero == "float":
+        decoded = scales.T[:, of_column] * codes - zeros.T[:, of_column]
+        stored: Tensor | None = _side(-zeros, "fp16" if record.half else "fp32")
+    else:
+        decoded = scales.T[:, of_column] * (codes - zeros.T[:, of_column].astype(np.float64))
+        stored = _side(zeros, "uint8") if record.zero == "integer" else None
+    packed = pack(torch.from_numpy(codes), codec)
+    scales_stored = _side(scales, codec.scale_dtype)
+    return QTensor(codec, (rows, columns), packed, scales_stored, stored), decoded
+
+
+def _side(values: NDArray[Any], dtype: str) -> Tensor:
+    kinds = {"fp16": torch.float16, "fp32": torch.float32, "uint8": torch.uint8}
+    groups, rows = values.shape
+    padded = np.zeros((groups, round_up(rows, PANEL)))
+    padded[:, :rows] = values
+    return torch.from_numpy(padded).to(kinds[dtype])
+
+
+def _require(passed: bool, what: str) -> None:
+    if not passed:
+        raise RuntimeError(
+            f"the compiled CPU kernel {what} gave wrong numbers for instruction set "
+            f"{host_isa()!r}; LATH_ISA=portable selects plain code, and a report would help"
+        )
