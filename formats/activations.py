@@ -37,14 +37,17 @@ class ActivationFormat:
         if self.kind not in ("float", "int8"):
             raise ValueError(f"activations kind must be 'float' or 'int8', got {self.kind!r}")
         group = self.group
-        if group is None:
-            return
-        if self.kind == "float":
-            raise ValueError(f"activations 'float' has no group, got group={group!r}")
-        if type(group) is not int or group <= 0 or group % GROUP_MULTIPLE != 0:
-            raise ValueError(
-                f"activations group must be a positive multiple of {GROUP_MULTIPLE}, got {group!r}"
-            )
+        if group is not None:
+            if self.kind == "float":
+                raise ValueError(f"activations 'float' has no group, got group={group!r}")
+            if type(group) is not int or group <= 0 or group % GROUP_MULTIPLE != 0:
+                raise ValueError(
+                    "activations group must be a positive multiple of "
+                    f"{GROUP_MULTIPLE}, got {group!r}"
+                )
+        # Kept, not formatted on demand: torch.compile traces attributes but not the formatting.
+        text = self.kind if group is None else f"{self.kind}-g{group}"
+        object.__setattr__(self, "_text", text)
 
     @staticmethod
     def parse(text: str) -> ActivationFormat:
@@ -59,7 +62,7 @@ class ActivationFormat:
         return ActivationFormat("int8", int(match["group"]) if match["group"] else None)
 
     def __str__(self) -> str:
-        return self.kind if self.group is None else f"{self.kind}-g{self.group}"
+        return self._text  # type: ignore[attr-defined, no-any-return]
 
     @property
     def bits(self) -> int | None:

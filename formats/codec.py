@@ -67,6 +67,11 @@ class Codec:
             raise ValueError(
                 f"codec scale_dtype must be 'fp16' or 'fp32', got {self.scale_dtype!r}"
             )
+        # Kept, not formatted on demand: torch.compile traces attributes but not the formatting.
+        group = "" if self.group is None else f"-g{self.group}"
+        wide = "-s32" if self.scale_dtype == "fp32" else ""
+        text = f"int{self.bits}{group}{_TEXT_OF_ZERO[self.zero]}{wide}"
+        object.__setattr__(self, "_text", text)
 
     @staticmethod
     def parse(text: str) -> Codec:
@@ -82,9 +87,7 @@ class Codec:
         )
 
     def __str__(self) -> str:
-        group = "" if self.group is None else f"-g{self.group}"
-        wide = "-s32" if self.scale_dtype == "fp32" else ""
-        return f"int{self.bits}{group}{_TEXT_OF_ZERO[self.zero]}{wide}"
+        return self._text  # type: ignore[attr-defined, no-any-return]
 
     @functools.cached_property
     def plane_widths(self) -> tuple[int, ...]:

@@ -37,6 +37,8 @@ class PackedLinear(nn.Module):
     Casting the module (`model.half()`, `.to(dtype)`) leaves the packed numbers as they are; moving
     it moves them. Gradients reach x (the rounding of activations counts as the identity), never the
     weight. The module follows x's dtype, torch.autocast included: it computes in fp32 inside.
+    Parameters that are loaded, moved or assigned take effect at once; the compiled kernel does not
+    see them written in place.
     """
 
     weight: Tensor
@@ -187,6 +189,7 @@ class PackedLinear(nn.Module):
                     f"{name} of a {self.codec} PackedLinear holds packed numbers and cannot become "
                     f"a {value.dtype} tensor {list(value.shape)}: undo the patch first"
                 )
+        if name in _PARTS or name == "bias":
             self._forget()
         super().__setattr__(name, value)
 

@@ -133,7 +133,8 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
     result.text_before = _answer(model, tokenizer, prompt_ids, names[0], options, console)
     patches.redo()
     result.text_after = _answer(model, tokenizer, prompt_ids, names[1], options, console)
-    console.print(result_table(result, patches.body, names, options))
+    console.print(result_table(result, names, options))
+    console.print(circumstances(result, patches.body, options))
     console.print(difference(result.text_before, result.text_after))
     return result
 
@@ -184,9 +185,7 @@ def _dtype_name(model: Any) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def result_table(
-    result: RunResult, report: PatchReport, names: Sequence[str], options: RunOptions
-) -> Table:
+def result_table(result: RunResult, names: Sequence[str], options: RunOptions) -> Table:
     """Bytes, perplexity and speed, before, after and as a ratio."""
     table = Table(title=f"{options.model}: {names[0]} and {names[1]}", title_justify="left")
     table.add_column("")
@@ -199,14 +198,16 @@ def result_table(
     for label, field in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")):
         slow, fast = getattr(result, f"{field}_before"), getattr(result, f"{field}_after")
         table.add_row(f"{label} tokens/s", f"{slow:.1f}", f"{fast:.1f}", f"{fast / slow:.2f} times")
-    device = describe_device("cpu")
-    table.caption = (
-        f"backend {result.backend} on {device.architecture}, {torch.get_num_threads()} thread(s); "
-        f"activations {report.activations}; prefill of {PREFILL_TOKENS} tokens, medians of "
-        f"{options.rounds} rounds in turn"
-    )
-    table.caption_justify = "left"
     return table
+
+
+def circumstances(result: RunResult, report: PatchReport, options: RunOptions) -> str:
+    """Where and how the figures were taken, in one line."""
+    return (
+        f"Backend {result.backend} on {describe_device('cpu').architecture}, "
+        f"{torch.get_num_threads()} thread(s); activations {report.activations}; prefill of "
+        f"{PREFILL_TOKENS} tokens, then {DECODE_TOKENS}; medians of {options.rounds} rounds."
+    )
 
 
 def difference(before: str, after: str) -> Text:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lath.integration.linear import PackedLinear
+from lath.verbs.linear import linear
 
 CODECS = ["int4-g64", "int3-g32-asym", "int4-g32-fzero", "int8-s32", "int1"]
 
@@ -183,3 +184,59 @@ def test_malformed_modules_and_calls(
 ) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+# The direct call of the compiled kernel
+
+
+def compiled(codec: str = "int4-g16", bias: bool = True) -> PackedLinear:
+    pytest.importorskip("numba")
+    torch.manual_seed(2)
+    return PackedLinear.from_linear(nn.Linear(80, 40, bias), codec, "int8-g16", backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(80,), (1, 80), (2, 3, 80), (0, 80), (2, 0, 80)])
+def test_direct_call_is_the_verb(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    module, x = compiled(), torch.randn(shape).to(dtype)
+    assert module._kernel is None
+    y = module(x)
+    assert module._kernel is not None
+    expected = linear(x, module.qtensor, module.bias, activations="int8-g16", backend="cpu")
+    assert torch.equal(y, expected)
+    assert y.dtype == dtype
+    assert torch.equal(module(x.clone().requires_grad_()), expected)
+    with torch.inference_mode():
+        assert torch.equal(module(x), expected)
+
+
+def test_direct_call_takes_strided_input() -> None:
+    module, x = compiled(), torch.randn(80, 6)
+    assert torch.equal(module(x.T), module(x.T.contiguous()))
+
+
+@pytest.mark.parametrize("shape", [(3, 79), (3, 160), (0,), ()])
+def test_direct_call_refuses_other_shapes(shape: tuple[int, ...]) -> None:
+    module = compiled()
+    module(torch.randn(3, 80))
+    with pytest.raises(ValueError, match="80"):
+        module(torch.randn(shape))
+    with pytest.raises(TypeError, match="int64"):
+        module(torch.zeros(3, 80, dtype=torch.int64))
+    with pytest.raises(TypeError, match="float64"):
+        module(torch.zeros(3, 80, dtype=torch.float64))
+
+
+def test_direct_call_follows_a_loaded_weight() -> None:
+    module, x = compiled(), torch.randn(3, 80)
+    module(x)
+    torch.manual_seed(9)
+    other = PackedLinear.from_linear(nn.Linear(80, 40), "int4-g16", "int8-g16", backend="cpu")
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(module(x), other(x))
+    module.weight = nn.Parameter(compiled().weight.clone(), requires_grad=False)
+    module.weight_scale = nn.Parameter(compiled().weight_scale.clone(), requires_grad=False)
+    module.bias = compiled().bias
+    assert torch.equal(module(x), compiled()(x))
+    module.bias = nn.Parameter(module.bias.detach() + 1, requires_grad=False)
+    assert not torch.equal(module(x), compiled()(x))
