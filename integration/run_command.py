@@ -21,7 +21,7 @@ from lath.integration.measure import generate, measure_speeds
 from lath.integration.models import load_model, parse_dtype
 from lath.integration.patch import patch
 from lath.integration.perplexity import num_windows, perplexity
-from lath.integration.progress import progress_bar
+from lath.integration.progress import progress_bar, shows_progress
 from lath.integration.report import PatchReport, model_bytes
 from lath.integration.text_sample import english_text
 from lath.verbs.planning import describe_device
@@ -108,10 +108,11 @@ class Patches:
 
 def run_model(options: RunOptions, console: Console) -> RunResult:
     """Load, pack, measure both, show both answers as they are written, print the table."""
-    with console.status(f"loading {options.model}"):
-        # In the checkpoint's own dtype: codes are made from the numbers that were saved, not from
-        # their rounding to the dtype in which the rest of the model then runs.
-        model, tokenizer = load_model(options.model)
+    if shows_progress():
+        Console(stderr=True).print(f"loading {options.model}", style="dim")
+    # In the checkpoint's own dtype: codes are made from the numbers that were saved, not from their
+    # rounding to the dtype in which the rest of the model then runs.
+    model, tokenizer = load_model(options.model)
     patches = Patches(model, options)
     patches.undo()
     dtype = parse_dtype(options.dtype)

@@ -96,7 +96,7 @@ class CpuLinear:
     def _launch(self, dtype: torch.dtype, tokens: int) -> tuple[int, NDArray[np.int64]]:
         if dtype not in FLOAT_KINDS:
             raise TypeError(f"x must be float32, float16 or bfloat16, got {dtype}")
-        tile = tile_of(self._kind, tokens)
+        tile = tile_of(self._kind, tokens, self._view.panel_bytes)
         block = linear_block(self._view, self._kind, self._shared, FLOAT_KINDS[dtype], tile)
         launch = self._launches[dtype, min(tokens, 8)] = (block.ctypes.data, block)
         return launch

@@ -1,7 +1,7 @@
-"""The int8 kernels of `linear` on a CPU: a stream for one token, a register tile for more.
+"""The int8 kernel of `linear` on a CPU: register tiles of tokens and panels, one token included.
 
-Both add `code * activation` in int32 over one group (a view's group is short enough for that,
-`cpu_view.py`), take the zero point out as `zero * Σ activation`, and scale the exact integer.
+It adds `code * activation` in int32 over one group (a view's group is short enough for that,
+`cpu_view.py`), takes the zero point out as `zero * Σ activation`, and scales the exact integer.
 """
 
 from __future__ import annotations
@@ -13,84 +13,8 @@ from lath.kernels.linear.cpu_arguments import Arguments
 from lath.kernels.linear.cpu_record import VECTOR_BYTES, Output, Record, RecordReader
 from lath.kernels.simd.emitter import F32, Emitter
 
-# Bytes ahead of the stream that are asked for: about the latency of memory at full bandwidth.
-PREFETCH_BYTES = 2048
-
-
-def emit_gemv(
-    e: Emitter, begin: Any, end: Any, arguments: Any, width: int, zero: Zero, half: bool
-) -> None:
-    """One token, panels [begin, end)."""
-    a, record = Arguments(e, arguments), Record(width, zero, half)
-    reader, output = RecordReader(e, a, record), Output(e, a)
-    with e.loop(e.subtract(end, begin)) as index:
-        panel = e.add(begin, index)
-        at = e.variable(e.add(a["records"], e.multiply(panel, reader.panel_bytes)))
-        x = e.variable(a["codes"])
-        total = e.variable(e.floats(0.0))
-        with e.loop(a["groups"]) as group:
-            dot = _stream_group(e, reader, at, x)
-            entry = e.multiply(group, 4)
-            scale, sums = e.add(a["scales"], entry), e.add(a["sums"], entry)
-            exact = _without_zero(e, reader, dot, at.value, sums)
-            total.value = _scaled(e, reader, exact, at.value, scale, sums, total.value)
-            at.value = e.add(at.value, record.side_bytes)
-        output.store(e.integer(0), panel, total.value)
-
-
-def _stream_group(e: Emitter, reader: RecordReader, at: Any, x: Any) -> Any:
-    """Σ code * activation over the codes at `at`, which moves behind them, as does `x`."""
-    width, columns = reader.record.width, reader.record.columns
-    fields = 8 // width
-    # Four sums that do not wait for each other; a group is a multiple of 16 columns, so that
-    # `unroll` vectors always divide it.
-    unroll = 4 // fields
-    # Fields may stay where they are in a byte where the product has room for them (not in the
-    # 16 bits of vpmaddubsw); one shift of the finished sum puts them right.
-    in_place = e.isa != "avx2"
-    sums = [e.variable(e.constant(0)) for _ in range(fields * unroll)]
-    with e.loop(e.divide(reader.steps, unroll)):
-        for u in range(unroll):
-            address = e.add(at.value, u * VECTOR_BYTES)
-            e.prefetch(e.add(address, PREFETCH_BYTES))
-            word = e.load(address)
-            codes = (e.fields_in_place if in_place else e.fields)(word, width)
-            for j, code in enumerate(codes):
-                activations = e.broadcast(e.add(x.value, u * columns + 4 * j))
-                part = sums[u * fields + j]
-                part.value = e.dot(part.value, code, activations, narrow=width <= 4)
-        at.value = e.add(at.value, unroll * VECTOR_BYTES)
-        x.value = e.add(x.value, unroll * columns)
-    dot = None
-    for index, part in enumerate(sums):
-        shift = width * (index % fields) if in_place else 0
-        value = e.shift_right_signed(part.value, shift)
-        dot = value if dot is None else e.builder.add(dot, value)
-    return dot
-
-
-def _without_zero(e: Emitter, reader: RecordReader, dot: Any, side: Any, sums: Any) -> Any:
-    """dot - zero * Σ activation, exact; a float minimum is added later."""
-    record = reader.record
-    if record.zero == "none":
-        zero = e.constant(record.zero_code)
-    elif record.zero == "integer":
-        zero = reader.zero_point(side)
-    else:
-        return dot
-    return e.builder.sub(dot, e.builder.mul(zero, e.broadcast(sums)))
-
-
-def _scaled(
-    e: Emitter, reader: RecordReader, exact: Any, side: Any, scale: Any, sums: Any, total: Any
-) -> Any:
-    """total + scales * (exact, + minimum * Σ activation)."""
-    activation_scale = e.broadcast(scale, F32)
-    if reader.record.zero == "float":
-        offset = e.builder.fmul(e.to_floats(e.broadcast(sums)), activation_scale)
-        total = e.fma(offset, reader.minimum(side), total)
-    factor = e.builder.fmul(reader.scale(side), activation_scale)
-    return e.fma(e.to_floats(exact), factor, total)
+# With up to this many accumulators, registers last for one per field of a byte.
+_APART = 16
 
 
 def emit_tile(
@@ -132,6 +56,10 @@ class _Tile:
         self.reader, self.output = RecordReader(e, a, record), Output(e, a)
         self.totals = e.buffer(tokens * panels)
         self.places = [(m, n) for m in range(tokens) for n in range(panels)]
+        self.fields = 8 // record.width
+        # A field may stay where it is in its byte, with an accumulator to itself that is shifted
+        # once, where registers last and a product has the room (vpmaddubsw's 16 bits have not).
+        self.apart = tokens * panels * self.fields <= _APART and e.isa != "avx2"
 
     def emit(self, columns: list[Any], token_tile: Any) -> None:
         """One tile: the panels `columns` for the tokens of `token_tile`, stored into y."""
@@ -157,7 +85,7 @@ class _Tile:
     def _total(self, place: tuple[int, int]) -> Any:
         return self.e.add(self.totals, VECTOR_BYTES * (place[0] * self.panels + place[1]))
 
-    def _accumulators(self, sums: Any) -> dict[tuple[int, int], Any]:
+    def _accumulators(self, sums: Any) -> dict[tuple[int, int], list[Any]]:
         """A symmetric zero point is the accumulators' start: -zero * Σ activation."""
         e = self.e
         starts = [e.constant(0)] * self.tokens
@@ -167,21 +95,34 @@ class _Tile:
                 e.builder.neg(e.shift_left(e.broadcast(e.add(sums, 4 * m)), shift))
                 for m in range(self.tokens)
             ]
-        return {(m, n): e.variable(starts[m]) for m, n in self.places}
+        others = self.fields - 1 if self.apart else 0
+        return {
+            (m, n): [e.variable(starts[m])] + [e.variable(e.constant(0)) for _ in range(others)]
+            for m, n in self.places
+        }
 
     def _multiply(self, starts: list[Any], moved: Any, x: Any, accumulators: Any) -> None:
         e, width = self.e, self.reader.record.width
+        split = e.fields_in_place if self.apart else e.fields
         with e.loop(self.reader.steps):
             words = [e.load(e.add(start, moved.value)) for start in starts]
-            codes = [e.fields(word, width) for word in words]
-            for j in range(8 // width):
+            codes = [split(word, width) for word in words]
+            for j in range(self.fields):
                 for m in range(self.tokens):
                     activations = e.broadcast(e.add(x.value, 4 * (j * self.tokens + m)))
                     for n in range(self.panels):
-                        part = accumulators[m, n]
+                        part = accumulators[m, n][j if self.apart else 0]
                         part.value = e.dot(part.value, codes[n][j], activations, width <= 4)
             moved.value = e.add(moved.value, VECTOR_BYTES)
             x.value = e.add(x.value, self.reader.record.columns * self.tokens)
+
+    def _dot(self, parts: list[Any]) -> Any:
+        """The integer of one place; fields that were left where they lay are shifted down."""
+        e, dot = self.e, parts[0].value
+        for j, part in enumerate(parts[1:], 1):
+            shifted = e.shift_right_signed(part.value, self.reader.record.width * j)
+            dot = e.builder.add(dot, shifted)
+        return dot
 
     def _scale(self, sides: list[Any], scales: Any, sums: Any, accumulators: Any) -> None:
         """Add the finished integers of a group, scaled, to the fp32 totals."""
@@ -197,7 +138,7 @@ class _Tile:
             scale = e.broadcast(e.add(scales, 4 * m), F32)
             total_code = e.broadcast(e.add(sums, 4 * m)) if offsets else None
             for n in range(self.panels):
-                exact = accumulators[m, n].value
+                exact = self._dot(accumulators[m, n])
                 place = self._total((m, n))
                 total = e.load(place, scale.type)
                 if zero == "integer":

@@ -14,7 +14,6 @@ from lath.kernels.linear.cpu_arguments import Arguments
 from lath.kernels.linear.cpu_record import VECTOR_BYTES, Output, Record, RecordReader
 from lath.kernels.simd.emitter import F32, Emitter
 
-PREFETCH_BYTES = 2048
 # Sums of one token that do not wait for each other, to cover the latency of a multiply-add.
 _CHAINS = 4
 
@@ -52,7 +51,6 @@ def _multiply(
     with e.loop(a["groups"]) as group:
         parts = [[e.variable(e.floats(0.0)) for _ in range(chains)] for _ in range(tokens)]
         with e.loop(reader.steps):
-            e.prefetch(e.add(at.value, PREFETCH_BYTES))
             for column, code in enumerate(_codes(e, e.load(at.value), record.width)):
                 decoded = e.to_floats(code)
                 for m in range(tokens):

@@ -47,6 +47,10 @@ class CpuView:
     def groups(self) -> int:
         return self.records.shape[1]
 
+    @property
+    def panel_bytes(self) -> int:
+        return self.groups * self.records.shape[2]
+
 
 def view_group(columns: int, codec: Codec, activations: ActivationFormat) -> int:
     """Columns of one record: a multiple of 16 that divides both groups, short of overflow."""

@@ -122,14 +122,6 @@ class Emitter:
         pointer = self.builder.inttoptr(address, value.type.as_pointer())
         self.builder.store(value, pointer).align = 1
 
-    def prefetch(self, address: Any) -> None:
-        pointer = self.builder.inttoptr(address, I8.as_pointer())
-        function = self._function(
-            "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32]
-        )
-        read, keep, data = (ir.Constant(I32, value) for value in (0, 3, 1))
-        self.builder.call(function, [pointer, read, keep, data])
-
     def load_floats(self, address: Any, kind: int) -> Any:
         """Sixteen floats of type `kind` in memory, as fp32."""
         if kind == FP32:

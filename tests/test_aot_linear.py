@@ -1,0 +1,207 @@
+"""The Triton kernels of `linear`, compiled for GPUs that are not here.
+
+Our own launchers run on CPU tensors under `fake_gpu`; what they would have launched is compiled and
+read: no spills, it fits the device, and a dot became tensor instructions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from cases import DTYPES
+from lath.formats.activations import activation_format
+from lath.formats.codec import codec as parse_codec
+from lath.formats.device import known_device
+from lath.formats.plan import Plan
+from lath.formats.qtensor import QTensor
+from lath.kernels.linear import triton as launcher
+from lath.kernels.linear.plan import plan_linear
+from tools.fake_gpu import Specialisation, compile_recorded, fake_gpu
+from tools.machine_code import analyze, resources
+
+ARCHITECTURES = [
+    "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950",
+]  # fmt: skip
+ROWS = 1024
+LOOPS = ("matmul_kernel", "gemv_kernel")
+
+# Codec, dtype, activations, K, bias | plan, the same in words as in test_triton_linear.py, with
+# warps. For each width: a float dot, an int8 dot, the loop without a dot and the decoder; over the
+# widths every zero, span, orientation, split, dtype and tail.
+COVER = {
+    1: [
+        "int1-g128 fp16 float 2048 False | flat fp16 16x64x128 k1 w4",
+        "int1 bf16 int8 2048 True | flat int8 16x128x256 k4 w4",
+        "int1-g64-asym fp32 float 2000 False | gemv fp32 1x64x128 k4 w4",
+        "int1-g48 fp16 float 2048 False | decode_matmul fp16 16x64x128 k1 w4",
+    ],
+    2: [
+        "int2 bf16 float 2048 True | flat bf16 16x128x128 k1 w4 swap",
+        "int2-g64 fp16 int8-g64 2048 False | tiled int8 64x128x128 k1 w4 swap",
+        "int2-g32 bf16 float 2048 True | gemv fp32 2x64x128 k1 w4",
+        "int2-asym bf16 float 2048 False | decode_matmul bf16 16x64x128 k1 w4",
+    ],
+    3: [
+        "int3-g64-asym fp16 float 2048 False | flat fp16 16x64x128 k2 w4",
+        "int3-g128 fp16 int8 2048 False | flat int8 16x64x128 k1 w4",
+        "int3 fp32 float 2048 False | gemv fp32 4x32x128 k1 w4",
+        "int3-g16-fzero fp32 float 2000 False | decode_matmul fp32 16x64x128 k1 w4",
+    ],
+    4: [
+        "int4-g128 fp16 float 2048 True | flat fp16 16x128x128 k1 w4 swap",
+        "int4-g128 fp16 float 2000 False | tiled fp16 64x64x128 k1 w4",
+        "int4-g32 bf16 float 2048 False | flat bf16 16x64x128 k2 w4",
+        "int4-g64 bf16 int8-g64 2048 True | flat int8 16x128x128 k4 w4 swap",
+        "int4-g64 fp32 float 2048 False | flat fp32 16x32x128 k1 w4",
+        "int4-g48 fp16 int8 2048 False | flat fp16 16x64x128 k1 w4",
+        "int4-g128 fp16 int8 2048 False | gemv fp32 1x64x128 k1 w4",
+        "int4-g128 fp16 float 2048 False | decode_matmul fp16 16x64x128 k1 w4",
+    ],
+    5: [
+        "int5-g96-fzero bf16 float 2048 False | flat bf16 16x64x128 k1 w4",
+        "int5-asym fp32 int8 2048 False | flat int8 16x64x256 k1 w4 swap",
+        "int5-g128-fzero fp16 float 2048 False | gemv fp32 1x64x128 k2 w4",
+        "int5-s32 bf16 float 2048 False | decode_matmul bf16 16x64x128 k1 w4",
+    ],
+    6: [
+        "int6-g256 fp16 float 2048 False | flat fp16 16x128x256 k1 w4 swap",
+        "int6-g64-fzero bf16 int8-g128 2048 False | flat int8 16x64x128 k1 w4",
+        "int6 fp32 float 2000 False | gemv fp32 2x64x128 k1 w4",
+        "int6-g32-asym fp16 float 2048 False | decode_matmul fp16 16x64x128 k1 w4",
+    ],
+    7: [
+        "int7 bf16 float 2048 False | flat bf16 16x64x128 k1 w4",
+        "int7-g128 fp16 int8-g128 2048 False | flat int8 16x64x128 k1 w4",
+        "int7-g16 fp32 float 2048 False | gemv fp32 1x64x128 k1 w4",
+        "int7-g64 fp32 float 2048 False | decode_matmul fp32 16x64x128 k1 w4",
+    ],
+    8: [
+        "int8 bf16 float 2048 True | flat bf16 16x64x128 k1 w4 swap",
+        "int8-g128-asym fp16 float 2048 False | flat fp16 16x64x128 k1 w4",
+        "int8-s32 bf16 int8 2048 False | tiled int8 64x64x128 k1 w4 swap",
+        "int8-g64 fp32 float 2048 False | gemv fp32 2x64x128 k1 w4",
+        "int8-asym bf16 float 2048 False | decode_matmul bf16 16x64x128 k1 w4",
+    ],
+}
+
+
+def record(text: str, chosen: Plan, architecture: str) -> list[Specialisation]:
+    """What the launcher would compile for a case under a plan."""
+    codec, dtype, activations, columns, bias = text.split()
+    weight = QTensor.empty(parse_codec(codec), (ROWS, int(columns)), device="cpu")
+    weight.codes.zero_(), weight.scales.zero_()
+    tokens = chosen.block_m
+    x = torch.zeros(tokens, int(columns), dtype=DTYPES[dtype])
+    offsets = torch.zeros(ROWS, dtype=DTYPES[dtype]) if bias == "True" else None
+    with fake_gpu(architecture) as recording:
+        launcher.linear(x, weight, offsets, activation_format(activations), chosen)
+    assert recording.launches
+    return recording.specialisations()
+
+
+def plan_of(text: str, architecture: str) -> Plan:
+    dataflow, dot, tile, split, warps, *rest = text.split()
+    m, n, k = (int(size) for size in tile.split("x"))
+    amd = architecture.startswith("gfx")
+    return Plan(
+        backend="triton",
+        dataflow=dataflow,  # type: ignore[arg-type]
+        dot=dot,
+        reason="a test",
+        bytes_moved=0,
+        operations=0,
+        block_m=m,
+        block_n=n,
+        block_k=k,
+        split_k=int(split[1:]),
+        swap=rest == ["swap"],
+        warps=int(warps[1:]),
+        stages=2 if amd or dot == "fp32" else 3,
+    )
+
+
+def check(found: Specialisation, dot: str) -> None:
+    """It compiles, spills nothing, fits, and a matmul uses the tensor unit for its dots."""
+    kernel = compile_recorded(found)
+    usage = resources(kernel)
+    device = known_device(found.architecture)
+    assert usage.spill_bytes == 0, f"{found} spills {usage.spill_bytes} bytes"
+    assert usage.shared_memory <= device.shared_memory, str(found)
+    assert usage.blocks_per_unit >= 1, f"{found}: {usage.limiter}"
+    if found.name != "matmul_kernel":
+        assert not usage.tensor_instructions, str(found)
+        return
+    if device.kind == "hip":
+        letter = {"int8": "v_mfma_i32", "fp16": "v_mfma_f32", "bf16": "v_mfma_f32"}
+        families = [letter.get(dot, "v_mfma_f32")]
+    elif dot == "fp32":  # no architecture multiplies fp32 exactly in its tensor unit
+        assert not usage.tensor_instructions, str(found)
+        return
+    else:
+        families = ["IMMA", "IGMMA", "UTCI"] if dot == "int8" else ["HMMA", "HGMMA", "UTCH"]
+    assert any(usage.uses(family) for family in families), f"{found}: {usage.tensor_instructions}"
+
+
+@pytest.mark.parametrize("bits", COVER)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_cover_compiles(architecture: str, bits: int) -> None:
+    for text in COVER[bits]:
+        case, chosen = (part.strip() for part in text.split("|"))
+        picked = plan_of(chosen, architecture)
+        for found in record(case, picked, architecture):
+            check(found, picked.dot)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 4, 8, 16, 32, 64, 200, 1000])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_plan_of_the_planner_compiles(architecture: str, tokens: int) -> None:
+    """What `plan_linear` picks for each width, zero and activation format runs on that device."""
+    device = known_device(architecture)
+    for bits in range(1, 9):
+        for suffix, dtype, activations in [
+            ("-g128", "fp16", "float"),
+            ("-g64-asym", "bf16", "float"),
+            ("-g32-fzero", "fp16", "int8-g32"),
+            ("-g64", "bf16", "int8-g64"),
+            ("", "fp16", "int8"),
+            ("-g48", "fp32", "int8"),
+            ("-asym", "fp32", "float"),
+        ]:
+            codec = f"int{bits}{suffix}"
+            picked = plan_linear(
+                tokens, 4096, 2048, parse_codec(codec), activation_format(activations),
+                DTYPES[dtype], device, "triton",
+            )  # fmt: skip
+            case = f"{codec} {dtype} {activations} 2048 True"
+            for found in record(case, picked, architecture):
+                check(found, picked.dot)
+
+
+# Instructions per decoded weight other than tensor ones, in the hot loop of a 16-token tile.
+# A budget is the measured figure and 8 %: a new Triton or ptxas moves counts a little.
+FIGURES = [
+    ("sm_80", "int4-g128 fp16 float 2048 False | flat fp16 16x128x128 k1 w4", 3.80),
+    ("sm_80", "int4-g128-asym fp16 float 2048 False | flat fp16 16x128x128 k1 w4", 2.85),
+    ("sm_90", "int4-g128 fp16 float 2048 False | flat fp16 16x128x128 k1 w4 swap", 2.50),
+    ("sm_90", "int4-g128 bf16 float 2048 False | flat bf16 16x128x128 k1 w4 swap", 2.50),
+    ("sm_90", "int4 fp16 int8 2048 False | flat int8 16x128x256 k1 w4", 1.50),
+    ("sm_90", "int2 fp16 int8 2048 False | flat int8 16x128x256 k1 w4", 1.11),
+    ("gfx942", "int4-g128 fp16 float 2048 False | flat fp16 16x128x128 k1 w4", 3.62),
+]
+
+
+@pytest.mark.parametrize(("architecture", "text", "figure"), FIGURES)
+def test_instructions_per_weight(architecture: str, text: str, figure: float) -> None:
+    case, chosen = (part.strip() for part in text.split("|"))
+    picked = dataclasses.replace(plan_of(chosen, architecture), stages=3)
+    (found,) = [s for s in record(case, picked, architecture) if s.name in LOOPS]
+    measured = analyze(compile_recorded(found))
+    weights = picked.block_n * picked.block_k
+    assert measured.looped
+    assert measured.non_tensor_per_weight(weights) <= 1.08 * figure, str(measured)
+    widest = {"LDGSTS.128", "buffer.128"} & measured.hot.global_loads.keys()
+    assert widest, f"weights are not loaded 16 bytes a lane: {measured.hot.global_loads}"
