@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lath.formats.activations import activation_format
 from lath.formats.codec import codec as parse_codec
+from lath.integration.bench_command import bench_app
 from lath.integration.models import ACCEPTED_MODELS, parse_dtype
 from lath.integration.plan_command import plan_table
 from lath.integration.run_command import (
@@ -31,6 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app, name="bench")
 
 Model = Annotated[str, typer.Option(help=f"{ACCEPTED_MODELS}.")]
 Weights = Annotated[
