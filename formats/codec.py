@@ -53,7 +53,7 @@ class Codec:
     def __post_init__(self) -> None:
         if self.bits not in _PLANE_WIDTHS:
             raise ValueError(f"codec bits must be an integer from 1 to 8, got {self.bits!r}")
-        group = self.group
+        group, grouped = self.group, ""
         if group is not None and (
             type(group) is not int or group <= 0 or group % GROUP_MULTIPLE != 0
         ):
@@ -68,9 +68,10 @@ class Codec:
                 f"codec scale_dtype must be 'fp16' or 'fp32', got {self.scale_dtype!r}"
             )
         # Kept, not formatted on demand: torch.compile traces attributes but not the formatting.
-        group = "" if self.group is None else f"-g{self.group}"
+        if group is not None:
+            grouped = f"-g{group}"
         wide = "-s32" if self.scale_dtype == "fp32" else ""
-        text = f"int{self.bits}{group}{_TEXT_OF_ZERO[self.zero]}{wide}"
+        text = f"int{self.bits}{grouped}{_TEXT_OF_ZERO[self.zero]}{wide}"
         object.__setattr__(self, "_text", text)
 
     @staticmethod

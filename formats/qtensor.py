@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +22,9 @@ View = TypeVar("View")
 
 # Views by the tensor of codes and not by QTensor: the custom operator sees only tensors and must
 # find what was already repacked. Each entry is (stamp of the tensors, views by name).
-_views = WeakTensorKeyDictionary()
+_views: MutableMapping[Tensor, tuple[tuple[int, ...], dict[str, Any]]] = (
+    WeakTensorKeyDictionary()
+)
 
 
 class QTensor:

@@ -24,7 +24,7 @@ _X, _X_STRIDE, _BIAS, _Y = INDEX["x"], INDEX["x_stride"], INDEX["bias"], INDEX["
 _TOKENS, _CODES, _SCALES, _SUMS = (
     INDEX[name] for name in ("tokens", "codes", "scales", "sums")
 )  # fmt: skip
-_SIGNATURE = types.void(*[types.int64] * 7)
+_SIGNATURE = types.int64(*[types.int64] * 7)
 
 
 def argument_block(**fields: int) -> NDArray[np.int64]:
@@ -37,7 +37,7 @@ def argument_block(**fields: int) -> NDArray[np.int64]:
 
 @functools.cache
 def serial_driver() -> Any:
-    """run(block address, x, x_stride, bias, y, tokens, threads = 1)."""
+    """run(block address, x, x_stride, bias, y, tokens, threads = 1); returns nothing of use."""
     return _driver(parallel=False)
 
 
@@ -53,7 +53,8 @@ def parallel_driver() -> Any:
 
 
 def _driver(parallel: bool) -> Any:
-    key = kernel_key()
+    # numba's cache does not tell parallel code from serial: the text that is closed over does.
+    key = f"{kernel_key()} parallel={parallel}"
 
     def run(block, x, x_stride, bias, y, tokens, threads):
         arguments = np.empty(_COUNT, np.int64)
@@ -69,7 +70,7 @@ def _driver(parallel: bool) -> Any:
         tiles = (tokens + tile - 1) // tile
         side = 4 * tiles * tile * arguments[_GROUPS]
         codes = tiles * tile * arguments[_GROUPS] * arguments[_GROUP] * arguments[_ITEM]
-        scratch = np.empty(codes + 2 * side, np.uint8)
+        scratch = np.empty(codes + 2 * side + 64, np.uint8)
         arguments[_CODES] = np.int64(scratch.ctypes.data)
         arguments[_SCALES] = arguments[_CODES] + codes
         arguments[_SUMS] = arguments[_SCALES] + side
@@ -86,5 +87,7 @@ def _driver(parallel: bool) -> Any:
             call_kernel(
                 key, arguments[_KERNEL], first + begin, first + min(end, panels), address
             )
+        # Addresses do not keep arrays alive: numba frees an array behind its last use.
+        return arguments[_TOKENS] + scratch[0]
 
     return driver(_SIGNATURE, parallel)(run)

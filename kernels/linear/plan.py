@@ -7,6 +7,7 @@ operand on the left can stay in registers; and a dot needs a depth of 16 (16-bit
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from lath.formats import packing
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
 from lath.formats.device import DeviceDescription, known_device
-from lath.formats.plan import Backend, Plan
+from lath.formats.plan import Backend, Dataflow, Plan
 
 OPERAND_BYTES = {"int8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -32,6 +33,7 @@ MIN_BLOCKS_PER_PIECE = 2
 INTERPRETED_DEVICE = known_device("sm_80")
 
 
+@functools.lru_cache(maxsize=4096)  # a decode step asks for the same few plans again and again
 def plan_linear(
     m: int,
     n: int,
@@ -95,6 +97,7 @@ def _plan_cpu(
 ) -> Plan:
     stored = next(bits for bits in (2, 4, 8) if bits >= codec.bits)
     reasons = [f"{device.architecture}, {device.threads} thread(s)"]
+    dataflow: Dataflow
     if stored != codec.bits:
         reasons.append(f"{codec.bits}-bit codes are widened to {stored} bits in the CPU's view")
     if activations.kind == "float":
@@ -105,7 +108,7 @@ def _plan_cpu(
             reasons.append(f"more than {CPU_GEMV_TOKENS} tokens: decoded once, then a matmul")
             dataflow, dot = "decode_matmul", "fp32"
     else:
-        dataflow, dot = ("gemv" if m == 1 else "tiled"), "int8"
+        dataflow, dot = "gemv" if m == 1 else "tiled", "int8"
         reasons.append("int8 dot products; one token streams, more share a register tile")
         if (
             activations.group is not None

@@ -22,9 +22,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from lath.kernels.simd.emitter import Emitter
-from lath.kernels.simd.isa import Isa, host_isa
+from lath.kernels.simd.isa import Isa, has_native_half, host_isa
 
-Emission = Callable[..., None]
+Emission = Callable[..., Any]
 _KERNEL_TYPE = types.void(types.int64, types.int64, types.int64)
 
 
@@ -65,14 +65,14 @@ def emitted(typing_context, key, name, options, begin, end, arguments):
     def emit(context, builder, signature, values):
         module, _, function = name.literal_value.partition(":")
         emission: Emission = getattr(importlib.import_module(module), function)
-        emitter = Emitter(builder, isa_of(key.literal_value))
+        emitter = Emitter(builder, isa_of(key.literal_value), has_native_half())
         emission(emitter, *values[3:], *ast.literal_eval(options.literal_value))
         return context.get_dummy_value()
 
     return types.void(key, name, options, types.int64, types.int64, types.int64), emit
 
 
-def driver(signature: Any, parallel: bool = False) -> Callable[[Callable[..., None]], Any]:
+def driver(signature: Any, parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function that Python calls, for one signature, without the GIL."""
     return _cached(
         lambda cache: numba.njit(
@@ -81,8 +81,8 @@ def driver(signature: Any, parallel: bool = False) -> Callable[[Callable[..., No
     )
 
 
-def _cached(decorator: Callable[[bool], Any]) -> Callable[[Callable[..., None]], Any]:
-    def compiled(function: Callable[..., None]) -> Any:
+def _cached(decorator: Callable[[bool], Any]) -> Callable[[Callable[..., Any]], Any]:
+    def compiled(function: Callable[..., Any]) -> Any:
         try:
             return decorator(True)(function)
         except RuntimeError as error:

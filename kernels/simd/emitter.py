@@ -15,6 +15,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
+from lath.kernels.simd import half
 from lath.kernels.simd.isa import Isa
 
 LANES = 16
@@ -52,11 +53,15 @@ class Variable:
 
 
 class Emitter:
-    """builder: llvmlite's IRBuilder inside the function to extend. isa: how `dot` is lowered."""
+    """builder: llvmlite's IRBuilder inside the function to extend. isa: how `dot` is lowered.
 
-    def __init__(self, builder: Any, isa: Isa) -> None:
+    native_half: the machine converts fp16 itself.
+    """
+
+    def __init__(self, builder: Any, isa: Isa, native_half: bool) -> None:
         self.builder = builder
         self.isa = isa
+        self.native_half = native_half
 
     # Scalars and control
 
@@ -127,7 +132,9 @@ class Emitter:
         if kind == FP32:
             return self.load(address, FLOATS)
         if kind == FP16:
-            return self.builder.fpext(self.load(address, HALVES), FLOATS)
+            if self.native_half:
+                return self.builder.fpext(self.load(address, HALVES), FLOATS)
+            return half.widen(self, self.builder.zext(self.load(address, SHORTS), INTS))
         wide = self.builder.zext(self.load(address, SHORTS), INTS)
         return self.builder.bitcast(self.shift_left(wide, 16), FLOATS)
 
@@ -140,7 +147,9 @@ class Emitter:
         if kind == FP32:
             return value
         if kind == FP16:
-            return self.builder.fptrunc(value, HALVES)
+            if self.native_half:
+                return self.builder.fptrunc(value, HALVES)
+            return self.builder.trunc(half.narrow(self, value), SHORTS)
         bits = self.builder.bitcast(value, INTS)
         odd = self.builder.and_(self.shift_right(bits, 16), self.constant(1))
         rounded = self.builder.add(self.builder.add(bits, odd), self.constant(0x7FFF))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 from typing import Literal, cast, get_args
 
 Isa = Literal["avx512_vnni", "avx2", "portable"]
@@ -60,3 +61,8 @@ def host_isa() -> Isa:
     if missing:
         raise RuntimeError(f"LATH_ISA={asked!r} needs {missing}, which this CPU lacks")
     return cast(Isa, asked)
+
+
+def has_native_half() -> bool:
+    """Whether instructions convert fp16: on x86-64 F16C, on a 64-bit Arm always."""
+    return platform.machine().lower() in ("aarch64", "arm64") or "f16c" in cpu_features()

@@ -56,10 +56,11 @@ def linear(
             )
     activations = activation_format(activations)
     if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-        return _operator(
+        y: Tensor = _operator(
             x, weight.codes, weight.scales, weight.zeros, bias,
             str(weight.codec), rows, columns, str(activations), backend,
         )  # fmt: skip
+        return y
     return run_linear(x, weight, bias, activations, resolve_backend(backend, weight.device))
 
 
@@ -147,7 +148,8 @@ def _fake(
     activations: str,
     backend: str,
 ) -> Tensor:
-    torch._check(x.shape[-1] == columns, lambda: f"x must be [..., {columns}], got {x.shape}")
+    if x.shape[-1] != columns:
+        raise ValueError(f"x must be [..., {columns}], got {[*x.shape]}")
     return x.new_empty((*x.shape[:-1], rows))
 
 
