@@ -23,8 +23,9 @@ OPERAND_BYTES = {"int8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Above this many tokens a decoded weight is used often enough to pay for storing it (CPU, float).
 CPU_GEMV_TOKENS = 8
-# Up to this many tokens products are summed directly (GPU), with a tensor core and without one.
-GEMV_TOKENS, SUMMED_TOKENS = 1, 4
+# Up to this many tokens products are summed directly where no tensor core takes the dot (GPU). With
+# one, a dot needs fewer instructions per weight even for one token (bench/results/).
+GEMV_TOKENS = 4
 # Above this many tokens the tile is full and splitting K only adds workspace (GPU).
 FLAT_TOKENS = 64
 # A piece of K shorter than this spends more on its share of the reduction than it saves.
@@ -151,13 +152,13 @@ def _plan_gpu(
             draft, dataflow="decode_matmul", dot=dot, reason=why, block_n=64, warps=4, stages=1,
             block_k=packing.BLOCK,
         )  # fmt: skip
-    few = SUMMED_TOKENS if _has_no_tensor_core(dot, device) else GEMV_TOKENS
-    if m <= few:
+    if m <= GEMV_TOKENS and _has_no_tensor_core(dot, device):
         draft = replace(
-            draft, dataflow="gemv", dot="fp32", block_m=_power_of_two(m, 1, 4), block_n=64,
-            block_k=packing.BLOCK, warps=2, stages=2 if device.kind == "hip" else 3,
+            draft, dataflow="gemv", dot="fp32", block_m=_power_of_two(m, 1, 4),
+            block_n=32 if device.kind == "hip" and m > 2 else 64, block_k=packing.BLOCK, warps=4,
+            stages=2 if device.kind == "hip" else 3,
         )  # fmt: skip
-        why = f"{m} token(s): products are summed directly, a dot would be mostly padding"
+        why = f"{m} token(s) and no tensor core for {dot}: products are summed directly"
         return _split(draft, m, n, k, device, [why])
     if m <= FLAT_TOKENS:
         draft = _tile(replace(draft, dataflow="flat"), m, n, codec, dot, device)
@@ -196,7 +197,7 @@ def _decode_crossover(device: DeviceDescription) -> int:
     if device.capability >= 100:
         return 64 if device.capability == 100 else 256
     if device.capability < 80:
-        return SUMMED_TOKENS
+        return GEMV_TOKENS
     return 128 if device.capability == 90 else 256
 
 
@@ -204,24 +205,24 @@ def _tile(draft: Plan, m: int, n: int, codec: Codec, dot: str, device: DeviceDes
     """Tile, orientation, warps and stages of a dataflow with a dot.
 
     The tile's left side is padded to 16 or 64, its right side only to 8: with few tokens the weight
-    goes left (`swap`). On sm_90 a decoded weight on the left also stays in registers.
+    goes left (`swap`). On sm_90 a decoded weight on the left also stays in registers. The rules were
+    read off the machine code of each choice (`bench/results/packing_machine_code.md`).
     """
     swap, warps = False, 4
     tokens = _power_of_two(m, 16, 64)
-    rows = 128 if n >= 128 * device.compute_units else 64
+    rows = 128 if n >= 128 * device.compute_units or tokens == 64 else 64
     if _has_no_tensor_core(dot, device):
         tokens, rows = 16, 32
+    elif device.kind == "cuda" and m <= 8:
+        # Two warps keep to the small dot of 8 tokens on every architecture.
+        swap, tokens, rows, warps = True, 8, 64, 2
     elif device.kind == "cuda" and device.capability == 90:
         # A 1-bit plane is read in half runs, which the left operand would pass through memory.
-        swap = 1 not in codec.plane_widths
-    elif device.kind == "cuda" and device.capability == 100:
-        # Four warps would take the path through tensor memory, longer below 64 tokens.
-        swap = m <= 8
-        rows, warps = (64, 2) if swap else (rows, warps)
+        swap = 1 not in codec.plane_widths or dot == "int8"
+        rows = 128 if swap else rows
     elif device.kind == "cuda":
-        swap = m <= 8 or tokens >= 32
-    if swap and m <= 8:
-        tokens = 8
+        # Many tokens on the left would make every warp decode the same weights.
+        swap = tokens == 64 or (tokens == 32 and device.capability != 100)
     draft = replace(
         draft, dot=dot, swap=swap, block_m=tokens, block_n=rows, block_k=packing.BLOCK, warps=warps
     )
