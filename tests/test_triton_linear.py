@@ -216,33 +216,47 @@ def test_row_quantiser_is_the_definition_bit_for_bit(activations: str, natural: 
     x[0, 40] = 127.0
     x[1, 70], x[2, 299], x[3] = float("nan"), -float("inf"), 0.0
     x[4, :64] *= 2.0**-110
-    settings = launcher._Settings("fp16", span, 128, natural, False, {})
-    if not natural:
-        settings = launcher._Settings("int8", span, 128, natural, False, {})
+    dot = "fp16" if natural else "int8"
+    settings = launcher._Settings(dot, span, 128, 16, natural, False, {})
     rows = launcher._prepare(x, formats, settings)
     codes, scales = reference.quantize_activations(x.numpy(), formats)
     assert rows.scales is not None
     assert rows.sums is not None
-    np.testing.assert_array_equal(rows.scales.T.numpy(), scales)
+    np.testing.assert_array_equal(rows.scales[:, : len(x)].T.numpy(), scales)
     got = rows.values.float().numpy()
     if not natural:
         got = got.reshape(6, -1, 16, 2).transpose(0, 1, 3, 2).reshape(6, -1)
     padded = np.pad(codes, ((0, 0), (0, 84)))
     np.testing.assert_array_equal(got, padded)
     sums = padded.reshape(6, -1, span).sum(axis=2, dtype=np.int32)
-    np.testing.assert_array_equal(rows.sums.T.numpy(), sums)
+    np.testing.assert_array_equal(rows.sums[:, :6].T.numpy(), sums)
+    assert not rows.sums[:, 6:].any()
 
 
 def test_row_quantiser_of_a_long_token() -> None:
     """Longer than what a program holds at once: read twice, in pieces."""
     x = torch.randn(2, 9000)
     x[1, 8999] = 50.0
-    settings = launcher._Settings("int8", 0, 128, True, False, {})
+    settings = launcher._Settings("int8", 0, 128, 16, True, False, {})
     rows = launcher._prepare(x, ActivationFormat("int8"), settings)
     codes, scales = reference.quantize_activations(x.numpy(), ActivationFormat("int8"))
     assert rows.scales is not None
-    np.testing.assert_array_equal(rows.scales.T.numpy(), scales)
+    np.testing.assert_array_equal(rows.scales[:, : len(x)].T.numpy(), scales)
     np.testing.assert_array_equal(rows.values[:, :9000].numpy(), codes)
+
+
+def test_int8_sums_of_a_long_row_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """K so long that int32 might overflow is summed in fp32 from step to step."""
+    monkeypatch.setattr(launcher, "_MOST_INT32_COLUMNS", 128)
+    launcher._settings.cache_clear()
+    for text in ("int8-asym 3 20 300 fp32 int8", "int4 3 20 300 fp32 int8-g512"):
+        case = LinearCase.parse(f"{text} one_sign False")
+        data = cases.make(case)
+        y = run(case, plan("flat int8 16x32x128 k2"), data)
+        bound = oracle.linear_bound(data.y64, data.gauge, case.k, case.torch_dtype)
+        assert oracle.test_ratio(y, data.y64, bound) <= 1
+    assert launcher._settings.cache_info().currsize == 2
+    launcher._settings.cache_clear()
 
 
 def test_many_tiles() -> None:
@@ -270,9 +284,7 @@ def test_rows_far_apart(chosen: str) -> None:
 
 @pytest.mark.parametrize("chosen", ["flat fp16 8x32x128 k2 swap", "decode_matmul fp16 16x64x128"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bias_of_another_type_is_added_before_the_rounding(
-    chosen: str, dtype: torch.dtype
-) -> None:
+def test_bias_of_another_type_is_added_before_the_rounding(chosen: str, dtype: torch.dtype) -> None:
     packed = lath.quantize(torch.randn(20, 130), "int4-g64")
     x, bias = torch.randn(3, 130).half(), (300 * torch.randn(20)).to(dtype)
     y = launcher.linear(x, packed, bias, ActivationFormat(), plan(chosen))
@@ -296,6 +308,7 @@ def test_empty(shape: tuple[int, int, int]) -> None:
     ("chosen", "activations", "message"),
     [
         ("gemv fp32 3x32x128", "float", "plan block_m .*'gemv' must be 1, 2 or 4, got 3"),
+        ("gemv fp32 2x32x128", "float", "plan block_m .* at least 3 for 3 tokens, got 2"),
         ("flat fp16 8x32x128", "float", "plan block_m .* a power of two from 16 to 256, got 8"),
         ("flat fp16 16x48x128", "float", "plan block_n .* a power of two from 16 to 256, got 48"),
         ("flat fp16 16x32x64", "float", "plan block_k .* 128 or 256, got 64"),

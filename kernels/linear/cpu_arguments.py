@@ -17,8 +17,7 @@ FIELDS = (
     "records",  # address of the weight's view (cpu_view.py)
     "rows",  # N
     "columns",  # K
-    "first",  # first panel (of 16 rows) to compute
-    "panels",  # and how many
+    "panels",  # of 16 rows
     "groups",  # along K
     "group",  # columns of one, padding included
     "shared",  # columns that share one scale of the activations
@@ -26,7 +25,6 @@ FIELDS = (
     "unit",  # panels that a thread takes at a time
     "item",  # bytes of one prepared activation
     "y_type",  # FP32, FP16 or BF16
-    "y_stride",  # bytes from a column to the next, of a decoded weight
     # set for each call
     "x",  # address
     "x_stride",  # bytes from a token to the next
@@ -36,6 +34,13 @@ FIELDS = (
     "codes",  # address of prepared activations [M / tile, groups * group / quad, tile, quad]
     "scales",  # address of their fp32 scales [M / tile, groups, tile]
     "sums",  # address of the sums over each group, same shape
+    # set for a team of threads: the kernel to run, and how its units are dealt out
+    "task",  # address
+    "task_first",  # first unit of work
+    "task_limit",  # one past the last
+    "task_step",  # units that belong together
+    "thread_number",  # address of a function
+    "thread_count",  # address of a function
 )
 INDEX = {name: index for index, name in enumerate(FIELDS)}
 

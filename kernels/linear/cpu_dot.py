@@ -49,9 +49,7 @@ def _smaller(e: Emitter, left: Any, right: Any) -> Any:
 class _Tile:
     """The register tile: `tokens` x `panels` int32 accumulators, fp32 sums in a stack buffer."""
 
-    def __init__(
-        self, e: Emitter, a: Arguments, record: Record, tokens: int, panels: int
-    ) -> None:
+    def __init__(self, e: Emitter, a: Arguments, record: Record, tokens: int, panels: int) -> None:
         self.e, self.a, self.tokens, self.panels = e, a, tokens, panels
         self.reader, self.output = RecordReader(e, a, record), Output(e, a)
         self.totals = e.buffer(tokens * panels)

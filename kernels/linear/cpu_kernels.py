@@ -21,43 +21,23 @@ from lath.formats.packing import PANEL, pack, round_up
 from lath.formats.qtensor import QTensor
 from lath.kernels.linear.cpu_activations import emit_quantize, emit_widen
 from lath.kernels.linear.cpu_dot import emit_tile
-from lath.kernels.linear.cpu_float import emit_decode, emit_float
+from lath.kernels.linear.cpu_float import emit_float
 from lath.kernels.linear.cpu_launch import argument_block, serial_driver
 from lath.kernels.linear.cpu_record import Record
 from lath.kernels.linear.cpu_view import CpuView, build_view
+from lath.kernels.linear.plan import cpu_tile
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16, FP16, FP32
-from lath.kernels.simd.isa import Isa, host_isa
+from lath.kernels.simd.isa import host_isa
 
 Kind = Literal["int8", "float"]
 
 FLOAT_KINDS = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
-# Bytes of a panel from which four at a time were faster on a Zen 4 core (33 to 59 KB measured).
-_LONG_STREAM = 32768
-# Register tiles, (tokens, panels of 16 rows): accumulators, one panel of codes each and a broadcast
-# fill the 32 (or 16 half as wide) vector registers.
-_INT8_TILES: dict[Isa, tuple[tuple[int, int], ...]] = {
-    "avx512_vnni": ((1, 4), (2, 4), (4, 4), (8, 3)),
-    "avx2": ((1, 4), (4, 1)),
-    "portable": ((1, 4), (4, 1)),
-}
-_FLOAT_TILES: dict[Isa, tuple[tuple[int, int], ...]] = {
-    "avx512_vnni": ((1, 1), (4, 1), (8, 1)),
-    "avx2": ((1, 1), (4, 1)),
-    "portable": ((1, 1), (4, 1)),
-}
 
 
 def tile_of(kind: Kind, tokens: int, panel_bytes: int) -> tuple[int, int]:
-    """(tokens, panels) of the register tile for x with `tokens` tokens.
-
-    panel_bytes: of the view. One token reads long panels four at a time, since one stream does not
-    fill the bandwidth, and short ones singly, since the prefetcher must first find a stream.
-    """
-    if tokens == 1 and panel_bytes < _LONG_STREAM:
-        return 1, 1
-    tiles = (_INT8_TILES if kind == "int8" else _FLOAT_TILES)[host_isa()]
-    return next((tile for tile in tiles if tile[0] >= tokens), tiles[-1])
+    """(tokens, panels) of the register tile on this machine, as the plan says."""
+    return cpu_tile(kind, tokens, panel_bytes, host_isa())
 
 
 def linear_block(
@@ -70,34 +50,6 @@ def linear_block(
     """
     _check(kind, view.record, x_type, tile)
     return _block(view, kind, shared, x_type, tile, x_type)
-
-
-def decode_blocks(view: CpuView, panels: int) -> list[NDArray[np.int64]]:
-    """Argument blocks that decode a view, `panels` at a time, to fp32 columns."""
-    _check_decode(view.record)
-    return [
-        _decode_block(view, first, min(panels, view.panels - first))
-        for first in range(0, view.panels, panels)
-    ]
-
-
-def _decode_block(view: CpuView, first: int, panels: int) -> NDArray[np.int64]:
-    record = view.record
-    kernel = compile_kernel(emit_decode, record.width, record.zero, record.half)
-    # With no tokens, nothing is prepared: any kernel does.
-    prepare = compile_kernel(emit_widen, FP32)
-    return argument_block(
-        prepare=prepare.address,
-        kernel=kernel.address,
-        records=view.records.data_ptr(),
-        first=first,
-        panels=panels,
-        groups=view.groups,
-        group=view.group,
-        tile=1,
-        unit=1,
-        y_stride=4 * PANEL * panels,
-    )
 
 
 def _block(
@@ -148,20 +100,10 @@ def _check(kind: Kind, record: Record, x_type: int, tile: tuple[int, int]) -> No
     _require(np.array_equal(y.double().numpy(), expected), f"{kind} {record} tile={tile}")
 
 
-@functools.cache
-def _check_decode(record: Record) -> None:
-    weight, decoded = _check_weight(record)
-    view = build_view(weight, 48)
-    out = torch.full((view.groups * view.group, PANEL * view.panels), torch.nan)
-    _run(_decode_block(view, 0, view.panels), torch.empty(0, 1), out, out)
-    found = out[: weight.shape[1], : weight.shape[0]].T.double().numpy()
-    _require(np.array_equal(found, decoded), f"decode {record}")
-
-
 def _run(block: NDArray[np.int64], x: Tensor, bias: Tensor, y: Tensor) -> None:
     stride = x.shape[1] * x.element_size()
     serial_driver()(
-        block.ctypes.data, x.data_ptr(), stride, bias.data_ptr(), y.data_ptr(), x.shape[0], 1
+        block.ctypes.data, x.data_ptr(), stride, bias.data_ptr(), y.data_ptr(), x.shape[0]
     )
 
 

@@ -21,8 +21,16 @@ from lath.formats.plan import Backend, Dataflow, Plan
 
 OPERAND_BYTES = {"int8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-# Above this many tokens a decoded weight is used often enough to pay for storing it (CPU, float).
-CPU_GEMV_TOKENS = 8
+# Bytes of a panel from which four at a time were faster on a Zen 4 core (33 to 59 KB measured).
+LONG_STREAM = 32768
+# Register tiles (tokens, panels) by kind of activations and whether the CPU has AVX512-VNNI:
+# accumulators, one panel of codes each and a broadcast fill the 32 (or 16 half as wide) registers.
+CPU_TILES = {
+    ("int8", True): ((1, 4), (2, 4), (4, 4), (8, 3)),
+    ("int8", False): ((1, 4), (4, 1)),
+    ("float", True): ((1, 1), (4, 1), (8, 1)),
+    ("float", False): ((1, 1), (4, 1)),
+}
 # Up to this many tokens products are summed directly where no tensor core takes the dot (GPU). With
 # one, a dot needs fewer instructions per weight even for one token (bench/results/).
 GEMV_TOKENS = 4
@@ -59,7 +67,7 @@ def plan_linear(
     if backend == "reference":
         return draft
     if backend == "cpu":
-        return _plan_cpu(draft, m, codec, activations, dtype, device)
+        return _plan_cpu(draft, m, k, codec, activations, device)
     if device.kind == "cpu":
         device = INTERPRETED_DEVICE
     return _plan_gpu(draft, m, n, k, codec, activations, dtype, device)
@@ -91,44 +99,51 @@ def common_group(k: int, codec: Codec, activations: ActivationFormat) -> int:
 def _plan_cpu(
     draft: Plan,
     m: int,
+    k: int,
     codec: Codec,
     activations: ActivationFormat,
-    dtype: torch.dtype,
     device: DeviceDescription,
 ) -> Plan:
     stored = next(bits for bits in (2, 4, 8) if bits >= codec.bits)
     reasons = [f"{device.architecture}, {device.threads} thread(s)"]
-    dataflow: Dataflow
     if stored != codec.bits:
         reasons.append(f"{codec.bits}-bit codes are widened to {stored} bits in the CPU's view")
     if activations.kind == "float":
-        if m <= CPU_GEMV_TOKENS:
-            reasons.append("float activations: codes are decoded to fp32 in registers")
-            dataflow, dot = "gemv", "fp32"
-        else:
-            reasons.append(f"more than {CPU_GEMV_TOKENS} tokens: decoded once, then a matmul")
-            dataflow, dot = "decode_matmul", "fp32"
+        dot = "fp32"
+        reasons.append("float activations: codes become fp32 in registers")
     else:
-        dataflow, dot = "gemv" if m == 1 else "tiled", "int8"
-        reasons.append("int8 dot products; one token streams, more share a register tile")
-        if (
-            activations.group is not None
-            and codec.group is not None
-            and activations.group % codec.group
-        ):
-            shared = math.gcd(activations.group, codec.group)
-            reasons.append(
-                f"groups of {activations.group} and {codec.group} share runs of {shared}"
-            )
+        dot = "int8"
+        reasons.append("int8 dot products")
+        weight_group, x_group = codec.group, activations.group
+        if x_group is not None and weight_group is not None and x_group % weight_group:
+            shared = math.gcd(x_group, weight_group)
+            reasons.append(f"groups of {x_group} and {weight_group} share runs of {shared}")
+    # Codes of 16 rows; the scales beside them are a few per cent and decide nothing here.
+    tokens, panels = cpu_tile(activations.kind, m, 2 * stored * k, device.architecture)
+    dataflow: Dataflow = "gemv" if m <= 1 else "tiled"
+    reasons.append("one token streams the weight" if m <= 1 else "tokens share a register tile")
     return replace(
         draft,
         dataflow=dataflow,
         dot=dot,
         reason="; ".join(reasons),
         threads=device.threads,
-        block_m=1 if dataflow == "gemv" else 8,
-        block_n=16 if dataflow == "gemv" else 48,
+        block_m=tokens,
+        block_n=panels * packing.PANEL,
     )
+
+
+def cpu_tile(kind: str, tokens: int, panel_bytes: int, architecture: str) -> tuple[int, int]:
+    """(tokens, panels of 16 rows) of the register tile of a CPU kernel.
+
+    kind: of the activations. panel_bytes: of 16 rows of the CPU's view. One token reads long panels
+    four at a time, since one stream does not fill the bandwidth, and short ones singly, since the
+    prefetcher must first find a stream.
+    """
+    if tokens <= 1 and panel_bytes < LONG_STREAM:
+        return 1, 1
+    tiles = CPU_TILES[kind, architecture == "avx512_vnni"]
+    return next((tile for tile in tiles if tile[0] >= tokens), tiles[-1])
 
 
 def _plan_gpu(
@@ -205,8 +220,8 @@ def _tile(draft: Plan, m: int, n: int, codec: Codec, dot: str, device: DeviceDes
     """Tile, orientation, warps and stages of a dataflow with a dot.
 
     The tile's left side is padded to 16 or 64, its right side only to 8: with few tokens the weight
-    goes left (`swap`). On sm_90 a decoded weight on the left also stays in registers. The rules were
-    read off the machine code of each choice (`bench/results/packing_machine_code.md`).
+    goes left (`swap`). On sm_90 a decoded weight on the left also stays in registers. The rules
+    were read off the machine code of each choice (`bench/results/packing_machine_code.md`).
     """
     swap, warps = False, 4
     tokens = _power_of_two(m, 16, 64)

@@ -1,8 +1,8 @@
 """`linear` on a GPU in Triton: what a `Plan` says becomes launches. No choices are made here.
 
-    float activations   [sums of x, if the codec has zero points]   matmul or gemv   [reduction]
-    int8 activations    row quantiser                               matmul or gemv   [reduction]
-    decode_matmul       decoder                                     torch's matmul
+float activations   [sums of x, if the codec has zero points]   matmul or gemv   [reduction]
+int8 activations    row quantiser                               matmul or gemv   [reduction]
+decode_matmul       decoder                                     torch's matmul
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
 from lath.kernels.linear import triton_activations as rows
 from lath.kernels.linear import triton_decode as decode
+from lath.kernels.linear import triton_gemv as gemv
 from lath.kernels.linear import triton_loops as loops
 
 _DOTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -36,6 +37,8 @@ _DECODERS = {
 # Columns of x that a program of the row quantiser holds at once.
 _MOST_COLUMNS = 4096
 _REDUCE_BLOCK = 1024
+# A product of an activation code and a weight code (less its zero) is at most 127 * 255.
+_MOST_INT32_COLUMNS = (2**31 - 1) // (127 * 255)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class _Settings:
     dot: str
     span: int  # columns with one weight and one activation scale; 0: all of them
     step: int  # columns per step of the loop; x is padded to it where it is quantised
+    block_m: int  # tokens of a tile
     natural: bool  # the order of int8 codes
     sums_outside: bool  # a row kernel must provide sums of x
     kernel: dict[str, Any]  # constexpr arguments of the loop
@@ -52,9 +56,13 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Rows:
-    """x as the loop reads it: values [M, >= K], scales [groups, M], sums [spans, M]."""
+    """x as the loop reads it: values [M, >= K], scales [groups, tokens], sums [spans, tokens].
+
+    tokens: M rounded up, so that a tile reads scales and sums without a mask, several at once.
+    """
 
     values: Tensor
+    tokens: int
     scales: Tensor | None = None
     sums: Tensor | None = None
     groups: int = 1
@@ -85,35 +93,38 @@ def linear(
     with _device_of(x):
         if plan.dataflow == "decode_matmul":
             return _decode_matmul(x, weight, bias, activations)
-        settings = _settings(weight.codec, activations, x.dtype, columns, plan, _on_amd(x))
-        row_operand = _prepare(_addressable(x, plan.block_m), activations, settings)
+        if plan.dataflow == "gemv" and tokens > plan.block_m:
+            raise ValueError(
+                f"plan block_m for dataflow 'gemv' must be at least {tokens} for {tokens} tokens, "
+                f"got {plan.block_m}"
+            )
+        settings = _settings(weight.codec, activations, x.dtype, columns, plan, _target(x))
+        operand = _prepare(_addressable(x, plan.block_m), activations, settings)
         pieces = min(plan.split_k, -(-columns // settings.step))
-        shape = (tokens, outputs)
+        y = x.new_empty((tokens, outputs))
         if pieces == 1:
-            y = x.new_empty(shape)
-            _multiply(y, row_operand, weight, bias, settings, plan, pieces, columns)
+            _multiply(y, operand, weight, bias, settings, plan, pieces)
             return y
-        workspace = torch.empty((pieces, *shape), dtype=torch.float32, device=x.device)
-        _multiply(workspace, row_operand, weight, None, settings, plan, pieces, columns)
-        y = x.new_empty(shape)
+        workspace = x.new_empty((pieces, tokens, outputs), dtype=torch.float32)
+        _multiply(workspace, operand, weight, None, settings, plan, pieces)
         loops.reduce_kernel[(triton.cdiv(y.numel(), _REDUCE_BLOCK),)](
-            workspace, bias if bias is not None else workspace, y, y.numel(), outputs,
+            workspace, _or(bias, workspace), y, y.numel(), outputs,
             PIECES=pieces, BIAS=bias is not None, BLOCK=_REDUCE_BLOCK, num_warps=4,
         )  # fmt: skip
         return y
 
 
 def dequantize(weight: QTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor:
-    """The decoded weight [N, K]: fp32 inside, rounded once to dtype."""
-    rows_n, columns = weight.shape
-    dense = torch.empty((rows_n, columns), dtype=dtype, device=weight.device)
+    """The decoded weight [N, K]: fp32 inside, rounded once to dtype. block_n: rows of a program."""
+    outputs, columns = weight.shape
+    dense = torch.empty((outputs, columns), dtype=dtype, device=weight.device)
     if dense.numel() == 0:
         return dense
     found = decode.encoding(weight.codec, "fp32", centred=True)
     padded, blocks = _padded(weight.shape)
-    loops.decode_kernel[(triton.cdiv(rows_n, block_n), blocks)](
+    loops.decode_kernel[(triton.cdiv(outputs, block_n), blocks)](
         weight.codes, weight.scales, _or(weight.zeros, weight.scales), dense,
-        rows_n, columns, padded, blocks, weight.codec.num_groups(columns),
+        outputs, columns, padded, blocks, weight.codec.num_groups(columns),
         WIDTHS=_widths(weight.codec), CENTRE=found.centre, UNIT=found.unit,
         OFFSET=_offset(weight.codec, found), ZERO=weight.codec.zero,
         GROUP=_weight_group(weight.codec, columns), BLOCK_N=block_n, num_warps=4,
@@ -129,15 +140,13 @@ def _decode_matmul(
             f"plan dataflow 'decode_matmul' takes activations 'float', got {str(activations)!r}"
         )
     dense = dequantize(weight, x.dtype).t()
-    if x.dtype == torch.float32 or x.is_cuda:
-        if bias is None:
-            return x @ dense
-        if bias.dtype == x.dtype:
-            return torch.addmm(bias, x, dense)
-    if x.is_cuda:
-        y = torch.mm(x, dense, out_dtype=torch.float32)
-    else:  # the interpreter: a CPU has no fp32 result of a 16-bit matmul
-        y = x.float() @ dense.float()
+    # A GPU's matmul sums in fp32 and adds a bias of x's type there, then rounds once; a CPU's does
+    # not promise to. Where it cannot be one rounding in x's type, it is a matmul in fp32.
+    if x.is_cuda and bias is None:
+        return x @ dense
+    if x.is_cuda and bias is not None and bias.dtype == x.dtype:
+        return torch.addmm(bias, x, dense)
+    y = x.float() @ dense.float()
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
@@ -149,18 +158,18 @@ def _multiply(
     settings: _Settings,
     plan: Plan,
     pieces: int,
-    columns: int,
 ) -> None:
     """Launch the loop of the plan into y: [M, N], or [pieces, M, N] fp32."""
-    tokens, outputs = x.values.shape[0], weight.shape[0]
+    tokens, (outputs, columns) = x.values.shape[0], weight.shape
     padded, blocks = _padded(weight.shape)
-    sizes = (tokens, outputs, columns, x.values.stride(0), padded, blocks)
-    sizes += (weight.codec.num_groups(columns), x.groups)
+    groups = weight.codec.num_groups(columns)
+    stride = x.values.stride(0)
+    sizes = (tokens, outputs, columns, stride, padded, x.tokens, blocks, groups, x.groups)
     tensors = (x.values, weight.codes, weight.scales, _or(weight.zeros, weight.scales))
     scales, offsets = _or(x.scales, weight.scales), _or(bias, weight.scales)
     tiles_n = triton.cdiv(outputs, plan.block_n)
     if plan.dataflow == "gemv":
-        loops.gemv_kernel[(tiles_n, pieces)](
+        gemv.gemv_kernel[(tiles_n, pieces)](
             *tensors, scales, offsets, y, *sizes, **settings.kernel, BIAS=bias is not None,
             num_warps=plan.warps,
         )  # fmt: skip
@@ -177,30 +186,33 @@ def _prepare(x: Tensor, activations: ActivationFormat, settings: _Settings) -> _
     span = settings.span or settings.step
     padded = packing.round_up(columns, settings.step)
     spans = padded // span
+    padded_tokens = packing.round_up(tokens, max(16, settings.block_m))
     if activations.kind == "float":
         if not settings.sums_outside:
-            return _Rows(x)
-        sums = torch.empty((spans, tokens), dtype=torch.float32, device=x.device)
+            return _Rows(x, padded_tokens)
+        sums = torch.empty((spans, padded_tokens), dtype=torch.float32, device=x.device)
         together = max(1, 2048 // span)
-        rows.sum_rows_kernel[(tokens, triton.cdiv(spans, together))](
-            x, sums, tokens, columns, x.stride(0), spans, SPAN=span, SPANS=together, num_warps=4
-        )
-        return _Rows(x, sums=sums)
+        rows.sum_rows_kernel[(padded_tokens, triton.cdiv(spans, together))](
+            x, sums, tokens, columns, x.stride(0), padded_tokens, spans,
+            SPAN=span, SPANS=together, num_warps=4,
+        )  # fmt: skip
+        return _Rows(x, padded_tokens, sums=sums)
     size = padded if activations.group is None else activations.group
     groups = 1 if activations.group is None else activations.num_groups(columns)
     dtype = torch.float16 if settings.dot == "fp16" else torch.int8
     codes = torch.empty((tokens, padded), dtype=dtype, device=x.device)
-    scales = torch.empty((groups, tokens), dtype=torch.float32, device=x.device)
-    sums = torch.empty((spans, tokens), dtype=torch.int32, device=x.device)
+    scales = torch.empty((groups, padded_tokens), dtype=torch.float32, device=x.device)
+    sums = torch.empty((spans, padded_tokens), dtype=torch.int32, device=x.device)
     chunk = min(_power_of_two(size), _MOST_COLUMNS)
     together = max(1, min(_power_of_two(-(-padded // size)), 1024 // chunk))
-    rows.quantize_rows_kernel[(tokens, triton.cdiv(triton.cdiv(padded, size), together))](
-        x, codes, scales, sums, columns, tokens, x.stride(0), padded, groups, size,
+    programs = triton.cdiv(triton.cdiv(padded, size), together)
+    rows.quantize_rows_kernel[(padded_tokens, programs)](
+        x, codes, scales, sums, columns, tokens, x.stride(0), padded, padded_tokens, groups, size,
         SPAN=span, NATURAL=settings.natural, GROUPS=together, CHUNK=chunk,
         LIMIT=float(LARGEST_CODE), SMALLEST=SMALLEST_ABSMAX,
         num_warps=8 if chunk * together >= 4096 else 4, enable_fp_fusion=False,
     )  # fmt: skip
-    return _Rows(codes, scales, sums, groups)
+    return _Rows(codes, padded_tokens, scales, sums, groups)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -210,66 +222,80 @@ def _settings(
     dtype: torch.dtype,
     columns: int,
     plan: Plan,
-    amd: bool,
+    target: str,
 ) -> _Settings:
-    gemv = plan.dataflow == "gemv"
-    step = 128 if gemv else plan.block_k
-    span = _span(codec, activations, columns, step)
-    dot = "fp32" if gemv else plan.dot
-    _check_plan(plan, activations, dtype, span)
-    # A processor without bf16 arithmetic takes six instructions for a subtraction.
-    found = decode.encoding(codec, dot, centred=not gemv and not (amd and dot == "bf16"))
+    without_dot = plan.dataflow == "gemv"
+    step = packing.BLOCK if without_dot else plan.block_k
+    dot = "fp32" if without_dot else plan.dot
+    span = _span(codec, activations, columns, step, dot)
+    _check_plan(plan, activations, dtype, span, target)
+    # AMD has no bf16 arithmetic: a subtraction there takes about six instructions.
+    amd = target == "hip"
+    centred = not without_dot and not (amd and dot == "bf16")
+    found = decode.encoding(codec, dot, centred)
     offset = _offset(codec, found)
-    quantised = activations.kind == "int8"
     kernel: dict[str, Any] = {
         "WIDTHS": _widths(codec),
         "UNIT": found.unit,
-        "OFFSET": int(offset) if offset == int(offset) else offset,
+        "OFFSET": offset,
         "ZERO": codec.zero,
         "GROUP": _weight_group(codec, columns),
-        "X_GROUP": (activations.group or 0) if quantised else -1,
+        "X_GROUP": _activation_group(activations, columns),
         "SPAN": span,
-        "MASKED": not quantised and columns % step != 0,
+        "MASKED": activations.kind == "float" and columns % step != 0,
         "BLOCK_N": plan.block_n,
+        "STAGES": plan.stages,
     }
-    if quantised and activations.group is not None and activations.group >= columns:
-        kernel["X_GROUP"] = 0
-    sums = codec.zero != "none" or offset != 0
-    if gemv:
-        kernel |= {"TOKENS": plan.block_m, "STAGES": plan.stages}
+    needs_sums = codec.zero != "none" or offset != 0
+    if without_dot:
+        kernel["TOKENS"] = plan.block_m
     else:
-        run = 32 if dot == "int8" else 16
         kernel |= {
             "DECODE": _DECODERS[dot],
             "CENTRE": found.centre,
-            "SUMS": sums,
-            "RUN": run,
-            "DEPTH": min(span or 128, 128),
+            "SUMS": needs_sums,
+            "RUN": 32 if dot == "int8" else 16,
+            "DEPTH": min(span or packing.BLOCK, _depth(dot, plan.swap, amd)),
             "SWAP": plan.swap,
             "BLOCK_M": plan.block_m,
             "BLOCK_K": plan.block_k,
         }
-    return _Settings(
-        dot=dot,
-        span=span,
-        step=step,
-        natural=dot != "int8",
-        sums_outside=sums and not gemv,
-        kernel=kernel,
-    )
+    natural, sums_outside = dot != "int8", needs_sums and not without_dot
+    return _Settings(dot, span, step, plan.block_m, natural, sums_outside, kernel)
 
 
-def _span(codec: Codec, activations: ActivationFormat, columns: int, step: int) -> int:
+def _span(codec: Codec, activations: ActivationFormat, columns: int, step: int, dot: str) -> int:
     """Longest run of columns inside a step with one weight and one activation scale, or 0: all."""
     groups = [g for g in (codec.group, activations.group) if g is not None and g < columns]
+    if not groups and dot == "int8" and columns > _MOST_INT32_COLUMNS:
+        return step
     return math.gcd(step, *groups) if groups else 0
 
 
-def _offset(codec: Codec, found: decode.Encoding) -> float:
+def _depth(dot: str, swap: bool, amd: bool) -> int:
+    """Columns of a dot. Fewer need fewer registers, more let x be loaded in wider pieces.
+
+    Without a tensor unit (fp32) all of a tile's operands are live at once. A weight on the left of
+    sm_90's and sm_100's dot, or on its way through AMD's shared memory, is best moved whole.
+    """
+    if dot == "fp32":
+        return 32
+    return packing.BLOCK if swap or amd else 64
+
+
+def _offset(codec: Codec, found: decode.Encoding) -> int | float:
     """The constant that goes with sums of x: 0 where a symmetric codec is centred already."""
     if codec.zero != "none":
         return found.base
-    return 0.0 if found.centre else found.base - codec.zero_code
+    offset = 0 if found.centre else found.base - codec.zero_code
+    return int(offset) if offset == int(offset) else offset
+
+
+def _activation_group(activations: ActivationFormat, columns: int) -> int:
+    """Columns per activation scale; 0: one per token, -1: none."""
+    if activations.kind == "float":
+        return -1
+    return 0 if activations.group is None or activations.group >= columns else activations.group
 
 
 def _weight_group(codec: Codec, columns: int) -> int:
@@ -288,7 +314,7 @@ def _padded(shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_plan(
-    plan: Plan, activations: ActivationFormat, dtype: torch.dtype, span: int
+    plan: Plan, activations: ActivationFormat, dtype: torch.dtype, span: int, target: str
 ) -> None:
     """ValueError naming the first field that the kernels cannot run."""
 
@@ -319,11 +345,16 @@ def _check_plan(
         require(plan.dot in ("int8", "fp16"), "dot", "'int8' or 'fp16'")
     else:
         require(plan.dot == "fp16", "dot", f"'fp16', as scales change every {span} columns")
+    if target.startswith("sm_10") and plan.swap and span == 16:
+        # Triton 3.9 compiles its tensor-memory dot of depth 16 to a kernel that does nothing.
+        why = f"1 or 2 on {target} with the weight on the left and scales every 16 columns"
+        require(plan.warps <= 2, "warps", why)
 
 
 def _addressable(x: Tensor, block_m: int) -> Tensor:
     """x with contiguous columns, and rows so close that offsets in a tile fit 32 bits."""
-    if x.stride(1) != 1 and x.shape[1] > 1 or abs(x.stride(0)) * block_m >= 2**31:
+    far = abs(x.stride(0)) * block_m >= 2**31
+    if far or (x.stride(1) != 1 and x.shape[1] > 1):
         return x.contiguous()
     return x
 
@@ -332,10 +363,22 @@ def _device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _on_amd(x: Tensor) -> bool:
-    if x.is_cuda or triton.knobs.runtime.interpret:
-        return torch.version.hip is not None
-    return str(triton.runtime.driver.active.get_current_target().backend) == "hip"
+def _target(x: Tensor) -> str:
+    """What kernels for x are compiled for: "hip", "sm_90", ...; "interpreter" for none."""
+    if x.is_cuda:
+        return _target_of_device(x.device)
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return "hip" if target.backend == "hip" else f"sm_{target.arch}"
+
+
+@functools.cache
+def _target_of_device(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ def quantize_rows_kernel(
     M,
     stride_x,
     padded_columns,
+    padded_tokens,
     groups,
     group_size,
     SPAN: tl.constexpr,
@@ -44,16 +45,17 @@ def quantize_rows_kernel(
     LIMIT: tl.constexpr,
     SMALLEST: tl.constexpr,
 ):
-    """GROUPS groups of one token of x [M, K] to codes, scales [groups, M] and sums [spans, M].
+    """GROUPS groups of one token of x [M, K] to codes, scales and sums of codes.
 
     codes: int8, or fp16 holding the same integers, [M, padded_columns]; columns beyond K hold 0.
-    sums: int32, SPAN columns each. Groups longer than CHUNK columns are read twice in pieces, and
+    scales: fp32 [groups, padded_tokens], 1 beyond M. sums: int32 [spans, padded_tokens], SPAN
+    columns each, 0 beyond M. Groups longer than CHUNK columns are read twice in pieces, and
     then GROUPS is 1. Must run without fused multiply-add.
     """
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     first = (group * group_size)[:, None]
-    last = tl.minimum(first + group_size, K)
+    last = tl.minimum(first + group_size, tl.where(token < M, K, 0))
     row = x + token * stride_x
     absmax = tl.zeros((GROUPS,), tl.float32)
     broken = tl.zeros((GROUPS,), tl.int32)
@@ -70,7 +72,7 @@ def quantize_rows_kernel(
     inverse = tl.where(usable, tl.div_rn(limit, safe), 0.0)
     scale = tl.where(usable, tl.div_rn(safe, limit), 1.0)
     scale = tl.where(broken != 0, float("nan"), scale)
-    tl.store(scales + group.to(tl.int64) * M + token, scale, mask=group < groups)
+    tl.store(scales + group.to(tl.int64) * padded_tokens + token, scale, mask=group < groups)
 
     end = tl.minimum(first + group_size, padded_columns)
     for start in range(0, group_size, CHUNK):
@@ -81,19 +83,31 @@ def quantize_rows_kernel(
         rounded = (tl.where(inside, scaled, 0.0) + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
         position = first + start + tl.arange(0, CHUNK)[None, :]
         target = codes + token * padded_columns + position
-        tl.store(target, rounded.to(codes.dtype.element_ty), mask=position < end)
+        stored = position < tl.where(token < M, end, 0)
+        tl.store(target, rounded.to(codes.dtype.element_ty), mask=stored)
         parts = tl.reshape(rounded.to(tl.int32), (GROUPS, CHUNK // SPAN, SPAN))
         span = (first + start) // SPAN + tl.arange(0, CHUNK // SPAN)[None, :]
-        tl.store(sums + span.to(tl.int64) * M + token, tl.sum(parts, axis=2), mask=span * SPAN < end)
+        at = span.to(tl.int64) * padded_tokens + token
+        tl.store(sums + at, tl.sum(parts, axis=2), mask=span * SPAN < end)
 
 
 @triton.jit
 def sum_rows_kernel(
-    x, sums, M, K, stride_x, spans, SPAN: tl.constexpr, SPANS: tl.constexpr
+    x,
+    sums,
+    M,
+    K,
+    stride_x,
+    padded_tokens,
+    spans,
+    SPAN: tl.constexpr,
+    SPANS: tl.constexpr,
 ):
-    """sums fp32 [spans, M]: those of SPANS spans of SPAN columns each, of one token of x [M, K]."""
+    """SPANS sums of SPAN columns of one token of x [M, K]: fp32 [spans, padded_tokens]."""
     token = tl.program_id(0).to(tl.int64)
     span = tl.program_id(1) * SPANS + tl.arange(0, SPANS)
     column = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
-    values = tl.load(x + token * stride_x + column, mask=column < K, other=0).to(tl.float32)
-    tl.store(sums + span.to(tl.int64) * M + token, tl.sum(values, axis=1), mask=span < spans)
+    inside = column < tl.where(token < M, K, 0)
+    values = tl.load(x + token * stride_x + column, mask=inside, other=0).to(tl.float32)
+    at = span.to(tl.int64) * padded_tokens + token
+    tl.store(sums + at, tl.sum(values, axis=1), mask=span < spans)

@@ -1,10 +1,10 @@
 """The tile decoder: words of packed planes to numbers that a dot multiplies. One for every codec.
 
-It is put together from constexpr parameters (the plane widths, 0 for a plane that is not there) and handed to the loops as a
-constexpr function. Its unit is a *run*: 16 columns of a row for 16-bit numbers, 32 for int8. A code
-is cut out of a word with a shift by a constant and a mask, for two (four) codes at once, and the
-planes of a split code are OR-ed; no code moves between lanes. Runs are then concatenated, which
-only renames registers, so that a dot sees a tile of x in one contiguous piece.
+It is put together from constexpr parameters (WIDTHS: bits of the three planes, 0 for an absent one)
+and handed to the loops as a constexpr function. Its unit is a *run*: 16 columns of a row
+for floats, 32 for int8. A code is cut out of a word with a shift by a constant and a mask, for two
+or four codes at once, and the planes of a split code are OR-ed; no code moves between lanes. Runs
+are then put side by side, which only renames registers, so that a dot meets x in one piece.
 
 What comes out is not the code q but a number D with q = unit * D + base (`encoding`), because a
 floating-point number is free to build only with its exponent in place:
@@ -130,7 +130,9 @@ def _planes(
     if WIDTHS[1] > 0:
         codes |= _plane(planes[1], rows, FIRST, COUNT, BIT, TO + WIDTHS[0], LANES, WIDTHS[1])
     if WIDTHS[2] > 0:
-        codes |= _plane(planes[2], rows, FIRST, COUNT, BIT, TO + WIDTHS[0] + WIDTHS[1], LANES, WIDTHS[2])
+        codes |= _plane(
+            planes[2], rows, FIRST, COUNT, BIT, TO + WIDTHS[0] + WIDTHS[1], LANES, WIDTHS[2]
+        )
     return codes
 
 
@@ -161,9 +163,7 @@ def _eight(
 
 
 @triton.jit
-def column_order(
-    COUNT: tl.constexpr, WIDTHS: tl.constexpr
-):
+def column_order(COUNT: tl.constexpr, WIDTHS: tl.constexpr):
     """int32 [COUNT]: the column at each position of COUNT 16-bit numbers that were decoded."""
     position = tl.arange(0, COUNT)
     if WIDTHS[0] == 1 or WIDTHS[1] == 1 or WIDTHS[2] == 1:
@@ -274,9 +274,7 @@ def decode_tile(
 
 
 @triton.jit
-def block_planes(
-    codes, panel, block, padded_rows, blocks, WIDTHS: tl.constexpr
-):
+def block_planes(codes, panel, block, padded_rows, blocks, WIDTHS: tl.constexpr):
     """Where block `block` of panel `panel` begins in each plane of the flat tensor of codes."""
     # Per bit of plane width: 64 words in a block of 16 rows, 4 * padded_rows * blocks in all.
     before = (panel.to(tl.int64) * blocks + block) * 64

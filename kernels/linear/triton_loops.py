@@ -1,8 +1,9 @@
-"""The loops of `linear` on a GPU: gemv, tile matmul (flat and tiled), reduction and decode.
+"""The loops of `linear` on a GPU: tile matmul (flat and tiled), its reduction, and plain decoding.
 
-All share the tile decoder and one accounting of scales and zero points. With D the decoded numbers
-(`triton_decode.encoding`: q = unit * D + base), a *span* the longest run of columns that has one
-weight scale and one activation scale, and r = Σ x over a span,
+These and the loop without a dot (`triton_gemv`) share the tile decoder and one accounting of scales
+and zero points. With D the decoded numbers (`triton_decode.encoding`: q = unit * D + base), a
+*span* the longest run of columns that has one weight scale and one activation scale, and r = Σ x
+over a span,
 
     Σ x (q - zero) = unit * Σ x D + (base - zero) * r          y += x_scale * scale * (that)
     Σ x (scale * q + minimum) = scale * (unit * Σ x D + base * r) + minimum * r
@@ -30,7 +31,7 @@ _TILES_TOGETHER = tl.constexpr(8)
 
 
 @triton.jit
-def _by_row(vector, SWAP: tl.constexpr):
+def by_row(vector, SWAP: tl.constexpr):
     """A value per row of the weight, to be broadcast over a tile of y ([BN, BM] if SWAP)."""
     if SWAP:
         return vector[:, None]
@@ -39,7 +40,15 @@ def _by_row(vector, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _group_of(column, groups, GROUP: tl.constexpr):
+def rows_of_tile(first_row, padded_rows, blocks, BLOCK_N: tl.constexpr):
+    """Two int32 [BLOCK_N]: the rows of a tile, and where they begin in its planes (in rows)."""
+    lane = tl.arange(0, BLOCK_N)
+    panel = tl.minimum(lane // 16, padded_rows // 16 - 1 - first_row // 16)
+    return first_row + panel * 16 + lane % 16, panel * (blocks * 16) + lane % 16
+
+
+@triton.jit
+def group_of(column, groups, GROUP: tl.constexpr):
     """The group of a column, int64; a column of the padding counts to the last group."""
     if GROUP == 0:
         return tl.cast(column * 0, tl.int64)
@@ -48,7 +57,17 @@ def _group_of(column, groups, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _weigh(part, sums, scale, zero, UNIT: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr):
+def scale_and_zero(scales, zeros, at, ZERO: tl.constexpr):
+    """fp32 scale and stored zero of each row, at offsets `at`."""
+    scale = tl.load(scales + at).to(tl.float32)
+    if ZERO == "none":
+        return scale, scale
+    else:
+        return scale, tl.load(zeros + at)
+
+
+@triton.jit
+def weigh(part, sums, scale, zero, UNIT: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr):
     """Scale and zero point of one span: part Σ x D and sums Σ x to fp32.
 
     scale, zero, sums: broadcastable to part. OFFSET: base - zero_code if ZERO is "none", base
@@ -118,7 +137,7 @@ def _multiply(
         pointers = x[0] + (column + (FIRST + i * DEPTH)) + x[1]
         if MASKED:
             inside = column + (FIRST + i * DEPTH) + x[2] < x[3]
-            values = tl.load(pointers, mask=_by_row(inside, SWAP), other=0)
+            values = tl.load(pointers, mask=by_row(inside, SWAP), other=0)
         else:
             values = tl.load(pointers)
         if SWAP:
@@ -143,6 +162,7 @@ def matmul_kernel(
     K,
     stride_x,
     padded_rows,
+    padded_tokens,
     blocks,
     groups,
     x_groups,
@@ -164,52 +184,41 @@ def matmul_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A tile of y, or of one piece of K (program axis 1) of the fp32 workspace y [pieces, M, N].
 
-    x: [M, >= K] with stride stride_x. codes, scales, zeros: of a QTensor. x_scales: fp32
-    [x_groups, M] (X_GROUP 0: per token, -1: none). x_sums: [spans, M] sums of x over SPAN columns
-    (BLOCK_K if SPAN is 0), where SUMS. GROUP 0: a scale per row.
+    x: [M, >= K] with stride stride_x. codes, scales, zeros: of a QTensor; GROUP 0: a scale per row.
+    x_scales: fp32 [x_groups, padded_tokens] (X_GROUP 0: per token, -1: none). x_sums: where SUMS,
+    [spans, padded_tokens] sums of x over SPAN columns (BLOCK_K if SPAN is 0).
     """
     tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
-    piece = tl.program_id(1)
-    steps = tl.cdiv(blocks * 128, BLOCK_K)
-    steps_each = tl.cdiv(steps, tl.num_programs(1))
-    first_step = piece * steps_each
-    last_step = tl.minimum(first_step + steps_each, steps)
-
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
-    token = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
-    lane = tl.arange(0, BLOCK_N)
-    panel = tl.minimum(lane // 16, padded_rows // 16 - 1 - first_n // 16)
-    row = first_n + panel * 16 + lane % 16
-    weight = (
-        codes,
-        first_n // 16,
-        panel * (blocks * 16) + lane % 16,
-        padded_rows,
-        blocks,
-    )
+    token = first_m + tl.arange(0, BLOCK_M)
+    row, plane_rows = rows_of_tile(first_n, padded_rows, blocks, BLOCK_N)
+    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks)
+    order = tl.arange(0, DEPTH)
     if RUN == 16:
         order = column_order(DEPTH, WIDTHS)
-    else:
-        order = tl.arange(0, DEPTH)
-    x_offsets = _by_row(token * stride_x, not SWAP) + _by_row(order, SWAP)
+    present = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
+    x_offsets = by_row(present * stride_x, not SWAP) + by_row(order, SWAP)
     x_tile = (x + first_m.to(tl.int64) * stride_x, x_offsets, order, K)
-    token += first_m
 
     if SWAP:
-        nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
-        nothing = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    total = nothing
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    nothing = total
     if RUN == 32:
-        nothing = nothing.to(tl.int32)
-    if SPAN == 0:
-        part = nothing
-        if SUMS:
-            sums = tl.zeros((BLOCK_M,), x_sums.dtype.element_ty)
-    for step in range(first_step, last_step):
+        nothing = total.to(tl.int32)
+    part = nothing
+    sums = tl.zeros((BLOCK_M,), x_sums.dtype.element_ty)
+    steps = tl.cdiv(blocks * 128, BLOCK_K)
+    steps_each = tl.cdiv(steps, tl.num_programs(1))
+    first_step = tl.program_id(1) * steps_each
+    last_step = tl.minimum(first_step + steps_each, steps)
+    # A stage count here, and not only in the launch, prefetches scales and sums as well.
+    for step in tl.range(first_step, last_step, num_stages=STAGES):
         column = step * BLOCK_K
         if SPAN == 0:
             part = _multiply(
@@ -217,186 +226,43 @@ def matmul_kernel(
                 MASKED, SWAP,
             )  # fmt: skip
             if SUMS:
-                sums += tl.load(x_sums + tl.cast(step, tl.int64) * M + token)
+                sums += tl.load(x_sums + tl.cast(step, tl.int64) * padded_tokens + token)
         else:
             for i in tl.static_range(BLOCK_K // SPAN):
                 partial = _multiply(
                     nothing, x_tile, weight, column, i * SPAN, SPAN, DEPTH, RUN, DECODE, CENTRE,
                     WIDTHS, MASKED, SWAP,
                 )  # fmt: skip
-                at = _group_of(column + i * SPAN, groups, GROUP) * padded_rows + row
-                scale = _by_row(tl.load(scales + at).to(tl.float32), SWAP)
-                zero = scale
-                if ZERO != "none":
-                    zero = _by_row(tl.load(zeros + at), SWAP)
-                span_sums = scale
+                at = group_of(column + i * SPAN, groups, GROUP) * padded_rows + row
+                scale, zero = scale_and_zero(scales, zeros, at, ZERO)
+                span_sums = sums
                 if SUMS:
                     span = tl.cast(column // SPAN + i, tl.int64)
-                    span_sums = _by_row(tl.load(x_sums + span * M + token), not SWAP)
-                value = _weigh(partial, span_sums, scale, zero, UNIT, OFFSET, ZERO)
+                    span_sums = tl.load(x_sums + span * padded_tokens + token)
+                value = weigh(
+                    partial, by_row(span_sums, not SWAP), by_row(scale, SWAP), by_row(zero, SWAP),
+                    UNIT, OFFSET, ZERO,
+                )  # fmt: skip
                 if X_GROUP > 0:
-                    x_at = _group_of(column + i * SPAN, x_groups, X_GROUP) * M + token
-                    value *= _by_row(tl.load(x_scales + x_at), not SWAP)
+                    x_group = group_of(column + i * SPAN, x_groups, X_GROUP)
+                    x_scale = tl.load(x_scales + x_group * padded_tokens + token)
+                    value *= by_row(x_scale, not SWAP)
                 total += value
     if SPAN == 0:
-        scale = _by_row(tl.load(scales + row).to(tl.float32), SWAP)
-        zero = scale
-        if ZERO != "none":
-            zero = _by_row(tl.load(zeros + row), SWAP)
-        all_sums = scale
-        if SUMS:
-            all_sums = _by_row(sums, not SWAP)
-        total = _weigh(part, all_sums, scale, zero, UNIT, OFFSET, ZERO)
+        scale, zero = scale_and_zero(scales, zeros, row, ZERO)
+        total = weigh(
+            part, by_row(sums, not SWAP), by_row(scale, SWAP), by_row(zero, SWAP),
+            UNIT, OFFSET, ZERO,
+        )  # fmt: skip
     if X_GROUP == 0:
-        total *= _by_row(tl.load(x_scales + token), not SWAP)
-
-    token = first_m + tl.arange(0, BLOCK_M)
-    row = first_n + lane
+        total *= by_row(tl.load(x_scales + token), not SWAP)
+    row = first_n + tl.arange(0, BLOCK_N)
     if BIAS:
-        total += _by_row(tl.load(bias + row, mask=row < N, other=0).to(tl.float32), SWAP)
-    tile = y + (piece.to(tl.int64) * M + first_m) * N + first_n
-    offsets = _by_row(tl.arange(0, BLOCK_M) * N, not SWAP) + _by_row(lane, SWAP)
-    stored = _by_row(token < M, not SWAP) & _by_row(row < N, SWAP)
+        total += by_row(tl.load(bias + row, mask=row < N, other=0).to(tl.float32), SWAP)
+    tile = y + (tl.program_id(1).to(tl.int64) * M + first_m) * N
+    offsets = by_row(tl.arange(0, BLOCK_M) * N, not SWAP) + by_row(row, SWAP)
+    stored = by_row(token < M, not SWAP) & by_row(row < N, SWAP)
     tl.store(tile + offsets, total.to(y.dtype.element_ty), mask=stored)
-
-
-@triton.jit
-def _multiply_without_dot(
-    parts,
-    sums,
-    x,
-    weight,
-    column,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    MASKED: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """Add COUNT columns to `parts`, a fp32 [BN, 16] per token, and x to `sums`, a [1, 16] each.
-
-    x: (a pointer per token, K). Arguments as in `_multiply`.
-    """
-    block = column // 128
-    planes = block_planes(weight[0], weight[1], block, weight[3], weight[4], WIDTHS)
-    order = column_order(16, WIDTHS)
-    for i in tl.static_range(COUNT // 16):
-        numbers = decode_fp32(planes, weight[2], FIRST // 16 + i, 0, WIDTHS)
-        added, added_sums = (), ()
-        for m in tl.static_range(TOKENS):
-            pointers = x[0][m] + (column + (FIRST + i * 16)) + order
-            if MASKED:
-                inside = column + (FIRST + i * 16) + order < x[1]
-                values = tl.load(pointers, mask=inside, other=0)
-            else:
-                values = tl.load(pointers)
-            values = values.to(tl.float32)[None, :]
-            added = added + (parts[m] + numbers * values,)
-            added_sums = added_sums + (sums[m] + values,)
-        parts, sums = added, added_sums
-    return parts, sums
-
-
-@triton.jit
-def gemv_kernel(
-    x,
-    codes,
-    scales,
-    zeros,
-    x_scales,
-    bias,
-    y,
-    M,
-    N,
-    K,
-    stride_x,
-    padded_rows,
-    blocks,
-    groups,
-    x_groups,
-    WIDTHS: tl.constexpr,
-    UNIT: tl.constexpr,
-    OFFSET: tl.constexpr,
-    ZERO: tl.constexpr,
-    GROUP: tl.constexpr,
-    X_GROUP: tl.constexpr,
-    SPAN: tl.constexpr,
-    MASKED: tl.constexpr,
-    BIAS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """BLOCK_N columns of y for all M <= TOKENS tokens, without a dot: fp32 products and sums.
-
-    Arguments as in `matmul_kernel`; x in its own column order, and its sums are made here.
-    """
-    first_n = tl.program_id(0) * BLOCK_N
-    piece = tl.program_id(1)
-    blocks_each = tl.cdiv(blocks, tl.num_programs(1))
-    first_block = piece * blocks_each
-    last_block = tl.minimum(first_block + blocks_each, blocks)
-    lane = tl.arange(0, BLOCK_N)
-    panel = tl.minimum(lane // 16, padded_rows // 16 - 1 - first_n // 16)
-    row = first_n + panel * 16 + lane % 16
-    rows = panel * (blocks * 16) + lane % 16
-    weight = (codes, first_n // 16, rows, padded_rows, blocks)
-
-    tokens, pointers, totals, nothing, no_sums = (), (), (), (), ()
-    for m in tl.static_range(TOKENS):
-        token = tl.minimum(piece * 0 + m, M - 1)
-        tokens = tokens + (token,)
-        pointers = pointers + (x + token.to(tl.int64) * stride_x,)
-        totals = totals + (tl.zeros((BLOCK_N, 16), tl.float32),)
-        nothing = nothing + (tl.zeros((BLOCK_N, 16), tl.float32),)
-        no_sums = no_sums + (tl.zeros((1, 16), tl.float32),)
-    x_tile = (pointers, K)
-    parts, sums = nothing, no_sums
-    for block in tl.range(first_block, last_block, num_stages=STAGES):
-        column = block * 128
-        if SPAN == 0:
-            parts, sums = _multiply_without_dot(
-                parts, sums, x_tile, weight, column, 0, 128, WIDTHS, MASKED, TOKENS
-            )
-        else:
-            for i in tl.static_range(128 // SPAN):
-                partial, partial_sums = _multiply_without_dot(
-                    nothing, no_sums, x_tile, weight, column, i * SPAN, SPAN, WIDTHS,
-                    MASKED, TOKENS,
-                )  # fmt: skip
-                at = _group_of(column + i * SPAN, groups, GROUP) * padded_rows + row
-                scale = tl.load(scales + at).to(tl.float32)[:, None]
-                zero = scale
-                if ZERO != "none":
-                    zero = tl.load(zeros + at)[:, None]
-                added = ()
-                for m in tl.static_range(TOKENS):
-                    value = _weigh(partial[m], partial_sums[m], scale, zero, UNIT, OFFSET, ZERO)
-                    if X_GROUP > 0:
-                        x_at = _group_of(column + i * SPAN, x_groups, X_GROUP) * M + tokens[m]
-                        value *= tl.load(x_scales + x_at)
-                    added = added + (totals[m] + value,)
-                totals = added
-    if SPAN == 0:
-        scale = tl.load(scales + row).to(tl.float32)[:, None]
-        zero = scale
-        if ZERO != "none":
-            zero = tl.load(zeros + row)[:, None]
-
-    row = first_n + lane
-    if BIAS:
-        offset = tl.load(bias + row, mask=row < N, other=0).to(tl.float32)
-    for m in tl.static_range(TOKENS):
-        total = totals[m]
-        if SPAN == 0:
-            total = _weigh(parts[m], sums[m], scale, zero, UNIT, OFFSET, ZERO)
-        result = tl.sum(total, axis=1)
-        if X_GROUP == 0:
-            result *= tl.load(x_scales + tokens[m])
-        if BIAS:
-            result += offset
-        pointers_y = y + (piece.to(tl.int64) * M + m) * N + row
-        tl.store(pointers_y, result.to(y.dtype.element_ty), mask=(row < N) & (lane * 0 + m < M))
 
 
 @triton.jit
@@ -436,22 +302,17 @@ def decode_kernel(
 ):
     """dense [N, K] = the decoded weight: fp32 inside, rounded once. A program per block of K."""
     first_n, block = tl.program_id(0) * BLOCK_N, tl.program_id(1)
-    lane = tl.arange(0, BLOCK_N)
-    panel = tl.minimum(lane // 16, padded_rows // 16 - 1 - first_n // 16)
-    row = first_n + panel * 16 + lane % 16
-    rows = panel * (blocks * 16) + lane % 16
+    row, plane_rows = rows_of_tile(first_n, padded_rows, blocks, BLOCK_N)
     planes = block_planes(codes, first_n // 16, block, padded_rows, blocks, WIDTHS)
     order = column_order(16, WIDTHS)
+    lane = tl.arange(0, BLOCK_N)
     one = tl.full((1, 1), 1.0, tl.float32)
     for run in tl.static_range(8):
-        numbers = decode_fp32(planes, rows, run, CENTRE, WIDTHS)
+        numbers = decode_fp32(planes, plane_rows, run, CENTRE, WIDTHS)
         column = block * 128 + run * 16
-        at = _group_of(column, groups, GROUP) * padded_rows + row
-        scale = tl.load(scales + at).to(tl.float32)[:, None]
-        zero = scale
-        if ZERO != "none":
-            zero = tl.load(zeros + at)[:, None]
-        value = _weigh(numbers, one, scale, zero, UNIT, OFFSET, ZERO)
+        at = group_of(column, groups, GROUP) * padded_rows + row
+        scale, zero = scale_and_zero(scales, zeros, at, ZERO)
+        value = weigh(numbers, one, scale[:, None], zero[:, None], UNIT, OFFSET, ZERO)
         pointers = dense + first_n.to(tl.int64) * K + lane[:, None] * K + (column + order)[None, :]
         stored = (first_n + lane < N)[:, None] & (column + order < K)[None, :]
         tl.store(pointers, value.to(dense.dtype.element_ty), mask=stored)

@@ -1,8 +1,8 @@
 """Compiling a kernel once per machine: numba's on-disk cache with a key that is complete.
 
-numba keys a cached function by its own source file, its closure and the CPU. What an intrinsic emits
-is invisible to that key, so every kernel is a closure over `kernel_key()`: the instruction set and a
-digest of all sources that take part in emission.
+numba keys a cached function by its own source file, its closure and the CPU. What an intrinsic
+emits is invisible to that key, so every kernel is a closure over `kernel_key()`: the instruction
+set and a digest of all sources that take part in emission.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def compile_kernel(emission: Emission, *options: int | str) -> Any:
     def run(begin, end, arguments):
         emitted(key, name, text, begin, end, arguments)
 
-    return _cached(lambda cache: numba.cfunc(_KERNEL_TYPE, cache=cache))(run)
+    return callback(_KERNEL_TYPE)(run)
 
 
 @intrinsic(prefer_literal=True)
@@ -72,13 +72,16 @@ def emitted(typing_context, key, name, options, begin, end, arguments):
     return types.void(key, name, options, types.int64, types.int64, types.int64), emit
 
 
-def driver(signature: Any, parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
+def driver(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function that Python calls, for one signature, without the GIL."""
     return _cached(
-        lambda cache: numba.njit(
-            signature, cache=cache, nogil=True, parallel=parallel, error_model="numpy"
-        )
+        lambda cache: numba.njit(signature, cache=cache, nogil=True, error_model="numpy")
     )
+
+
+def callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function that C code calls at its `address`."""
+    return _cached(lambda cache: numba.cfunc(signature, cache=cache, error_model="numpy"))
 
 
 def _cached(decorator: Callable[[bool], Any]) -> Callable[[Callable[..., Any]], Any]:

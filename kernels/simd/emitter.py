@@ -1,9 +1,9 @@
 """Emitter: the vector operations that kernels are written in, over llvmlite's IR builder.
 
-A vector is sixteen 32-bit lanes, integers or floats; lane = output row. Kernels are Python functions
-that call these methods; plain Python loops unroll a register tile, `loop` makes a loop at run time.
-Addresses are 64-bit integers. LLVM keeps a `Variable` in a register and splits a vector where the
-machine's are narrower, so that one kernel serves every instruction set.
+A vector is sixteen 32-bit lanes, integers or floats; lane = output row. Kernels are Python
+functions that call these methods; plain Python loops unroll a register tile, `loop` makes a loop at
+run time. Addresses are 64-bit integers. LLVM keeps a `Variable` in a register and splits a vector
+where the machine's are narrower, so that one kernel serves every instruction set.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from lath.kernels.simd import half
 from lath.kernels.simd.isa import Isa
 
 LANES = 16
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F32 = ir.FloatType()
 INTS = ir.VectorType(I32, LANES)
 FLOATS = ir.VectorType(F32, LANES)
-HALVES = ir.VectorType(F16, LANES)
+HALVES = ir.VectorType(ir.HalfType(), LANES)
 SHORTS = ir.VectorType(I16, LANES)
 BYTES = ir.VectorType(I8, LANES)
 _BYTES64 = ir.VectorType(I8, 64)
-_SHORTS32 = ir.VectorType(I16, 32)
 _SHORTS64 = ir.VectorType(I16, 64)
 
 # Float types in memory, as kernels name them.
@@ -256,9 +255,7 @@ class Emitter:
     def _pairs_avx2(self, codes: Any, signed: Any) -> Any:
         """32 int16 sums of two neighbouring products."""
         half = ir.VectorType(I8, 32)
-        function = self._function(
-            "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), [half, half]
-        )
+        function = self._function("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), [half, half])
         low, high = (
             self.builder.call(function, [self._slice(codes, h, 32), self._slice(signed, h, 32)])
             for h in (0, 32)
@@ -274,9 +271,7 @@ class Emitter:
             self.builder.call(function, [self._slice(shorts, start, 16), ones])
             for start in range(0, shorts.type.count, 16)
         ]
-        joined = [
-            self._concatenate(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)
-        ]
+        joined = [self._concatenate(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
         if len(joined) == 1:
             return joined[0]
         return self._add_neighbours(self._concatenate(*joined))

@@ -1,8 +1,8 @@
 """Which instruction set the compiled CPU kernels are lowered for.
 
-    avx512_vnni   vpdpbusd: sixteen dot products of four 8-bit pairs in one instruction
-    avx2          vpmaddubsw and vpmaddwd, on 256-bit halves
-    portable      plain vector IR: whatever the machine has, an Arm CPU included
+avx512_vnni   vpdpbusd: sixteen dot products of four 8-bit pairs in one instruction
+avx2          vpmaddubsw and vpmaddwd, on 256-bit halves
+portable      plain vector IR: whatever the machine has, an Arm CPU included
 """
 
 from __future__ import annotations
@@ -23,26 +23,14 @@ _NEEDS: dict[Isa, frozenset[str]] = {
 
 @functools.cache
 def cpu_features() -> frozenset[str]:
-    """Features that numba compiles for, in LLVM's names (NUMBA_CPU_FEATURES and _NAME count)."""
-    from llvmlite import binding
-    from numba.core import config
+    """The features that numba compiles for, in LLVM's names: the host's, or NUMBA_CPU_FEATURES
+    (empty with NUMBA_CPU_NAME=generic)."""
+    from numba.core import codegen, config
 
-    if config.CPU_FEATURES is not None:
-        listed = str(config.CPU_FEATURES)
-    elif config.CPU_NAME is not None and binding.get_host_cpu_name() != config.CPU_NAME:
-        return _features_of_name(str(config.CPU_NAME))
-    else:
-        listed = str(binding.get_host_cpu_features().flatten())
+    listed = config.CPU_FEATURES
+    if listed is None:
+        listed = codegen.get_host_cpu_features()
     return frozenset(name[1:] for name in listed.split(",") if name.startswith("+"))
-
-
-def _features_of_name(name: str) -> frozenset[str]:
-    """What a CPU model certainly has; llvmlite cannot list it, so only well-known levels count."""
-    v3 = {"haswell", "broadwell", "skylake", "znver1", "znver2", "znver3", "x86-64-v3"}
-    with_vnni = {"cascadelake", "icelake-server", "sapphirerapids", "znver4", "znver5"}
-    if name in with_vnni:
-        return _NEEDS["avx512_vnni"] | _NEEDS["avx2"]
-    return _NEEDS["avx2"] if name in v3 or name == "x86-64-v4" else frozenset()
 
 
 @functools.cache

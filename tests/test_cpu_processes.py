@@ -1,0 +1,106 @@
+"""The compiled CPU kernels in processes of their own: other instruction sets, the cache on disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from lath.kernels.simd import isa
+
+TESTS = Path(__file__).resolve().parent
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False,
+        cwd=TESTS, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+LOWERINGS = {
+    "avx2": {"LATH_ISA": "avx2"},
+    "portable": {"LATH_ISA": "portable"},
+    "no vector extension": {"LATH_ISA": "", "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
+}
+
+
+@pytest.mark.parametrize("name", LOWERINGS)
+def test_other_instruction_sets(name: str) -> None:
+    if not (isa.cpu_features() >= {"avx2", "fma", "f16c"}) and name == "avx2":
+        pytest.skip("this CPU has no AVX2")
+    run_python(
+        """
+        import torch; torch.set_num_threads(1)
+        from test_cpu_kernels import LinearCase, check
+        for text in ("int4-g64 {m} 37 201 fp16 int8-g64 normal True",
+                     "int8-g32-asym {m} 20 100 bf16 int8 one_sign False",
+                     "int2 {m} 33 300 fp32 int8 normal True",
+                     "int1-g48 {m} 18 150 fp16 float one_sign False",
+                     "int6-g32-fzero {m} 50 140 bf16 int8-g64 normal False"):
+            for m in (1, 5, 9):
+                check(LinearCase.parse(text.format(m=m)))
+        """,
+        **LOWERINGS[name],
+    )
+
+
+def test_instruction_set_by_name() -> None:
+    code = "from lath.kernels.simd import host_isa; print(host_isa())"
+    assert run_python(code, LATH_ISA="portable").strip() == "portable"
+    haswell = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"}
+    assert run_python(code, LATH_ISA="", **haswell).strip() == "avx2"
+    refused = "from lath.kernels.simd import host_isa\ntry: host_isa()\nexcept {}: print('refused')"
+    assert "refused" in run_python(refused.format("ValueError"), LATH_ISA="sse")
+    assert "refused" in run_python(
+        refused.format("RuntimeError"), LATH_ISA="avx512_vnni", **haswell
+    )
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    code = """
+        import time, torch, lath
+        torch.set_num_threads(1)
+        from lath.formats.activations import ActivationFormat
+        weight = lath.quantize(torch.ones(64, 128), "int4-g64")
+        start = time.perf_counter()
+        from lath.kernels.linear import cpu, cpu_activations, cpu_dot, cpu_kernels, cpu_launch
+        from lath.kernels.simd import compile as simd
+        layer = cpu.prepare(weight, None, ActivationFormat("int8", 64))
+        for m in (1, 9):
+            layer(torch.ones(m, 128))
+        seconds = time.perf_counter() - start
+        kernels = [simd.compile_kernel(cpu_activations.emit_quantize, 0)]
+        for m in (1, 9):
+            tile = cpu_kernels.tile_of("int8", m, layer._view.panel_bytes)
+            kernels.append(simd.compile_kernel(cpu_dot.emit_tile, 4, "none", True, *tile))
+        hits = sum(cpu_launch.serial_driver().stats.cache_hits.values())
+        print(hits, [kernel.cache_hits for kernel in kernels], seconds, sep=";")
+    """
+    first, second = (
+        run_python(code, NUMBA_CACHE_DIR=str(tmp_path)).strip().split(";") for _ in range(2)
+    )
+    assert first[:2] == ["0", "[0, 0, 0]"]
+    assert second[:2] == ["1", "[1, 1, 1]"]
+    assert float(second[2]) < 1, second
+
+
+def test_numba_missing_is_named() -> None:
+    out = run_python("""
+        import sys, torch
+        class Refuse:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in ("numba", "llvmlite"):
+                    raise ModuleNotFoundError(name, name=name)
+        sys.meta_path.insert(0, Refuse())
+        import lath.kernels.simd
+        try: import lath.kernels.linear.cpu
+        except ImportError as error: print(error)
+    """)
+    assert "lath[cpu]" in out
