@@ -1,7 +1,6 @@
 """What decoding costs: instructions per weight of the Triton loops, read from machine code.
 
-    LATH_AOT=1 PYTHONPATH=tests python bench/packing_machine_code.py \
-        > bench/results/packing_machine_code.md
+    PYTHONPATH=tests python bench/packing_machine_code.py > bench/results/packing_machine_code.md
 
 No GPU is needed. A cell is: thread instructions of the hot loop other than tensor ones, per weight;
 then registers per thread, and "spill" with bytes where they did not suffice. Counts say what is

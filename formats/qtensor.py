@@ -22,9 +22,7 @@ View = TypeVar("View")
 
 # Views by the tensor of codes and not by QTensor: the custom operator sees only tensors and must
 # find what was already repacked. Each entry is (stamp of the tensors, views by name).
-_views: MutableMapping[Tensor, tuple[tuple[int, ...], dict[str, Any]]] = (
-    WeakTensorKeyDictionary()
-)
+_views: MutableMapping[Tensor, tuple[tuple[int, ...], dict[str, Any]]] = WeakTensorKeyDictionary()
 
 
 class QTensor:
@@ -135,6 +133,12 @@ class QTensor:
         if key not in kept[1]:
             kept[1][key] = build()
         return kept[1][key]  # type: ignore[no-any-return]
+
+    @property
+    def view_nbytes(self) -> int:
+        """Bytes of the repacked views made so far: what they add to `nbytes` in memory."""
+        kept = _views.get(self.codes)
+        return 0 if kept is None else sum(getattr(v, "nbytes", 0) for v in kept[1].values())
 
     def _stamp(self) -> tuple[int, ...]:
         """Changes when a tensor is replaced or written to; inference tensors cannot tell."""

@@ -87,6 +87,12 @@ class PatchReport:
         return [row for row in self.rows if row.action == "kept"]
 
     @property
+    def view_bytes(self) -> int:
+        """Bytes of repacked views made so far, in memory beside `bytes_after`."""
+        weights = {id(place.packed): place.packed.qtensor for place in self._places}
+        return sum(weight.view_nbytes for weight in weights.values())
+
+    @property
     def active(self) -> bool:
         """Whether the packed modules are in the model."""
         return self._active

@@ -285,6 +285,8 @@ def test_a_view_is_built_once_and_again_after_a_change() -> None:
     for _ in range(2):
         packed.view("test", lambda: built.append(1))
     assert len(built) == 1
+    packed.view("sized", lambda: torch.zeros(7))
+    assert packed.view_nbytes == 28
     packed.scales.mul_(2)
     packed.view("test", lambda: built.append(1))
     assert len(built) == 2

@@ -48,6 +48,10 @@ class CpuView:
         return self.records.shape[1]
 
     @property
+    def nbytes(self) -> int:
+        return self.records.numel()
+
+    @property
     def panel_bytes(self) -> int:
         return self.groups * self.records.shape[2]
 
