@@ -19,6 +19,7 @@ from lath.integration.benchmark import (
     machine_facts,
     parse_shape,
     rows_as_json,
+    rows_as_markdown,
 )
 
 bench_app = typer.Typer(help="Paired timing against peers, in one run.", no_args_is_help=True)
@@ -41,6 +42,7 @@ def linear_command(
     threads: Annotated[int, typer.Option(min=1)] = 1,
     rounds: Annotated[int, typer.Option(min=3)] = 9,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="write a table here")] = None,
 ) -> None:
     """Time `lath.linear` on this CPU against torch, weights cold, calls interleaved."""
     torch.set_num_threads(threads)
@@ -57,6 +59,10 @@ def linear_command(
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(rows_as_json(rows), indent=1) + "\n")
+    if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        command = f"lath bench linear --shapes {shapes} --m {m} --codecs {codecs} --peers {peers}"
+        markdown.write_text(rows_as_markdown(rows, f"{command} --threads {threads}"))
 
 
 def _positive(text: str) -> int:

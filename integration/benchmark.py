@@ -213,6 +213,33 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def rows_as_markdown(rows: list[BenchRow], command: str) -> str:
+    """A table for a report: the command, the machine, a line per comparison."""
+    facts = ", ".join(f"{key} {value}" for key, value in machine_facts().items())
+    lines = [
+        f"    {command}",
+        "",
+        f"{facts}. {rows[0].threads} thread(s), weights cold, calls interleaved, medians (fastest "
+        "and slowest round in brackets), x in bf16, quantisation of activations included.",
+        "",
+        "| K x N | M | codec | activations | lath µs | peer | peer µs | ratio | GB/s | GOPS |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        own, theirs = (
+            f"{median:.0f} ({low:.0f}-{high:.0f})"
+            for median, (low, high) in (
+                (row.median_us, row.spread_us),
+                (row.peer_median_us, row.peer_spread_us),
+            )
+        )
+        lines.append(
+            f"| {row.shape} | {row.m} | `{row.codec}` | `{row.activations}` | {own} | {row.peer} | "
+            f"{theirs} | {row.ratio:.2f} | {row.gb_per_s:.1f} | {row.gops:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def rows_as_json(rows: list[BenchRow]) -> list[dict[str, object]]:
     """A list of rows, each with the machine it was measured on."""
     facts = machine_facts()

@@ -53,6 +53,31 @@ class LinearCase:
         return DTYPES[self.dtype]
 
 
+# Each row varies what the one before did not; together they meet every width, zero, group shape,
+# dtype, activation format and kind of data, with odd N, K off every multiple, and M across arms.
+CATALOGUE = [
+    LinearCase("int4-g128", 1, 48, 256),
+    LinearCase("int4-g64", 3, 37, 300, "bf16", "int8-g64", bias=True),
+    LinearCase("int4-g32-fzero", 5, 16, 96, "fp32", "float", "one_sign"),
+    LinearCase("int4-g48-asym", 17, 33, 200, "fp16", "int8"),
+    LinearCase("int4", 1, 21, 130, "fp32", "int8", bias=True),
+    LinearCase("int8", 2, 19, 77, "bf16", "float", bias=True),
+    LinearCase("int8-g16-asym", 1, 32, 140, "fp32", "int8-g16"),
+    LinearCase("int8-g96-fzero-s32", 9, 40, 290, "fp16", "int8-g32", "one_sign"),
+    LinearCase("int2", 1, 64, 512, "fp16", "int8", bias=True),
+    LinearCase("int2-g64-asym", 6, 17, 129, "bf16", "float", "one_sign"),
+    LinearCase("int1-g16", 2, 23, 100, "fp16", "int8-g16"),
+    LinearCase("int1-fzero", 1, 16, 260, "fp32", "float"),
+    LinearCase("int3-g128-s32", 4, 35, 384, "fp16", "float"),
+    LinearCase("int3-g80", 3, 18, 170, "bf16", "int8-g48"),
+    LinearCase("int5-g256", 1, 31, 520, "fp32", "float", bias=True),
+    LinearCase("int6-g64", 8, 48, 140, "fp16", "int8-g128"),
+    LinearCase("int7-g112-asym", 2, 20, 230, "bf16", "int8"),
+    LinearCase("int4-g128", 65, 34, 260, "fp16", "float", "one_sign"),
+    LinearCase("int4-g128", 33, 50, 260, "bf16", "int8-g128"),
+    LinearCase("int4-g64", 1, 1, 1),
+]
+
 # What the benchmarks run: one token and many, on a layer of a 135M and of a 7B model.
 SPEED = [
     LinearCase(codec, m, n, k, "bf16", activations)

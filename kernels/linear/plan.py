@@ -176,10 +176,10 @@ def _plan_gpu(
         why = f"{m} token(s) and no tensor core for {dot}: products are summed directly"
         return _split(draft, m, n, k, device, [why])
     if m <= FLAT_TOKENS:
-        draft = _tile(replace(draft, dataflow="flat"), m, n, codec, dot, device)
+        draft = _tile(replace(draft, dataflow="flat"), m, n, k, codec, activations, dot, device)
         why = f"{m} tokens: weight bytes decide, K is split until every unit has work"
         return _split(draft, m, n, k, device, [why_dot, why])
-    draft = _tile(replace(draft, dataflow="tiled"), m, n, codec, dot, device)
+    draft = _tile(replace(draft, dataflow="tiled"), m, n, k, codec, activations, dot, device)
     return replace(draft, reason=f"{why_dot}; {m} tokens fill the tiles, K is not split")
 
 
@@ -216,18 +216,39 @@ def _decode_crossover(device: DeviceDescription) -> int:
     return 128 if device.capability == 90 else 256
 
 
-def _tile(draft: Plan, m: int, n: int, codec: Codec, dot: str, device: DeviceDescription) -> Plan:
+def _tile(
+    draft: Plan,
+    m: int,
+    n: int,
+    k: int,
+    codec: Codec,
+    activations: ActivationFormat,
+    dot: str,
+    device: DeviceDescription,
+) -> Plan:
     """Tile, orientation, warps and stages of a dataflow with a dot.
 
     The tile's left side is padded to 16 or 64, its right side only to 8: with few tokens the weight
     goes left (`swap`). On sm_90 a decoded weight on the left also stays in registers. The rules
     were read off the machine code of each choice (`bench/results/packing_machine_code.md`).
     """
+    run = common_group(k, codec, activations)
+    # What needs more registers: scales that change inside a step, zero points, a tail of K, and the
+    # half runs in which 16-bit numbers are cut out of a 1-bit plane.
+    is_fine = (
+        run < packing.BLOCK
+        or codec.zero != "none"
+        or k % packing.BLOCK != 0
+        or (dot != "int8" and 1 in codec.plane_widths)
+    )
     swap, warps = False, 4
     tokens = _power_of_two(m, 16, 64)
     rows = 128 if n >= 128 * device.compute_units or tokens == 64 else 64
     if _has_no_tensor_core(dot, device):
         tokens, rows = 16, 32
+    elif device.kind == "cuda" and m > 16 and (is_fine or device.capability == 100):
+        # Larger tiles spill here; on sm_100 they also take the longer path through tensor memory.
+        swap, tokens, rows, warps = True, 32, 64, 2
     elif device.kind == "cuda" and m <= 8:
         # Two warps keep to the small dot of 8 tokens on every architecture.
         swap, tokens, rows, warps = True, 8, 64, 2
@@ -237,12 +258,16 @@ def _tile(draft: Plan, m: int, n: int, codec: Codec, dot: str, device: DeviceDes
         rows = 128 if swap else rows
     elif device.kind == "cuda":
         # Many tokens on the left would make every warp decode the same weights.
-        swap = tokens == 64 or (tokens == 32 and device.capability != 100)
+        swap = tokens >= 32
+    elif run % 32 and m > 16:
+        rows = 32  # scales change every 16 columns: more rows spill
     draft = replace(
         draft, dot=dot, swap=swap, block_m=tokens, block_n=rows, block_k=packing.BLOCK, warps=warps
     )
+    # Loads of 8-bit codes are twice as wide: two stages hold what three hold of 4-bit ones.
+    wide = device.capability == 100 and codec.bits == 8
     slowest = device.kind == "hip" or _has_no_tensor_core(dot, device)
-    stages = 2 if slowest else 3
+    stages = 2 if slowest or wide else 3
     while stages > 1 and shared_bytes(draft, stages, codec, device) > device.shared_memory:
         stages -= 1
     return replace(draft, stages=stages)
