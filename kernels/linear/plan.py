@@ -260,7 +260,7 @@ def _tile(
         # Many tokens on the left would make every warp decode the same weights.
         swap = tokens >= 32
     elif run % 32 and m > 16:
-        rows = 32  # scales change every 16 columns: more rows spill
+        tokens, rows = 16, 32  # scales change every 16 columns: a larger tile spills
     draft = replace(
         draft, dot=dot, swap=swap, block_m=tokens, block_n=rows, block_k=packing.BLOCK, warps=warps
     )
