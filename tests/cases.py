@@ -17,6 +17,7 @@ from torch import Tensor
 from lath.formats import packing
 from lath.formats.activations import activation_format
 from lath.formats.codec import codec as parse_codec
+from lath.formats.plan import Plan
 from lath.formats.qtensor import SCALE_DTYPES, QTensor
 from lath.reference import linear as reference
 
@@ -178,3 +179,26 @@ def definition(
         parts = parts + np.abs(zeros.T.astype(np.float64)[:, group])
     gauge = values @ parts.T
     return y64, gauge if offsets is None else gauge + np.abs(offsets)
+
+
+def plan_of(text: str, stages: int = 2) -> Plan:
+    """A Triton plan in words, "flat fp16 16x32x128 k2 w4 swap": dataflow, dot, block_m x block_n x
+    block_k, then if they differ from 1, 4 and no: pieces of K, warps, the weight on the left."""
+    dataflow, dot, tile, *rest = text.split()
+    block_m, block_n, block_k = (int(size) for size in tile.split("x"))
+    words = {word[0]: word[1:] for word in rest}
+    return Plan(
+        backend="triton",
+        dataflow=dataflow,  # type: ignore[arg-type]
+        dot=dot,
+        reason="a test",
+        bytes_moved=0,
+        operations=0,
+        block_m=block_m,
+        block_n=block_n,
+        block_k=block_k,
+        split_k=int(words.get("k", 1)),
+        swap="s" in words,
+        warps=int(words.get("w", 4)),
+        stages=stages,
+    )

@@ -11,7 +11,7 @@ import dataclasses
 import pytest
 import torch
 
-from cases import DTYPES
+from cases import DTYPES, plan_of
 from lath.formats.activations import activation_format
 from lath.formats.codec import codec as parse_codec
 from lath.formats.device import known_device
@@ -105,25 +105,11 @@ def record(text: str, chosen: Plan, architecture: str) -> list[Specialisation]:
     return recording.specialisations()
 
 
-def plan_of(text: str, architecture: str) -> Plan:
-    dataflow, dot, tile, split, warps, *rest = text.split()
-    m, n, k = (int(size) for size in tile.split("x"))
-    amd = architecture.startswith("gfx")
-    return Plan(
-        backend="triton",
-        dataflow=dataflow,  # type: ignore[arg-type]
-        dot=dot,
-        reason="a test",
-        bytes_moved=0,
-        operations=0,
-        block_m=m,
-        block_n=n,
-        block_k=k,
-        split_k=int(split[1:]),
-        swap=rest == ["swap"],
-        warps=int(warps[1:]),
-        stages=2 if amd or dot == "fp32" else 3,
-    )
+def chosen_plan(text: str, architecture: str) -> Plan:
+    """A plan in words with as many stages as the planner gives the architecture."""
+    plan = plan_of(text)
+    few = architecture.startswith("gfx") or plan.dot == "fp32"
+    return dataclasses.replace(plan, stages=2 if few else 3)
 
 
 def check(found: Specialisation, dot: str) -> None:
@@ -156,7 +142,7 @@ def check(found: Specialisation, dot: str) -> None:
 def test_cover_compiles(architecture: str, bits: int) -> None:
     for text in COVER[bits]:
         case, chosen = (part.strip() for part in text.split("|"))
-        picked = plan_of(chosen, architecture)
+        picked = chosen_plan(chosen, architecture)
         for found in record(case, picked, architecture):
             check(found, picked.dot)
 
@@ -165,8 +151,8 @@ def test_a_dot_that_compiles_to_nothing_is_refused() -> None:
     """Triton 3.9: depth 16, weight on the left, tensor memory of sm_100 (64 tokens or more)."""
     text, chosen = "int4-g16 fp16 float 2048 False", "tiled fp16 64x64x128 k1 w4 swap"
     with pytest.raises(ValueError, match=r"plan warps .* must be 1 or 2 on sm_100"):
-        record(text, plan_of(chosen, "sm_100"), "sm_100")
-    for found in record(text, plan_of(chosen.replace("w4", "w2"), "sm_100"), "sm_100"):
+        record(text, chosen_plan(chosen, "sm_100"), "sm_100")
+    for found in record(text, chosen_plan(chosen.replace("w4", "w2"), "sm_100"), "sm_100"):
         assert resources(compile_recorded(found)).uses("HMMA")
 
 
@@ -215,7 +201,7 @@ FIGURES = [
 @pytest.mark.parametrize(("architecture", "text", "figure"), FIGURES)
 def test_instructions_per_weight(architecture: str, text: str, figure: float) -> None:
     case, chosen = (part.strip() for part in text.split("|"))
-    picked = dataclasses.replace(plan_of(chosen, architecture), stages=3)
+    picked = dataclasses.replace(chosen_plan(chosen, architecture), stages=3)
     (found,) = [s for s in record(case, picked, architecture) if s.name in LOOPS]
     measured = analyze(compile_recorded(found))
     weights = picked.block_n * picked.block_k

@@ -9,35 +9,12 @@ import torch
 import cases
 import lath
 import oracle
-from cases import LinearCase
+from cases import LinearCase, plan_of
 from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.plan import Plan
 from lath.kernels.linear import triton as launcher
 from lath.reference import linear as reference
 from tools.sanitizer import sanitize
-
-
-def plan(text: str) -> Plan:
-    """ "flat fp16 16x32x128 k2 swap": dataflow, dot, block_m x block_n x block_k, split, swap."""
-    dataflow, dot, tile, *rest = text.split()
-    m, n, k = (int(size) for size in tile.split("x"))
-    split = next((int(word[1:]) for word in rest if word[0] == "k"), 1)
-    return Plan(
-        backend="triton",
-        dataflow=dataflow,  # type: ignore[arg-type]
-        dot=dot,
-        reason="a test",
-        bytes_moved=0,
-        operations=0,
-        block_m=m,
-        block_n=n,
-        block_k=k,
-        split_k=split,
-        swap="swap" in rest,
-        warps=4,
-        stages=2,
-    )
-
 
 # Codec, M, N, K, dtype, activations, data, bias | plan. Each row varies what the ones before did
 # not: together they meet each bits x dot type, zero x dot type, span (16, 32, 64, 128, 256, a whole
@@ -109,9 +86,9 @@ def test_parity(text: str) -> None:
     case, chosen = (part.strip() for part in text.split("|"))
     parsed = LinearCase.parse(case)
     data = cases.make(parsed)
-    y = run(parsed, plan(chosen), data)
+    y = run(parsed, plan_of(chosen), data)
     assert y.dtype == parsed.torch_dtype
-    rounds = int(plan(chosen).dataflow == "decode_matmul")
+    rounds = int(plan_of(chosen).dataflow == "decode_matmul")
     bound = oracle.linear_bound(data.y64, data.gauge, parsed.k, parsed.torch_dtype, rounds)
     assert oracle.test_ratio(y, data.y64, bound) <= 1, oracle.worst(y, data.y64, bound)
 
@@ -133,7 +110,7 @@ def test_small_integers_are_exact_at_every_split(text: str) -> None:
     data = cases.make(parsed)
     want = torch.from_numpy(data.y64).to(parsed.torch_dtype)
     for pieces in (1, 2, 3, 4):
-        assert torch.equal(run(parsed, plan(f"{chosen} k{pieces}"), data), want), pieces
+        assert torch.equal(run(parsed, plan_of(f"{chosen} k{pieces}"), data), want), pieces
 
 
 @pytest.mark.parametrize(
@@ -149,7 +126,7 @@ def test_small_integers_are_exact_at_every_split(text: str) -> None:
 )
 def test_identity_gives_the_decoded_weight(codec: str, chosen: str) -> None:
     packed = lath.quantize(torch.randn(18, 144), codec)
-    picked = plan(chosen)
+    picked = plan_of(chosen)
     dtype = cases.DTYPES[picked.dot]
     y = launcher.linear(torch.eye(144, dtype=dtype), packed, None, ActivationFormat(), picked)
     assert torch.equal(y, packed.dequantize(dtype).T)
@@ -168,7 +145,7 @@ def test_identity_gives_the_decoded_weight(codec: str, chosen: str) -> None:
 )
 def test_nan_and_infinity_stay_in_their_row(activations: str, chosen: str) -> None:
     packed = lath.quantize(torch.randn(20, 200), "int4-g32-asym")
-    formats, picked = activation_format(activations), plan(chosen)
+    formats, picked = activation_format(activations), plan_of(chosen)
     x = torch.randn(4, 200).half()
     clean = launcher.linear(x, packed, None, formats, picked)
     x[1, 5], x[3, 199] = float("nan"), float("inf")
@@ -198,7 +175,7 @@ def test_sanitizer_is_clean_and_order_does_not_matter(text: str) -> None:
     results = []
     for order in (None, "reverse"):
         with sanitize(order=order) as report:  # type: ignore[arg-type]
-            results.append(run(parsed, plan(chosen), data))
+            results.append(run(parsed, plan_of(chosen), data))
         report.assert_clean()
     assert torch.equal(results[0], results[1])
     assert torch.equal(data.x, before)
@@ -252,7 +229,7 @@ def test_int8_sums_of_a_long_row_do_not_overflow(monkeypatch: pytest.MonkeyPatch
     for text in ("int8-asym 3 20 300 fp32 int8", "int4 3 20 300 fp32 int8-g512"):
         case = LinearCase.parse(f"{text} one_sign False")
         data = cases.make(case)
-        y = run(case, plan("flat int8 16x32x128 k2"), data)
+        y = run(case, plan_of("flat int8 16x32x128 k2"), data)
         bound = oracle.linear_bound(data.y64, data.gauge, case.k, case.torch_dtype)
         assert oracle.test_ratio(y, data.y64, bound) <= 1
     assert launcher._settings.cache_info().currsize == 2
@@ -263,7 +240,7 @@ def test_many_tiles() -> None:
     """More rows of tiles than run together, and a last group of them that is not full."""
     case = LinearCase("int2-g128", 150, 40, 128, "fp16")
     data = cases.make(case)
-    y = run(case, plan("tiled fp16 16x16x128"), data)
+    y = run(case, plan_of("tiled fp16 16x16x128"), data)
     bound = oracle.linear_bound(data.y64, data.gauge, case.k, case.torch_dtype)
     assert oracle.test_ratio(y, data.y64, bound) <= 1
 
@@ -276,9 +253,9 @@ def test_rows_far_apart(chosen: str) -> None:
     x = torch.as_strided(buffer, (3, 130), (1 << 28, 1))
     x.copy_(torch.randn(3, 130))
     with sanitize() as report:
-        y = launcher.linear(x, packed, None, ActivationFormat(), plan(chosen))
+        y = launcher.linear(x, packed, None, ActivationFormat(), plan_of(chosen))
     report.assert_clean()
-    near = launcher.linear(x.clone(), packed, None, ActivationFormat(), plan(chosen))
+    near = launcher.linear(x.clone(), packed, None, ActivationFormat(), plan_of(chosen))
     assert torch.equal(y, near)
 
 
@@ -287,7 +264,7 @@ def test_rows_far_apart(chosen: str) -> None:
 def test_bias_of_another_type_is_added_before_the_rounding(chosen: str, dtype: torch.dtype) -> None:
     packed = lath.quantize(torch.randn(20, 130), "int4-g64")
     x, bias = torch.randn(3, 130).half(), (300 * torch.randn(20)).to(dtype)
-    y = launcher.linear(x, packed, bias, ActivationFormat(), plan(chosen))
+    y = launcher.linear(x, packed, bias, ActivationFormat(), plan_of(chosen))
     y64, gauge = cases.definition(x, packed, bias, "float")
     bound = oracle.linear_bound(y64, gauge, 130, torch.float16, int("decode" in chosen))
     assert oracle.test_ratio(y, y64, bound) <= 1
@@ -299,7 +276,7 @@ def test_empty(shape: tuple[int, int, int]) -> None:
     packed = lath.quantize(torch.randn(n, k), "int4-g32")
     bias = torch.randn(n)
     y = launcher.linear(
-        torch.randn(m, k), packed, bias, ActivationFormat(), plan("flat fp32 16x32x128")
+        torch.randn(m, k), packed, bias, ActivationFormat(), plan_of("flat fp32 16x32x128")
     )
     assert torch.equal(y, bias.expand(m, n) if k == 0 else torch.empty(m, n))
 
@@ -323,4 +300,4 @@ def test_impossible_plans_are_refused(chosen: str, activations: str, message: st
     packed = lath.quantize(torch.randn(20, 64), "int4-g32")
     x = torch.randn(3, 64).half()
     with pytest.raises(ValueError, match=message):
-        launcher.linear(x, packed, None, activation_format(activations), plan(chosen))
+        launcher.linear(x, packed, None, activation_format(activations), plan_of(chosen))
