@@ -205,12 +205,17 @@ def _has_no_tensor_core(dot: str, device: DeviceDescription) -> bool:
     return dot == "fp32" or (device.kind == "cuda" and device.capability < 80)
 
 
+def _has_tensor_memory(device: DeviceDescription) -> bool:
+    """sm_100 to sm_11x: four warps and a large tile go through tensor memory."""
+    return 100 <= device.capability < 120
+
+
 def _decode_crossover(device: DeviceDescription) -> int:
     """Tokens above which decode-then-matmul is taken: fewer where the matmul unit is faster."""
     if device.kind == "hip":
         return 256
-    if device.capability >= 100:
-        return 64 if device.capability == 100 else 256
+    if _has_tensor_memory(device):
+        return 64
     if device.capability < 80:
         return GEMV_TOKENS
     return 128 if device.capability == 90 else 256
@@ -246,8 +251,8 @@ def _tile(
     rows = 128 if n >= 128 * device.compute_units or tokens == 64 else 64
     if _has_no_tensor_core(dot, device):
         tokens, rows = 16, 32
-    elif device.kind == "cuda" and m > 16 and (is_fine or device.capability == 100):
-        # Larger tiles spill here; on sm_100 they also take the longer path through tensor memory.
+    elif device.kind == "cuda" and m > 16 and (is_fine or _has_tensor_memory(device)):
+        # Larger tiles spill here, or take the longer path through tensor memory.
         swap, tokens, rows, warps = True, 32, 64, 2
     elif device.kind == "cuda" and m <= 8:
         # Two warps keep to the small dot of 8 tokens on every architecture.
@@ -265,7 +270,7 @@ def _tile(
         draft, dot=dot, swap=swap, block_m=tokens, block_n=rows, block_k=packing.BLOCK, warps=warps
     )
     # Loads of 8-bit codes are twice as wide: two stages hold what three hold of 4-bit ones.
-    wide = device.capability == 100 and codec.bits == 8
+    wide = _has_tensor_memory(device) and codec.bits == 8
     slowest = device.kind == "hip" or _has_no_tensor_core(dot, device)
     stages = 2 if slowest or wide else 3
     while stages > 1 and shared_bytes(draft, stages, codec, device) > device.shared_memory:
