@@ -12,7 +12,7 @@ PYTEST := $(THREADS) $(BIN)/python -m pytest
 .PHONY: demo test test-interpreted test-aot test-slow lint bench clean
 
 demo: $(STAMP)
-	$(BIN)/lath run --model smollm2 --weights int4-g64
+	$(BIN)/lath run --model smollm2
 
 test: lint test-interpreted test-aot
 
