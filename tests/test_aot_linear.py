@@ -28,7 +28,8 @@ ARCHITECTURES = [
 ROWS = 1024
 LOOPS = ("matmul_kernel", "gemv_kernel")
 # ptxas stops at a register count that lets one more block run (80, 96, 128, ...) and then puts a
-# few values that the loop hardly needs on the stack. More than this is a real spill.
+# few values that the loop hardly needs on the stack. In the full matrix more than this counts as a
+# spill; what the cover and the catalogue launch has none at all.
 MOST_STACK, MOST_RELOADS = 32, 2  # bytes per thread; accesses per trip of the hot loop
 
 # Codec, dtype, activations, K, bias | plan, the same in words as in test_triton_linear.py, with
@@ -42,7 +43,7 @@ COVER = {
         "int1-g48 fp16 float 2048 False | decode_matmul fp16 16x64x128 k1 w4",
     ],
     2: [
-        "int2 bf16 float 2048 True | flat bf16 16x128x128 k1 w4 swap",
+        "int2 bf16 float 2048 True | flat bf16 16x64x128 k1 w4 swap",
         "int2-g64 fp16 int8-g64 2048 False | tiled int8 64x128x128 k1 w8 swap",
         "int2-g32 bf16 float 2048 True | gemv fp32 4x32x128 k1 w4",
         "int2-asym bf16 float 2048 False | decode_matmul bf16 16x64x128 k1 w4",
@@ -56,9 +57,9 @@ COVER = {
     4: [
         "int4-g128 fp16 float 2048 True | flat fp16 16x128x128 k1 w4 swap",
         "int4-g128 fp16 float 2000 False | tiled fp16 64x64x128 k1 w8",
-        "int4-g32 bf16 float 2048 False | flat bf16 16x64x128 k2 w4",
+        "int4-g32 bf16 float 2048 False | flat bf16 16x32x128 k2 w4",
         "int4-g64 bf16 int8-g64 2048 True | flat int8 16x128x128 k4 w4 swap",
-        "int4-g64 fp32 float 2048 False | flat fp32 16x32x128 k1 w4",
+        "int4-g64 fp32 float 2048 False | flat fp32 16x32x128 k1 w8",
         "int4-g48 fp16 int8 2048 False | flat fp16 16x64x128 k1 w4",
         "int4-g128 fp16 int8 2048 False | gemv fp32 1x64x128 k1 w4",
         "int4-g128 fp16 float 2048 False | decode_matmul fp16 16x64x128 k1 w4",
@@ -96,7 +97,7 @@ def record(text: str, chosen: Plan, architecture: str) -> list[Specialisation]:
     codec, dtype, activations, columns, bias = text.split()
     weight = QTensor.empty(parse_codec(codec), (ROWS, int(columns)), device="cpu")
     weight.codes.zero_(), weight.scales.zero_()
-    tokens = chosen.block_m
+    tokens = max(chosen.block_m, 1)  # a plan to decode has no tile of tokens
     x = torch.zeros(tokens, int(columns), dtype=DTYPES[dtype])
     offsets = torch.zeros(ROWS, dtype=DTYPES[dtype]) if bias == "True" else None
     with fake_gpu(architecture) as recording:
@@ -112,14 +113,14 @@ def chosen_plan(text: str, architecture: str) -> Plan:
     return dataclasses.replace(plan, stages=2 if few else 3)
 
 
-def check(found: Specialisation, dot: str) -> None:
-    """It compiles, spills next to nothing, fits, and a matmul's dots use the tensor unit."""
+def check(found: Specialisation, dot: str, most_stack: int = 0) -> None:
+    """It compiles, spills nothing (or little), fits, and a matmul's dots use the tensor unit."""
     kernel = compile_recorded(found)
     usage = resources(kernel)
     device = known_device(found.architecture)
     if usage.spill_bytes:
         reloads = analyze(kernel).hot.counts.get("local", 0)
-        small = usage.spill_bytes <= MOST_STACK and reloads <= MOST_RELOADS
+        small = usage.spill_bytes <= most_stack and reloads <= MOST_RELOADS
         assert small, f"{found} spills {usage.spill_bytes} bytes, {reloads} accesses in its loop"
     assert usage.shared_memory <= device.shared_memory, str(found)
     assert usage.blocks_per_unit >= 1, f"{found}: {usage.limiter}"
@@ -182,7 +183,7 @@ def test_the_planner_picks_what_compiles(architecture: str, tokens: int) -> None
             )  # fmt: skip
             case = f"{codec} {dtype} {activations} 2048 True"
             for found in record(case, picked, architecture):
-                check(found, picked.dot)
+                check(found, picked.dot, MOST_STACK)
 
 
 # Instructions per decoded weight other than tensor ones, in the hot loop of a 16-token tile.

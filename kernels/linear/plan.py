@@ -250,7 +250,7 @@ def _tile(
     tokens = _power_of_two(m, 16, 64)
     rows = 128 if n >= 128 * device.compute_units or tokens == 64 else 64
     if _has_no_tensor_core(dot, device):
-        tokens, rows = 16, 32
+        tokens, rows, warps = 16, 32, 8
     elif device.kind == "cuda" and m > 16 and (is_fine or _has_tensor_memory(device)):
         # Larger tiles spill here, or take the longer path through tensor memory.
         swap, tokens, rows, warps = True, 32, 64, 2
@@ -269,10 +269,11 @@ def _tile(
     draft = replace(
         draft, dot=dot, swap=swap, block_m=tokens, block_n=rows, block_k=packing.BLOCK, warps=warps
     )
-    # Loads of 8-bit codes are twice as wide: two stages hold what three hold of 4-bit ones.
+    # Loads of 8-bit codes are twice as wide: two stages hold what three hold of 4-bit ones. Scales
+    # that change every 16 columns take the registers of a third.
     wide = _has_tensor_memory(device) and codec.bits == 8
     slowest = device.kind == "hip" or _has_no_tensor_core(dot, device)
-    stages = 2 if slowest or wide else 3
+    stages = 2 if slowest or wide or run % 32 else 3
     while stages > 1 and shared_bytes(draft, stages, codec, device) > device.shared_memory:
         stages -= 1
     return replace(draft, stages=stages)
