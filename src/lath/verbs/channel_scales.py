@@ -20,7 +20,7 @@ def key_channel_scales(
     (largest |key| of the channel) ** power, the geometric mean of a head brought to 1; a channel of
     zeros has scale 1.
 
-    rotary_pairs: None for keys as they are cached (after RoPE). For keys before RoPE, how RoPE pairs
+    rotary_pairs: None for keys as they are cached (after RoPE). For keys before RoPE, how it pairs
     channels: "half" (d with d + D/2) or "interleaved" (2d with 2d + 1). The channels of a pair then
     share the larger scale, which is what commutes with the rotation: RoPE(k / s) = RoPE(k) / s.
     Both may be combined: scales of keys before RoPE times scales of RoPE(keys / those).
