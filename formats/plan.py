@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Backend = Literal["triton", "cpu", "reference"]
-Dataflow = Literal["gemv", "flat", "tiled", "decode_matmul", "definition"]
+Dataflow = Literal["gemv", "flat", "tiled", "decode_matmul", "prefill", "decode", "definition"]
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,15 @@ class Plan:
 
     backend: who computes. dataflow: "gemv" (no dot instruction), "flat" (few tokens, K split with
     an ordered reduction), "tiled", "decode_matmul" (decode, then a library matmul) or "definition"
-    (NumPy). dot: the type that is multiplied, "int8", "fp16", "bf16" or "fp32". block_m tokens by
-    block_n rows of the weight: tile of y; block_k: columns per step; split_k: pieces of K; swap:
-    the weight is the left operand of the dot; warps, stages, threads: as the backend understands
-    them (0 where it does not).
-    bytes_moved: predicted traffic of weights, scales, x, y and workspace. operations: 2*M*N*K.
+    (NumPy); of attention "prefill" (many rows of one head) or "decode" (few rows, the heads of a
+    group together). dot: the type that is multiplied, "int8", "e4m3", "fp16", "bf16" or "fp32".
+    block_m tokens by block_n rows of the weight: tile of y; block_k: columns per step; split_k:
+    pieces of K; swap: the weight is the left operand of the dot; warps, stages, threads: as the
+    backend understands them (0 where it does not).
+    Attention: dot is that of q·k; block_m rows by block_n keys (a page) is the tile, block_k the
+    head dim that it is padded to, split_k pieces of the key list, and pack heads share a row tile.
+    bytes_moved: predicted traffic of weights, scales, x, y and workspace; of q, pages and o.
+    operations: 2*M*N*K; of q·k and P·V.
     reason: one sentence per choice.
     """
 
@@ -33,6 +37,7 @@ class Plan:
     block_n: int = 0
     block_k: int = 0
     split_k: int = 1
+    pack: int = 1
     swap: bool = False
     warps: int = 0
     stages: int = 0

@@ -15,6 +15,7 @@ from lath.formats.activations import activation_format
 from lath.formats.codec import codec as parse_codec
 from lath.integration.bench_command import bench_app
 from lath.integration.models import ACCEPTED_MODELS, parse_dtype
+from lath.integration.patch_attention import attention_options
 from lath.integration.plan_command import plan_table
 from lath.integration.run_command import (
     DEFAULT_HEAD,
@@ -25,6 +26,8 @@ from lath.integration.run_command import (
     run_model,
 )
 from lath.verbs.backends import resolve_backend
+
+NOT_PATCHED = "none"
 
 app = typer.Typer(
     help="lath: low-bit weights for language models.",
@@ -56,6 +59,12 @@ def run(
     model: Model = "smollm2",
     weights: Weights = DEFAULT_WEIGHTS,
     activations: Activations = "auto",
+    attention: Annotated[
+        str, typer.Option(help="'int8', or 'none' for the model's own.")
+    ] = NOT_PATCHED,
+    kv: Annotated[
+        str, typer.Option(help="Codecs of the cache, such as int8 or k8v4; 'none': not paged.")
+    ] = NOT_PATCHED,
     backend: Annotated[str, typer.Option(help="'auto', 'cpu', 'triton' or 'reference'.")] = "auto",
     skip: Skip = ["lm_head"],  # noqa: B006 (typer reads the default and copies it)
     head: Annotated[
@@ -80,13 +89,15 @@ def run(
     if activations != "auto":
         activation_format(activations)
     _check_backend(backend)
+    patched = [None if value == NOT_PATCHED else value for value in (attention, kv)]
+    attention_options(patched[0], patched[1], backend)
     if json is not None:
         _check_writable(json)
     if threads:
         torch.set_num_threads(threads)
     options = RunOptions(
         model, weights, activations, backend, tuple(skip), head, search, prompt, max_new_tokens,
-        dtype, rounds,
+        dtype, rounds, patched[0], patched[1],
     )  # fmt: skip
     result = run_model(options, _console())
     if json is not None:

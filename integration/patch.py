@@ -1,7 +1,8 @@
-"""`lath.patch`: replace the linear layers of a model by packed ones, in place, and report it.
+"""`lath.patch`: linear layers, attention and cache of a model in low bits, in place, reported.
 
-Works on any torch module: it looks for `nn.Linear` and knows no model. What it knows of Hugging
-Face models is how they name an output layer and how they tie it to the embedding.
+The linear layers of any torch module: it looks for `nn.Linear` and knows no model. What it knows of
+Hugging Face models is how they name an output layer and how they tie it to the embedding; attention
+and cache are theirs alone (`patch_attention`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lath.formats.codec import codec as parse_codec
 from lath.formats.qtensor import QTensor
 from lath.integration.find import Found, check_selection, find_linears
 from lath.integration.linear import PackedLinear
+from lath.integration.patch_attention import AttentionPatch, attention_options
 from lath.integration.progress import progress_bar, shows_progress
 from lath.integration.report import PatchReport, PatchRow, Place, model_bytes, unique_bytes
 from lath.integration.tying import untie
@@ -57,8 +59,10 @@ class _Packed:
 
 def patch(
     model: nn.Module,
-    weights: str | Codec = "int4-g64",
+    weights: str | Codec | None = "int4-g64",
     *,
+    attention: str | None = None,
+    kv: str | None = None,
     skip: Sequence[str] = ("lm_head",),
     only: Sequence[str] | None = None,
     activations: str | ActivationFormat = "auto",
@@ -67,10 +71,15 @@ def patch(
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> PatchReport:
-    """Replace every plain nn.Linear of `model` by a PackedLinear, in place.
+    """Replace every plain nn.Linear of `model` by a PackedLinear, and its attention, in place.
 
-    weights: the codec. skip: patterns of modules to leave alone; a pattern fits the end of a
-    module's path, with everything below it, and may hold `*` and `?` ("lm_head", "layers.0",
+    weights: the codec; None leaves the linear layers alone. attention, of a Hugging Face model:
+    "int8" is `lath.attention` (int8 scores, 16-bit P·V); "float" or None leaves it as exact as it
+    is. kv: the page codecs of the cache that `generate` makes: one for keys and values ("int8",
+    "int4", "int8-planes", "e4m3", "float", ...) or "k8v4", "k4v2" and the like; None leaves
+    transformers' cache. With kv and without attention="int8" all attention of that cache, a
+    prompt's too, reads its pages. skip: patterns of modules to leave alone; a pattern fits the end
+    of a module's path, with everything below it, and may hold `*` and `?` ("lm_head", "layers.0",
     "*_proj"). "lm_head" also means the model's output layer, whatever its name. skip=() packs that
     too; a head that is tied to the embedding is untied first. only: patterns of the layers to pack,
     so that a second call gives others another codec; None packs all. activations: "float", "int8",
@@ -85,14 +94,21 @@ def patch(
 
     Returns a PatchReport: print it, `undo()` it, or use it in a `with` statement.
     """
+    check_flag("dry_run", dry_run)
     options = _parse_options(model, weights, activations, backend, search)
-    found = find_linears(model, check_selection(model, skip, only))
+    attends = _prepare_attention(model, attention, kv, backend)
+    found = [] if weights is None else find_linears(model, check_selection(model, skip, only))
     _check_packed(found, options)
     todo = [one for one in found if _is_to_do(one)]
-    packed = {} if check_flag("dry_run", dry_run) else _pack_all(todo, options, progress)
+    packed = {} if dry_run else _pack_all(todo, options, progress)
     report = _report(model, found, packed, options, dry_run)
-    if not todo and all(row.action == "kept" for row in report.rows):
-        reason = _why_nothing(model, report.rows)
+    if weights is None:
+        report.weights = "unchanged"
+    if attends is not None:
+        report.attention = attends.rows(dry_run)
+        report._attention = None if dry_run else attends
+    if attends is None and not todo and all(row.action == "kept" for row in report.rows):
+        reason = _why_nothing(model, report.rows, weights)
         warnings.warn(f"lath.patch replaced nothing: {reason}", stacklevel=2)
     if packed:
         report._places = [
@@ -102,6 +118,7 @@ def patch(
             for place in one.places
         ]
         report._untie = lambda: untie(model, [one.module for one in todo])
+    if packed or report._attention:
         report.redo()
     logger.info("%s", report)
     return report
@@ -114,7 +131,7 @@ def auto_activations(codec: Codec, on_cpu: bool) -> ActivationFormat:
 
 def _parse_options(
     model: nn.Module,
-    weights: str | Codec,
+    weights: str | Codec | None,
     activations: str | ActivationFormat,
     backend: str,
     search: bool,
@@ -124,7 +141,16 @@ def _parse_options(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     chosen = None if activations == "auto" else activation_format(activations)
-    return _Options(parse_codec(weights), chosen, backend, check_flag("search", search))
+    # Without weights no layer is looked for, and the codec is never read.
+    codec = parse_codec("int8" if weights is None else weights)
+    return _Options(codec, chosen, backend, check_flag("search", search))
+
+
+def _prepare_attention(
+    model: nn.Module, attention: str | None, kv: str | None, backend: str
+) -> AttentionPatch | None:
+    options = attention_options(attention, kv, backend)
+    return None if options is None else AttentionPatch.prepare(model, options)
 
 
 def _check_packed(found: list[Found], options: _Options) -> None:
@@ -259,7 +285,9 @@ def _each(values: Iterable[str]) -> str:
     return ", ".join(sorted({value for value in values if value})) or "none"
 
 
-def _why_nothing(model: nn.Module, rows: list[PatchRow]) -> str:
+def _why_nothing(model: nn.Module, rows: list[PatchRow], weights: str | Codec | None) -> str:
+    if weights is None:
+        return "weights, attention and kv are None"
     if not rows:
         return f"{type(model).__name__} has no nn.Linear"
     reasons = sorted({row.reason for row in rows})

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
 from lath.integration.linear import PackedLinear
+
+if TYPE_CHECKING:
+    from lath.integration.patch_attention import AttentionPatch
 
 Action = Literal["replaced", "kept", "already packed"]
 
@@ -43,6 +46,24 @@ class PatchRow:
 
 
 @dataclass(frozen=True)
+class AttentionRow:
+    """What became of the model's attention or of its cache.
+
+    name: "attention" or "cache". action: "replaced", "would replace" or "already patched". before,
+    after: the attention implementation or cache class, and the format that takes its place.
+    bytes_per_token_before, _after: of the cache, all layers, one token of one sequence in a full
+    page; 0 for the attention.
+    """
+
+    name: str
+    action: str
+    before: str
+    after: str
+    bytes_per_token_before: float = 0.0
+    bytes_per_token_after: float = 0.0
+
+
+@dataclass(frozen=True)
 class Place:
     """One place of the model, and the two modules that can stand in it."""
 
@@ -57,7 +78,8 @@ class Place:
 class PatchReport:
     """The result of `lath.patch`; printing it shows the table.
 
-    rows: every linear layer of the model. bytes_before, bytes_after: all parameters and buffers of
+    rows: every linear layer of the model. attention: what became of attention and cache, empty if
+    the patch left both alone. bytes_before, bytes_after: all parameters and buffers of
     the model, those with several names counted once. dry_run: nothing was changed.
 
     `undo()` puts the original module objects back, `redo()` the packed ones; both may be called
@@ -72,6 +94,8 @@ class PatchReport:
     activations: str
     backend: str
     dry_run: bool = False
+    attention: list[AttentionRow] = field(default_factory=list)
+    _attention: AttentionPatch | None = field(default=None, repr=False)
     _places: list[Place] = field(default_factory=list, repr=False)
     # Strikes the places from the records of tied weights and returns what restores them.
     _untie: Callable[[], Callable[[], None]] | None = field(default=None, repr=False)
@@ -94,7 +118,7 @@ class PatchReport:
 
     @property
     def active(self) -> bool:
-        """Whether the packed modules are in the model."""
+        """Whether the packed modules, the attention and the cache are in the model."""
         return self._active
 
     @property
@@ -105,15 +129,19 @@ class PatchReport:
 
     def redo(self) -> None:
         """Put the packed modules in again, on the device of the originals and with their dtype."""
-        if self._active or not self._places:
+        if self._active or not (self._places or self._attention):
             return
         self._check_occupants([place.original for place in self._places])
+        if self._attention is not None:
+            self._attention.check_apply()
         self._tie = self._untie() if self._untie else None
         for place in self._places:
             device, dtype = place.original.weight.device, place.original.weight.dtype
             if (place.packed.weight.device, place.packed.dense_dtype) != (device, dtype):
                 place.packed.to(device=device, dtype=dtype)
             _put(place, place.packed.train(place.original.training))
+        if self._attention is not None:
+            self._attention.apply()
         self._active = True
 
     def undo(self) -> None:
@@ -125,6 +153,8 @@ class PatchReport:
         if not self._active:
             return
         self._check_occupants([place.packed for place in self._places])
+        if self._attention is not None:
+            self._attention.check_revert()
         for place in self._places:
             device, dtype = place.packed.weight.device, place.packed.dense_dtype
             if (place.original.weight.device, place.original.weight.dtype) != (device, dtype):
@@ -132,6 +162,8 @@ class PatchReport:
             _put(place, place.original.train(place.packed.training))
         if self._tie:
             self._tie()
+        if self._attention is not None:
+            self._attention.revert()
         self._active = False
 
     def _check_occupants(self, expected: Sequence[nn.Module]) -> None:

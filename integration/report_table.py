@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lath.formats.activations import LARGEST_CODE, activation_format
 
 if TYPE_CHECKING:
-    from lath.integration.report import PatchReport, PatchRow
+    from lath.integration.report import AttentionRow, PatchReport, PatchRow
 
 _HEADER = ("layer", "", "shape [N, K]", "", "error", "MB before", "MB after")
 _LEFT = (True, True, True, True, False, False, False)
@@ -17,19 +17,33 @@ _LEFT = (True, True, True, True, False, False, False)
 
 def report_table(report: PatchReport) -> str:
     lines = [_summary(report)]
+    if report.weights == "unchanged":
+        lines = [f"lath.patch {_verb(report)} no linear layers (weights=None)"]
     cells = [_cells(list(group)) for group in _groups(report.rows)]
     if cells:
         lines += _align([_HEADER, *cells])
     before, after = report.bytes_before, report.bytes_after
     ratio = f" ({before / after:.2f} times smaller)" if 0 < after < before else ""
+    lines += [_attention_line(row) for row in report.attention]
     lines.append(f"whole model: {before / 1e6:.1f} MB → {after / 1e6:.1f} MB{ratio}")
     return "\n".join(lines)
 
 
+def _verb(report: PatchReport) -> str:
+    return "would replace" if report.dry_run else "replaced"
+
+
+def _attention_line(row: AttentionRow) -> str:
+    text = f"  {row.name}: {row.action} {row.before} by {row.after}"
+    if row.bytes_per_token_after:
+        before, after = row.bytes_per_token_before, row.bytes_per_token_after
+        text += f", {before:,.0f} → {after:,.0f} bytes per token ({before / after:.2f} times less)"
+    return text
+
+
 def _summary(report: PatchReport) -> str:
-    verb = "would replace" if report.dry_run else "replaced"
     text = (
-        f"lath.patch {verb} {len(report.replaced)} of {len(report.rows)} linear layers: "
+        f"lath.patch {_verb(report)} {len(report.replaced)} of {len(report.rows)} linear layers: "
         f"weights {report.weights}, activations {report.activations}, backend {report.backend}"
     )
     packed = [row.activations for row in report.rows if row.activations not in ("", "float")]

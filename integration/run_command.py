@@ -20,7 +20,7 @@ from lath.integration.find import OUTPUT_LAYER
 from lath.integration.measure import generate, measure_speeds
 from lath.integration.models import load_model, parse_dtype
 from lath.integration.patch import patch
-from lath.integration.perplexity import num_windows, perplexity
+from lath.integration.perplexity import cached_perplexity, num_windows, perplexity
 from lath.integration.progress import progress_bar, shows_progress
 from lath.integration.report import PatchReport, model_bytes
 from lath.integration.text_sample import english_text
@@ -34,6 +34,7 @@ DEFAULT_WEIGHTS = "int4-g32-fzero"
 DEFAULT_HEAD = "int8-g64"
 NO_HEAD = "none"
 WINDOW = 512
+CHUNK = 128
 PREFILL_TOKENS = 256
 DECODE_TOKENS = 32
 
@@ -53,6 +54,8 @@ class RunOptions:
     max_new_tokens: int
     dtype: str
     rounds: int
+    attention: str | None = None
+    kv: str | None = None
 
 
 @dataclass
@@ -90,9 +93,13 @@ class Patches:
                 **which,
             )
 
-        self.body = pack(options.weights, skip=options.skip)
+        self.body = pack(
+            options.weights, skip=options.skip, attention=options.attention, kv=options.kv
+        )
         self.reports = [self.body]
-        self.name = self.body.weights
+        self.name = ", ".join(
+            [self.body.weights, *(f"{row.name} {row.after}" for row in self.body.attention)]
+        )
         if options.head != NO_HEAD:
             self.reports.append(pack(options.head, skip=(), only=(OUTPUT_LAYER,)))
             self.name += f", output layer {options.head}"
@@ -126,7 +133,7 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
         result.perplexity_before = perplexity(model, text_ids, WINDOW, advance)
         patches.redo()
         result.bytes_after = model_bytes(model)
-        result.perplexity_after = perplexity(model, text_ids, WINDOW, advance)
+        result.perplexity_after = _perplexity_after(model, text_ids, options, advance)
     _measure_both(model, patches, text_ids, options.rounds, result)
     names = [_dtype_name(model), patches.name]
     console.print(Text(f"> {options.prompt}", style="bold"))
@@ -138,6 +145,18 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
     console.print(circumstances(result, patches, options))
     console.print(difference(result.text_before, result.text_after))
     return result
+
+
+def _perplexity_after(model: Any, ids: Tensor, options: RunOptions, advance: Any) -> float:
+    """With a cache of pages in pieces of text that read it, for only then is it read at all."""
+    if options.kv is None:
+        return perplexity(model, ids, WINDOW, advance)
+    from lath.integration.cache import LathCache
+
+    def new_cache() -> LathCache:
+        return LathCache(model.config, options.kv or "", backend=options.backend)
+
+    return cached_perplexity(model, ids, new_cache, WINDOW, CHUNK, advance)
 
 
 def _measure_both(

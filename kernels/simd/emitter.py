@@ -54,13 +54,16 @@ class Variable:
 class Emitter:
     """builder: llvmlite's IRBuilder inside the function to extend. isa: how `dot` is lowered.
 
-    native_half: the machine converts fp16 itself.
+    native_half: the machine converts fp16 itself. native_brain: it multiplies bf16 (brain.py).
     """
 
-    def __init__(self, builder: Any, isa: Isa, native_half: bool) -> None:
+    def __init__(
+        self, builder: Any, isa: Isa, native_half: bool, native_brain: bool = False
+    ) -> None:
         self.builder = builder
         self.isa = isa
         self.native_half = native_half
+        self.native_brain = native_brain
 
     # Scalars and control
 
@@ -82,6 +85,17 @@ class Emitter:
         low = self.builder.icmp_signed("<", value, self._like(value, 0))
         value = self.builder.select(low, self._like(value, 0), value)
         return self.builder.select(self.builder.icmp_signed("<", value, high), value, high)
+
+    def less(self, left: Any, right: Any) -> Any:
+        return self.builder.icmp_signed("<", left, self._like(left, right))
+
+    def smaller_of(self, left: Any, right: Any) -> Any:
+        right = self._like(left, right)
+        return self.builder.select(self.builder.icmp_signed("<", left, right), left, right)
+
+    def remainder(self, left: Any, right: Any) -> Any:
+        """left % right for a left that is not negative."""
+        return self.builder.urem(left, self._like(left, right))
 
     def divide(self, left: Any, right: Any) -> Any:
         """left // right for a left that is not negative."""
@@ -121,6 +135,15 @@ class Emitter:
         value = self.builder.load(self.builder.inttoptr(address, kind.as_pointer()))
         value.align = 1
         return value
+
+    def prefetch(self, address: Any) -> None:
+        """Ask for the line at an address, which need not be ours."""
+        pointer = self.builder.inttoptr(address, I8.as_pointer())
+        function = self.function(
+            "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32]
+        )
+        read, keep, data = (ir.Constant(I32, number) for number in (0, 3, 1))
+        self.builder.call(function, [pointer, read, keep, data])
 
     def store(self, address: Any, value: Any) -> None:
         pointer = self.builder.inttoptr(address, value.type.as_pointer())
@@ -189,26 +212,26 @@ class Emitter:
 
     def fma(self, left: Any, right: Any, addend: Any) -> Any:
         """left * right + addend, fused where the machine has it."""
-        function = self._function("llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3)
+        function = self.function("llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3)
         return self.builder.call(function, [left, right, addend])
 
     def nearest(self, value: Any) -> Any:
         """Rounded to an integer, ties to even; float lanes to int lanes."""
-        rounded = self.builder.call(self._function("llvm.rint.v16f32", FLOATS, [FLOATS]), [value])
+        rounded = self.builder.call(self.function("llvm.rint.v16f32", FLOATS, [FLOATS]), [value])
         return self.builder.fptosi(rounded, INTS)
 
     def larger(self, left: Any, right: Any) -> Any:
         return self.builder.select(self.builder.icmp_unsigned(">", left, right), left, right)
 
     def largest_lane(self, value: Any) -> Any:
-        function = self._function("llvm.vector.reduce.umax.v16i32", I32, [INTS])
+        function = self.function("llvm.vector.reduce.umax.v16i32", I32, [INTS])
         return self.builder.call(function, [value])
 
     def sum_of_lanes(self, value: Any) -> Any:
         if value.type == INTS:
-            function = self._function("llvm.vector.reduce.add.v16i32", I32, [INTS])
+            function = self.function("llvm.vector.reduce.add.v16i32", I32, [INTS])
             return self.builder.call(function, [value])
-        function = self._function("llvm.vector.reduce.fadd.v16f32", F32, [F32, FLOATS])
+        function = self.function("llvm.vector.reduce.fadd.v16f32", F32, [F32, FLOATS])
         start = ir.Constant(F32, 0.0)
         return self.builder.call(function, [start, value], fastmath=("reassoc",))
 
@@ -238,7 +261,7 @@ class Emitter:
         narrow: codes are at most 127, so that a sum of two products fits in 16 bits.
         """
         if self.isa == "avx512_vnni":
-            function = self._function("llvm.x86.avx512.vpdpbusd.512", INTS, [INTS] * 3)
+            function = self.function("llvm.x86.avx512.vpdpbusd.512", INTS, [INTS] * 3)
             return self.builder.call(function, [total, codes, signed])
         codes = self.builder.bitcast(codes, _BYTES64)
         signed = self.builder.bitcast(signed, _BYTES64)
@@ -255,7 +278,7 @@ class Emitter:
     def _pairs_avx2(self, codes: Any, signed: Any) -> Any:
         """32 int16 sums of two neighbouring products."""
         half = ir.VectorType(I8, 32)
-        function = self._function("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), [half, half])
+        function = self.function("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), [half, half])
         low, high = (
             self.builder.call(function, [self._slice(codes, h, 32), self._slice(signed, h, 32)])
             for h in (0, 32)
@@ -265,7 +288,7 @@ class Emitter:
     def _add_pairs_avx2(self, shorts: Any) -> Any:
         """Neighbouring int16 (32 or 64 of them) added until there are 16 int32."""
         half = ir.VectorType(I16, 16)
-        function = self._function("llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), [half, half])
+        function = self.function("llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), [half, half])
         ones = ir.Constant(half, [1] * 16)
         parts = [
             self.builder.call(function, [self._slice(shorts, start, 16), ones])
@@ -283,22 +306,24 @@ class Emitter:
     def _add_neighbours(self, value: Any) -> Any:
         count = value.type.count // 2
         even, odd = (
-            self._shuffle(value, value, [2 * lane + start for lane in range(count)])
+            self.shuffle(value, value, [2 * lane + start for lane in range(count)])
             for start in (0, 1)
         )
         return self.builder.add(even, odd)
 
     def _slice(self, value: Any, start: int, count: int) -> Any:
-        return self._shuffle(value, value, list(range(start, start + count)))
+        return self.shuffle(value, value, list(range(start, start + count)))
 
     def _concatenate(self, low: Any, high: Any) -> Any:
-        return self._shuffle(low, high, list(range(2 * low.type.count)))
+        return self.shuffle(low, high, list(range(2 * low.type.count)))
 
-    def _shuffle(self, left: Any, right: Any, lanes: list[int]) -> Any:
+    def shuffle(self, left: Any, right: Any, lanes: list[int]) -> Any:
+        """Lanes by number: those of `left`, then those of `right`."""
         order = ir.Constant(ir.VectorType(I32, len(lanes)), lanes)
         return self.builder.shuffle_vector(left, right, order)
 
-    def _function(self, name: str, result: Any, arguments: list[Any]) -> Any:
+    def function(self, name: str, result: Any, arguments: list[Any]) -> Any:
+        """An LLVM intrinsic."""
         kind = ir.FunctionType(result, arguments)
         return cgutils.get_or_insert_function(self.builder.module, kind, name)
 

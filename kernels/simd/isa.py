@@ -54,3 +54,8 @@ def host_isa() -> Isa:
 def has_native_half() -> bool:
     """Whether instructions convert fp16: on x86-64 F16C, on a 64-bit Arm always."""
     return platform.machine().lower() in ("aarch64", "arm64") or "f16c" in cpu_features()
+
+
+def has_native_brain(isa: Isa) -> bool:
+    """Whether the instruction set in use multiplies bf16 (AVX512_BF16)."""
+    return isa == "avx512_vnni" and "avx512bf16" in cpu_features()

@@ -2,6 +2,10 @@
 
     w = lath.quantize(weight, "int4-g128")      # [N, K] → QTensor
     y = lath.linear(x, w)                       # [..., K] → [..., N]
+    o = lath.attention(q, k, v, causal=True)    # int8 scores
+    kv = lath.PagedKV(num_kv_heads, head_dim)   # a quantised cache
+    kv.append(k, v)
+    o = lath.decode_attention(q, kv)
     with lath.patch(model, weights="int4-g64") as report:
         model.generate(...)
 
@@ -17,11 +21,17 @@ from typing import TYPE_CHECKING, Any
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec, codec
 from lath.formats.device import DeviceDescription
+from lath.formats.pages import PageCodec
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
+from lath.verbs.attention import attention
+from lath.verbs.decode import decode_attention
 from lath.verbs.linear import linear
-from lath.verbs.planning import describe_device, plan
+from lath.verbs.merge import merge
+from lath.verbs.paged_kv import PagedKV
+from lath.verbs.planning import describe_device, plan, plan_attention
 from lath.verbs.quantize import quantize
+from lath.verbs.sdpa import scaled_dot_product_attention
 
 if TYPE_CHECKING:
     from lath.integration.patch import patch
@@ -33,15 +43,22 @@ __all__ = [
     "ActivationFormat",
     "Codec",
     "DeviceDescription",
+    "PageCodec",
+    "PagedKV",
     "PatchReport",
     "Plan",
     "QTensor",
+    "attention",
     "codec",
+    "decode_attention",
     "describe_device",
     "linear",
+    "merge",
     "patch",
     "plan",
+    "plan_attention",
     "quantize",
+    "scaled_dot_product_attention",
 ]
 
 logging.getLogger("lath").addHandler(logging.NullHandler())

@@ -21,7 +21,7 @@ from typing import Any
 
 from tools import amdgcn, sass
 from tools.cache import remember
-from tools.control_flow import NaturalLoop, natural_loops
+from tools.control_flow import Flow, NaturalLoop, natural_loops
 from tools.instructions import CLASSES, Instruction
 
 # Part of the key of remembered analyses: raise it when the meaning of a figure changes.
@@ -61,6 +61,11 @@ class Resources:
     blocks_per_unit: int
     limiter: str
     tensor_instructions: dict[str, int]
+
+    @property
+    def warps_per_unit(self) -> int:
+        """Warps that one compute unit holds at once."""
+        return self.blocks_per_unit * self.warps
 
     def uses(self, family: str) -> bool:
         """Whether a tensor instruction of this family ("HMMA", "v_mfma", "UTC") occurs."""
@@ -149,11 +154,33 @@ def analyze(kernel: Any) -> Analysis:
     )
 
 
-def _disassembled(kernel: Any) -> dict[str, Any]:
+def tensor_loops(kernel: Any) -> list[Loop]:
+    """Every loop with tensor instructions and no such loop inside, the shortest first; remembered.
+
+    A kernel may have one loop for tiles that need no mask and one for those that do.
+    """
+    key = hashlib.sha256(kernel.kernel).hexdigest()
+    stored = remember(f"tensor-loops-{ANALYSIS_VERSION}", key, lambda: _tensor_loops(kernel))
+    return [Loop(**loop) for loop in stored["loops"]]
+
+
+def _tensor_loops(kernel: Any) -> dict[str, Any]:
+    instructions, flow = _instructions(kernel)
+    found = _loops_having(instructions, natural_loops(flow), "tensor")
+    lanes = kernel.metadata.target.warp_size
+    return {
+        "loops": [dataclasses.asdict(_describe(body, lanes)) for body in sorted(found, key=len)]
+    }
+
+
+def _instructions(kernel: Any) -> tuple[list[Instruction], Flow]:
     if kernel.metadata.target.backend == "cuda":
-        instructions, flow = sass.parse(sass.disassemble(kernel.asm["cubin"]))
-    else:
-        instructions, flow = amdgcn.parse(kernel.asm["amdgcn"])
+        return sass.parse(sass.disassemble(kernel.asm["cubin"]))
+    return amdgcn.parse(kernel.asm["amdgcn"])
+
+
+def _disassembled(kernel: Any) -> dict[str, Any]:
+    instructions, flow = _instructions(kernel)
     lanes = kernel.metadata.target.warp_size
     loops = natural_loops(flow)
     hot = _hottest(instructions, loops)
@@ -172,23 +199,28 @@ def _hottest(
 
     A loop that waits for a barrier is a loop too: it may lie inside the hot one.
     """
-    bodies = [[instructions[i] for i in loop.instructions] for loop in loops]
-
-    def having(*kinds: str) -> list[list[Instruction]]:
-        found = [any(i.kind in kinds for i in body) for body in bodies]
-        return [
-            body
-            for body, loop, has in zip(bodies, loops, found, strict=True)
-            if has and not any(found[inner] for inner in loop.inner)
-        ]
 
     def tensor_work(body: list[Instruction]) -> tuple[int, int, int]:
         tensor = [i for i in body if i.kind == "tensor"]
         return sum(i.multiply_adds for i in tensor), len(tensor), len(body)
 
-    if with_tensor := having("tensor"):
+    if with_tensor := _loops_having(instructions, loops, "tensor"):
         return max(with_tensor, key=tensor_work)
-    return max(having("global_load", "shared_load"), key=len, default=None)
+    loading = _loops_having(instructions, loops, "global_load", "shared_load")
+    return max(loading, key=len, default=None)
+
+
+def _loops_having(
+    instructions: Sequence[Instruction], loops: Sequence[NaturalLoop], *kinds: str
+) -> list[list[Instruction]]:
+    """Bodies of the loops with such an instruction, but those around another one that has it."""
+    bodies = [[instructions[i] for i in loop.instructions] for loop in loops]
+    found = [any(i.kind in kinds for i in body) for body in bodies]
+    return [
+        body
+        for body, loop, has in zip(bodies, loops, found, strict=True)
+        if has and not any(found[inner] for inner in loop.inner)
+    ]
 
 
 def _describe(body: Sequence[Instruction], lanes: int) -> Loop:
@@ -223,10 +255,13 @@ def _nvidia_resources(kernel: Any) -> Resources:
     capability, warps = metadata.target.arch, metadata.num_warps
     blocks, limiter = _nvidia_occupancy(capability, registers, metadata.shared, warps)
     counts = dict(sass.tensor_opcodes(kernel.asm["cubin"]))
-    if "UTCMMA" in counts:  # one opcode for all types; the PTX names the type
-        kinds = set(re.findall(r"tcgen05\.mma\S*kind::(\w+)", kernel.asm["ptx"]))
-        letters = {{"i8": "I", "f16": "H", "tf32": "H"}.get(kind, "Q") for kind in kinds}
-        counts[f"UTC{letters.pop() if len(letters) == 1 else ''}MMA"] = counts.pop("UTCMMA")
+    if "UTCMMA" in counts:  # one opcode for all types; the PTX names the type of each
+        letters = {"i8": "I", "f16": "H", "tf32": "H"}
+        kinds = Counter(re.findall(r"tcgen05\.mma\S*kind::(\w+)", kernel.asm["ptx"]))
+        total = counts.pop("UTCMMA") if kinds else 0
+        for kind, count in kinds.items():
+            name = f"UTC{letters.get(kind, 'Q')}MMA"
+            counts[name] = counts.get(name, 0) + (count if len(kinds) > 1 else total)
     return Resources(
         architecture=f"sm_{capability}",
         registers=registers,

@@ -1,4 +1,4 @@
-"""`lath.plan`: which loop an operation would run, and why, on this device or an invented one."""
+"""`lath.plan` and `lath.plan_attention`: which loop would run, and why, on any device."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import functools
 import torch
 
 from lath.formats.activations import ActivationFormat, activation_format
+from lath.formats.attention import ScoreOptions
 from lath.formats.codec import Codec
 from lath.formats.codec import codec as parse_codec
 from lath.formats.device import KNOWN_DEVICES, DeviceDescription, describe_gpu, known_device
+from lath.formats.pages import PageCodec, PageFormat, page_codec
 from lath.formats.plan import Plan
 from lath.kernels.linear.plan import plan_linear
 from lath.verbs.backends import is_installed
@@ -79,3 +81,56 @@ def plan(
         dtype,
         describe_device(device),
     )
+
+
+def plan_attention(
+    *,
+    sequences: int = 1,
+    query_heads: int,
+    kv_heads: int,
+    queries: int = 1,
+    keys: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    key_codec: str | PageCodec = "int8",
+    value_codec: str | PageCodec = "int8",
+    precision: str = "auto",
+    causal: bool = True,
+    window: int | None = None,
+    dtype: torch.dtype = torch.float16,
+    device: str | torch.device | DeviceDescription = "cpu",
+) -> Plan:
+    """The plan of `attention` (value_codec "float") or `decode_attention` over `keys` keys.
+
+    queries, keys: of the longest sequence. precision: of P·V, as in `decode_attention`. Pure, as
+    `plan` is, and with a reason: how rows are packed and into how many pieces the keys are split.
+    """
+    from lath.kernels.attention.plan import plan_attention as make_plan
+    from lath.verbs.attention_options import choose_precision, choose_query
+
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
+    sizes = {
+        name: check_size(name, size)
+        for name, size in (
+            ("sequences", sequences), ("query_heads", query_heads), ("kv_heads", kv_heads),
+            ("queries", queries), ("keys", keys),
+        )
+    }  # fmt: skip
+    if not kv_heads or not query_heads or query_heads % kv_heads:
+        raise ValueError(
+            f"query_heads must be a multiple of kv_heads, got {query_heads} and {kv_heads}"
+        )
+    check_size("head_dim", head_dim)
+    codecs = page_codec(key_codec, "key_codec"), page_codec(value_codec, "value_codec")
+    value_dim = head_dim if value_dim is None else check_size("value_dim", value_dim)
+    fmt = PageFormat(*codecs, head_dim, value_dim, dtype.itemsize)
+    options = ScoreOptions(
+        scale=max(head_dim, 1) ** -0.5, causal=causal, window=window,
+        query=choose_query("auto", fmt), precision=choose_precision(precision, fmt),
+    )  # fmt: skip
+    description = describe_device(device)
+    return make_plan(
+        **sizes, fmt=fmt, dtype=dtype, options=options, device=description,
+        backend="cpu" if description.kind == "cpu" else "triton",
+    )  # fmt: skip

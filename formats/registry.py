@@ -1,0 +1,161 @@
+"""The published techniques that work here, as data: `lath systems`, `docs/systems.md` and a test.
+
+A technique is listed when its definition in NumPy, its kernels and its tests exist; each test is
+named here and must exist. What a paper leaves to a model or a scheduler stays the caller's, and the
+note says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Family = Literal["8-bit attention", "key-value cache", "decoding", "ragged batches", "trees"]
+
+
+@dataclass(frozen=True)
+class System:
+    """name: as published. how: the combination of parts that it is here. tests: "file::test"."""
+
+    name: str
+    family: Family
+    how: str
+    tests: tuple[str, ...]
+    note: str = ""
+
+
+_TREE_TESTS = (
+    "test_decode_attention.py::test_a_tree_row_reads_its_path",
+    "test_decode_attention.py::test_wide_trees",
+    "test_paged_kv.py::test_compact_keeps_whole_pages_and_quantises_the_rest_once_more",
+)
+
+
+def _tree(name: str, note: str) -> System:
+    how = "`kv.append` the nodes, `decode_attention(…, tree_mask=…)`, `kv.compact` to the path"
+    return System(name, "trees", how, _TREE_TESTS, note)
+
+
+SYSTEMS = (
+    System(
+        "SageAttention",
+        "8-bit attention",
+        "`attention(q, k, v)`: int8 QKᵀ, keys centred, P·V in 16 bits; `precision=` is the ladder",
+        (
+            "test_attention_accuracy.py::test_figures_of_the_issue",
+            "test_cpu_attention.py::test_parity",
+            "test_triton_attention.py::test_parity",
+        ),
+        "the mean of a page of 64 keys, not of all keys",
+    ),
+    System(
+        "Prepacking",
+        "8-bit attention",
+        "`attention(…, cu_seqlens=…)`",
+        ("test_attention.py::test_packed_is_a_loop",),
+        "bin packing and positions are the caller's",
+    ),
+    System(
+        "gpt-oss",
+        "8-bit attention",
+        "`attention(…, sink=…, window=…)`",
+        ("test_hf_attention_models.py::test_float_pages_equal_eager",),
+        "its attention only: MXFP4 experts are not here yet",
+    ),
+    System(
+        "QuantSpec",
+        "key-value cache",
+        '`PagedKV(key_codec="int8-planes", value_codec="int8-planes")`, `draft=True`',
+        (
+            "test_decode_attention.py::test_draft_reads_the_upper_planes",
+            "test_self_speculation.py::test_greedy_output_is_that_of_plain_decoding",
+        ),
+        "groups are pages of 64; scales are symmetric; one buffer of up to 64 tokens",
+    ),
+    System(
+        "KV-AdaQuant",
+        "key-value cache",
+        '`PagedKV(key_codec="int4", value_codec="int2")`, `patch(model, kv="k4v2")`',
+        ("test_decode_attention.py::test_codecs_are_within_their_rounding",),
+    ),
+    System(
+        "FireQ",
+        "key-value cache",
+        '`PagedKV("int4", "int4", key_channel_scales=…)`, `decode_attention(…, query="e4m3")`',
+        (
+            "test_decode_attention.py::test_e4m3_and_fireq",
+            "test_channel_scales.py::test_scales_of_pairs_commute_with_rope",
+        ),
+        "its attention only: the int4 x fp8 linear is not here yet",
+    ),
+    System(
+        "CacheBlend",
+        "key-value cache",
+        "`kv.rerotate(delta, inverse_frequencies)`",
+        ("test_paged_kv.py::test_rerotate_turns_decoded_keys",),
+        "choosing what to recompute is the caller's",
+    ),
+    System(
+        "SwiftKV",
+        "key-value cache",
+        "layers that hold one `PagedKV`, or `kv.fork()`",
+        ("test_decode_attention.py::test_layers_may_share_a_cache",),
+        "distillation is not part of it",
+    ),
+    System(
+        "Hogwild! Inference",
+        "key-value cache",
+        "`decode_attention` of a rotated query per segment, then `merge`",
+        ("test_decode_attention.py::test_segments_merge_into_the_whole",),
+        "the shared loop of workers is the caller's",
+    ),
+    System(
+        "FlashDecoding++",
+        "decoding",
+        '`decode_attention(…, scheme="unified")`: one maximum from the page bound, with a fallback',
+        ("test_decode_attention.py::test_splits_and_schemes_change_nothing",),
+        "the flat GEMM and its dataflow are `linear`'s plan",
+    ),
+    System(
+        "HGCA",
+        "decoding",
+        "`merge` of two attentions, on two devices if need be",
+        ("test_decode_attention.py::test_segments_merge_into_the_whole",),
+        "the merge: sparse selection is not here yet",
+    ),
+    System(
+        "BASS",
+        "ragged batches",
+        "`kv.append(…, lengths=…)`, `decode_attention(…, query_lengths=…)`",
+        ("test_decode_attention.py::test_ragged_is_a_loop",),
+        "drafting is the caller's",
+    ),
+    System(
+        "EMS-SD",
+        "ragged batches",
+        "as BASS; accepted lengths differ by `kv.crop([…])`",
+        (
+            "test_decode_attention.py::test_ragged_is_a_loop",
+            "test_paged_kv.py::test_crop_lists_and_short_sequences",
+        ),
+    ),
+    _tree("Medusa", "heads are the caller's"),
+    _tree("Sequoia", "the shape of the tree and its verification are the caller's"),
+    _tree("ProPD", "dropping nodes between layers is the caller's"),
+    _tree("Staged Speculative Decoding", "the stages are the caller's"),
+    _tree("Lookahead (Alipay)", "the trie is the caller's"),
+    _tree("LLMCad", "the small model is the caller's"),
+    _tree("PPD", "prompt nodes: any boolean table"),
+    _tree("RASD", "merging retrieval and draft trees is the caller's"),
+    _tree("RSD (Recursive)", "sampling is the caller's"),
+    _tree("Hydra", "heads are the caller's"),
+    _tree("Clover", "the decoder over the heads is the caller's"),
+    _tree("Jakiro", "the experts that draft are the caller's"),
+)
+
+
+def systems_table() -> str:
+    """`SYSTEMS` as a table in Markdown."""
+    lines = ["| technique | family | here | note |", "|---|---|---|---|"]
+    lines += [f"| {s.name} | {s.family} | {s.how} | {s.note} |" for s in SYSTEMS]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,148 @@
+"""The argument block of the CPU attention kernels, and how a kernel is specialised.
+
+One block of int64 fields per call; strides are in bytes. What a kernel is compiled for is a `Kind`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+
+from lath.kernels.simd.emitter import BF16, F32, FP32, I32, I64, ITEM_BYTES, Emitter
+
+ROWS = 4  # rows of q that are computed together
+FAR = 1 << 30  # a distance that no key has
+# A thread's scratch (cpu_scratch.py).
+PIECES = (
+    "q", "rounded", "codes", "factors", "sums", "wide", "scores", "weights", "result",
+    "key_rows", "value_rows",
+)  # fmt: skip
+
+FIELDS = (
+    # what is computed
+    "q", "q_batch", "q_head", "q_row",
+    "o", "o_batch", "o_head", "o_row",
+    "lse", "lse_batch", "lse_head",
+    "query_lengths",  # int32 [S]
+    "offsets",  # int32 [S]; 0: rows of sequence s are those of q[s]
+    "row_limit",  # rows of q that exist for a sequence, computed or not; 0: its length
+    "group",  # query heads of a KV head
+    "kv_heads", "key_dim", "value_dim",
+    # pages
+    "records", "record_page", "record_head",
+    "index", "index_page", "index_head",
+    "keys", "keys_low", "values", "values_low",  # offsets in a record
+    "value_scales", "key_scales", "token_scales",
+    "stored_keys", "stored_values",  # padded head dims
+    "table", "starts", "counts", "table_row",  # addresses; bytes between sequences
+    "page_counts", "lengths",
+    # float parts: first and last alike
+    "first_keys", "first_key_batch", "first_key_head", "first_key_row",
+    "first_values", "first_value_batch", "first_value_head", "first_value_row", "first_lengths",
+    "last_keys", "last_key_batch", "last_key_head", "last_key_row",
+    "last_values", "last_value_batch", "last_value_head", "last_value_row", "last_lengths",
+    # scores; floats as their bits
+    "scale",  # in units of log2
+    "nearest", "farthest",  # query - key distances that may be read
+    "special",  # whether any of the following is set
+    "softcap",  # in units of log2; 0: none
+    "bias", "bias_batch", "bias_head", "bias_row", "bias_keys",  # fp32, `bias_keys` in a row
+    "mask", "mask_batch", "mask_head", "mask_row", "mask_keys",
+    "alibi", "sink",  # fp32 [Hq]
+    "tree", "tree_batch", "tree_row",
+    # how the work is divided
+    "units", "splits", "tiles",
+    "tile_rows",  # a multiple of ROWS
+    "scratch", "slot",  # of a thread: address, bytes
+    "states", "state",  # of a unit
+    "staged_keys",  # padded head dim of q, and of keys that are multiplied as floats
+    *(f"at_{piece}" for piece in PIECES),  # offsets in a thread's scratch
+    # for a team of threads
+    "task", "thread_number", "thread_count",
+)  # fmt: skip
+INDEX = {name: index for index, name in enumerate(FIELDS)}
+
+
+class Arguments:
+    """The fields of a block as values in a kernel: `arguments["group"]`."""
+
+    def __init__(self, emitter: Emitter, address: Any) -> None:
+        self._e, self.address = emitter, address
+        self._values = {
+            name: emitter.load(emitter.add(address, 8 * index), I64)
+            for name, index in INDEX.items()
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def real(self, name: str) -> Any:
+        """A field that holds a float, as a scalar."""
+        return self._e.load(self._e.add(self.address, 8 * INDEX[name]), F32)
+
+    def integer(self, name: str, index: Any) -> Any:
+        """Entry `index` of the int32 array at a field, as int64."""
+        value = self._e.load(self._e.offset(self[name], index, 4), I32)
+        return self._e.builder.sext(value, I64)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kernel is compiled for.
+
+    key, value: codec names, or "draft" for the upper planes of "int8-planes". precision, query: as
+    in ScoreOptions. dtype: FP32, FP16 or BF16, of q, of float pages and parts, and of o. brain:
+    floats are multiplied as bf16, else as fp32. prefetch: ask for the next page while one is read.
+    """
+
+    key: str
+    value: str
+    precision: str
+    query: str
+    dtype: int
+    brain: bool
+    prefetch: bool
+
+    @property
+    def integer_scores(self) -> bool:
+        return self.key not in ("float", "e4m3") and self.query == "int8"
+
+    @property
+    def integer_values(self) -> bool:
+        return self.value not in ("float", "e4m3") and self.precision in ("int8", "int16")
+
+    @property
+    def token_scales(self) -> bool:
+        return self.key in ("int4", "int2")
+
+    @property
+    def item(self) -> int:
+        """Bytes of a float that is multiplied."""
+        return 2 if self.brain else 4
+
+    @property
+    def item_type(self) -> int:
+        return BF16 if self.brain else FP32
+
+    @property
+    def dtype_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+
+def fields_of(codec: str) -> int:
+    """Codes in a stored byte (of the first plane)."""
+    return {"int8-planes": 2, "draft": 2, "int4": 2, "int2": 4}.get(codec, 1)
+
+
+class Context:
+    """Emitter, arguments and kind of one kernel, and the operations that all its parts share."""
+
+    def __init__(self, e: Emitter, a: Arguments, kind: Kind) -> None:
+        self.e, self.a, self.kind = e, a, kind
+        self.b = e.builder
+        self.tail = e.buffer(1)  # for what is less than a vector
+
+    def real(self, value: float) -> Any:
+        return ir.Constant(F32, value)

@@ -1,0 +1,248 @@
+"""The plan of attention: a pure function of the sizes, the formats and the device.
+
+Two facts decide on a GPU. Few rows read every byte of the keys for little work: the heads of a
+group share a tile, so that a page is read once for all of them, and the list of pages is split
+until every unit has work. Many rows fill a tile of one head; then registers decide its height.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from lath.formats.attention import QueryFormat, ScoreOptions
+from lath.formats.device import DeviceDescription, known_device
+from lath.formats.pages import PAGE, PageFormat
+from lath.formats.plan import Backend, Plan
+
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+# Rows that fit one tile with their group are read together; more fill tiles of one head each.
+PACKED_ROWS = 64
+# Splitting (FlashAttention-3's rule): not where this part of the units has work without it, nor
+# with so few pages; else the fewest pieces that reach this part of the best share of full waves.
+BUSY_ENOUGH = 0.8
+FEW_PAGES = 4
+NEAR_BEST = 0.85
+MOST_SPLITS = 128
+# The interpreter has no device; its launches are planned as for this one.
+INTERPRETED_DEVICE = known_device("sm_90")
+
+
+class _Case(NamedTuple):
+    """What a plan depends on, hashable."""
+
+    sequences: int
+    query_heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    fmt: PageFormat
+    dtype: torch.dtype
+    causal: bool
+    window: int | None
+    query: QueryFormat
+    precision: str
+    device: DeviceDescription
+    backend: Backend
+
+    @property
+    def group(self) -> int:
+        return max(1, self.query_heads // max(self.kv_heads, 1))
+
+
+def plan_attention(
+    *,
+    sequences: int,
+    query_heads: int,
+    kv_heads: int,
+    queries: int,
+    keys: int,
+    fmt: PageFormat,
+    dtype: torch.dtype,
+    options: ScoreOptions,
+    device: DeviceDescription,
+    backend: Backend,
+) -> Plan:
+    """The plan of one attention. queries, keys: of the longest sequence; dtype: of q.
+
+    device: where it runs; a CPU under backend "triton" is the interpreter.
+    """
+    if backend == "triton" and device.kind == "cpu":
+        device = INTERPRETED_DEVICE
+    return _plan(
+        _Case(
+            sequences, query_heads, kv_heads, queries, keys, fmt, dtype, options.causal,
+            options.window, options.query, options.precision, device, backend,
+        )  # fmt: skip
+    )
+
+
+@functools.lru_cache(maxsize=4096)  # a decode step asks for the same plan in every layer
+def _plan(case: _Case) -> Plan:
+    draft = Plan(
+        backend=case.backend,
+        dataflow="definition",
+        dot="fp64",
+        reason="the NumPy definition",
+        bytes_moved=_bytes_moved(case),
+        operations=_operations(case),
+    )
+    if case.backend == "reference":
+        return draft
+    rows = case.queries * case.group
+    if case.queries <= 1 or rows <= PACKED_ROWS:
+        draft = replace(draft, dataflow="decode", pack=case.group)
+        why = f"{rows} row(s) per KV head: its {case.group} query head(s) share each page"
+    else:
+        draft = replace(draft, dataflow="prefill")
+        why = f"{case.queries} queries fill tiles of one head"
+    if case.backend == "cpu":
+        dot = "fp32" if case.fmt.key.map == "float" or case.query != "int8" else "int8"
+        return replace(
+            draft, dot=dot, block_n=PAGE, threads=case.device.threads,
+            reason=f"{why}; {case.device.threads} thread(s)",
+        )  # fmt: skip
+    dot, why_dot = _dot(case)
+    draft = _tile(replace(draft, dot=dot), case)
+    return _split(draft, case, [why_dot, why])
+
+
+def multiplies_e4m3(device: DeviceDescription) -> bool:
+    """Whether Triton has E4M3 (OCP) numbers and their dot there; elsewhere fp16 stands in."""
+    return device.capability >= 89 or device.architecture == "gfx950"
+
+
+def _dot(case: _Case) -> tuple[str, str]:
+    """The type of q·k, and why."""
+    name = DTYPE_NAMES[case.dtype]
+    if case.fmt.key.map == "float":
+        return name, f"{name} keys are multiplied as they are"
+    if case.query == "int8":
+        return "int8", f"{case.fmt.key} keys: int8 dot, summed in int32"
+    if multiplies_e4m3(case.device):
+        return "e4m3", "e4m3 queries: e4m3 dot, summed in fp32"
+    return "fp16", f"e4m3 queries: fp16 dot, for {case.device.architecture} has none of e4m3"
+
+
+def _tile(draft: Plan, case: _Case) -> Plan:
+    """Rows, padded head dim, warps and stages (`bench/attention_machine_code.py` counts them)."""
+    fmt, device = case.fmt, case.device
+    widest = max(fmt.padded_key_dim, fmt.padded_value_dim)
+    rows = case.queries * draft.pack
+    if draft.dataflow == "decode":
+        block_m = _power_of_two(rows, 16, PACKED_ROWS)
+        warps = 2 if block_m == 16 else 4
+    else:
+        block_m, warps = 128, 8
+    if _is_fp32(case):  # no tensor core: all of a tile's operands are live at once
+        block_m, warps = min(block_m, 32), 8 if draft.dataflow == "prefill" else 4
+    elif draft.dataflow == "prefill" and widest > 64:
+        block_m, warps = _tall_tile(case, widest)
+    if widest > 128:
+        block_m, warps = min(block_m, 64), 8 if draft.dataflow == "prefill" else 4
+    draft = replace(
+        draft, block_m=block_m, block_n=PAGE, warps=warps,
+        block_k=max(16, _power_of_two(fmt.padded_key_dim, 16, 1 << 30)),
+    )  # fmt: skip
+    stages = 2 if device.kind == "hip" else 3
+    while stages > 1 and shared_bytes(draft, stages, case.fmt) > device.shared_memory:
+        stages -= 1
+    return replace(draft, stages=stages)
+
+
+def _tall_tile(case: _Case, widest: int) -> tuple[int, int]:
+    """(rows, warps) of a prefill tile of head dims above 64: 128 rows where nothing spills."""
+    device = case.device
+    narrow = {"int4", "int2", "int8-planes"} & {case.fmt.key.name, case.fmt.value.name}
+    tensor_memory = 100 <= device.capability < 120
+    if narrow or tensor_memory or device.kind == "hip" or device.capability >= 120:
+        return 64, 8
+    return 128, 8
+
+
+def _is_fp32(case: _Case) -> bool:
+    """Whether some product of the loop is of fp32 numbers."""
+    return case.dtype == torch.float32
+
+
+def shared_bytes(plan: Plan, stages: int, fmt: PageFormat) -> int:
+    """An upper estimate of the shared memory of a tile: pages in flight, q, weights."""
+    size = 2 if fmt.float_bytes == 2 else 4
+    per_key = [
+        channels * (fmt.float_bytes if codec.map == "float" else codec.bits / 8)
+        for codec, channels in (
+            (fmt.key, fmt.padded_key_dim),
+            (fmt.value, fmt.padded_value_dim),
+        )
+    ]
+    pages = PAGE * sum(per_key) * max(stages - 1, 1)
+    return int(pages + plan.block_m * (plan.block_k * size + PAGE * size))
+
+
+def _bytes_moved(case: _Case) -> int:
+    """Each page once for the tiles that share it; q and o once."""
+    pages = case.sequences * case.kv_heads * _pages(case) * case.fmt.record_bytes
+    rows = case.sequences * case.query_heads * case.queries
+    return pages + rows * (case.fmt.key_dim + case.fmt.value_dim) * case.dtype.itemsize
+
+
+def _operations(case: _Case) -> int:
+    pairs = case.queries * case.keys
+    if case.causal:
+        pairs -= min(case.queries, case.keys) * (min(case.queries, case.keys) - 1) // 2
+    if case.window is not None:
+        pairs = min(pairs, case.queries * case.window * (1 if case.causal else 2))
+    heads = case.sequences * case.query_heads
+    return 2 * heads * pairs * (case.fmt.key_dim + case.fmt.value_dim)
+
+
+def _pages(case: _Case) -> int:
+    """Pages that the rows of a sequence can read."""
+    keys = case.keys
+    if case.window is not None:
+        keys = min(keys, case.queries + case.window * (1 if case.causal else 2))
+    return -(-keys // PAGE)
+
+
+def _split(draft: Plan, case: _Case, reasons: list[str]) -> Plan:
+    tiles = -(-case.queries * draft.pack // draft.block_m)
+    blocks = max(1, tiles * case.sequences * (case.query_heads // draft.pack))
+    pages, units = _pages(case), case.device.compute_units
+    split = splits(blocks, pages, units)
+    if split > 1:
+        reasons = [*reasons, f"{blocks} tiles on {units} units: {pages} pages in {split} pieces"]
+        rows = case.sequences * case.query_heads * case.queries
+        workspace = 8 * split * rows * (case.fmt.value_dim + 1)
+        draft = replace(draft, bytes_moved=draft.bytes_moved + workspace)
+    return replace(draft, split_k=split, reason="; ".join(reasons))
+
+
+def splits(blocks: int, pages: int, units: int) -> int:
+    """Pieces of `pages` pages for `blocks` tiles on `units` units."""
+    if blocks >= BUSY_ENOUGH * units or pages <= FEW_PAGES:
+        return 1
+
+    def efficiency(pieces: int) -> float:
+        waves = blocks * pieces / units
+        return waves / math.ceil(waves)
+
+    possible = list(_distinct(range(1, min(MOST_SPLITS, pages) + 1), pages))
+    best = max(efficiency(pieces) for pieces in possible)
+    return next(pieces for pieces in possible if efficiency(pieces) >= NEAR_BEST * best)
+
+
+def _distinct(candidates: Iterable[int], pages: int) -> Iterable[int]:
+    """Those that leave no piece without a page."""
+    for pieces in candidates:
+        each = -(-pages // pieces)
+        if each * (pieces - 1) < pages:
+            yield pieces
+
+
+def _power_of_two(value: int, low: int, high: int) -> int:
+    return max(low, min(high, 1 << max(value - 1, 0).bit_length()))

@@ -1,0 +1,392 @@
+"""`attend` on a GPU in Triton: what a `Plan` says becomes launches. No choices are made here.
+
+[prepare: codes of q, q·mean, bounds]   attend   [merge, where the keys are split]
+
+Rows are taken in runs so long that q·mean (4 bytes per row, head and page) stays small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lath.formats.activations import SMALLEST_ABSMAX
+from lath.formats.attention import LOG2E, PageView, Queries, ScoreOptions
+from lath.formats.pages import PAGE, PageCodec, PageFormat
+from lath.formats.plan import Plan
+from lath.kernels.attention import triton_attend as loop
+from lath.kernels.attention import triton_corrections as before
+
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_DOTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+# Bytes that q·mean may take at once.
+_MOST_CORRECTIONS = 256 << 20
+_PAGE_TILE = 64  # pages of a program that multiplies q by means
+_MERGE_ROWS = 8
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What formats, options and plan fix about the launches: computed once, kept."""
+
+    query: str
+    key_dtype: torch.dtype  # of the pointer through which keys are read; values likewise
+    value_dtype: torch.dtype
+    codes_dtype: torch.dtype
+    loop: dict[str, Any]  # constexpr arguments of the attend loop
+    prepare: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Codes and scales of q, q·mean and bounds, for a run of rows; placeholders where not made."""
+
+    codes: Tensor
+    scales: Tensor
+    corrections: Tensor
+    bounds: Tensor
+
+
+def attend(
+    queries: Queries, pages: PageView, options: ScoreOptions, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """o [B, Hq, L, E] of q's dtype and lse fp32 [B, Hq, L], in natural units.
+
+    All tensors on one device. Rows that read nothing have o = 0 and lse = -inf (or the sink).
+    plan: of `plan_attention` for the Triton backend. ValueError for one that cannot be run.
+    """
+    q = queries.q
+    batch, heads, rows, _ = q.shape
+    fmt = pages.format
+    _check(queries, pages, options, plan)
+    packed = queries.offsets is not None
+    shape = (batch, heads, rows)
+    # Rows between packed sequences belong to none, so no program writes them.
+    o = (q.new_zeros if packed else q.new_empty)((*shape, fmt.value_dim))
+    lse = torch.full(shape, -torch.inf if packed else 0.0, dtype=torch.float32, device=q.device)
+    if o.numel() == 0 or queries.longest == 0 or pages.num_sequences == 0:
+        return o.zero_(), lse.fill_(-torch.inf)
+    with _device_of(q):
+        settings = _settings(
+            fmt, q.dtype, pages.draft, _switches(queries, pages, options), plan, _target(q)
+        )
+        if plan.split_k == 1:
+            _attend(o, lse, queries, pages, options, plan, settings)
+            return o, lse
+        make = torch.zeros if packed else torch.empty
+        parts = make((plan.split_k, *o.shape), dtype=torch.float32, device=q.device)
+        logarithms = torch.full_like(lse, -torch.inf).repeat(plan.split_k, 1, 1, 1)
+        _attend(parts, logarithms, queries, pages, options, plan, settings)
+        before.merge_kernel[(triton.cdiv(lse.numel(), _MERGE_ROWS),)](
+            parts, logarithms, o, lse, lse.numel(), plan.split_k,
+            DIM=fmt.value_dim, BLOCK_D=_power_of_two(fmt.value_dim),
+            BLOCK_R=_MERGE_ROWS, num_warps=4,
+        )  # fmt: skip
+        return o, lse
+
+
+def _attend(
+    o: Tensor,
+    lse: Tensor,
+    queries: Queries,
+    pages: PageView,
+    options: ScoreOptions,
+    plan: Plan,
+    settings: _Settings,
+) -> None:
+    """Launch the loop into o and lse, or into pieces of both."""
+    q, sequences, width = queries.q, pages.num_sequences, pages.table.shape[1]
+    batch, heads, rows, _ = q.shape
+    blocks = heads // plan.pack
+    per_token = 4 * sequences * heads * max(width, 1) * (2 if options.scheme == "unified" else 1)
+    run = max(_MOST_CORRECTIONS // per_token // plan.block_m, 1) * plan.block_m
+    keys = _seen_as(pages.records, settings.key_dtype)
+    values = _seen_as(pages.records, settings.value_dtype)
+    numbers = _seen_as(pages.records, torch.float32)
+    lists = [t.contiguous() for t in (pages.table, pages.starts, pages.counts)]
+    parts, part_strides = _float_parts(pages, q)
+    extras, strides = _extras(options, queries, pages)
+    factor, cap = options.scale * LOG2E, 0.0
+    if options.softcap is not None:
+        factor, cap = 2 * factor / options.softcap, options.softcap * LOG2E
+    offsets = queries.lengths if queries.offsets is None else queries.offsets
+    # Packed rows are counted within a sequence; dense ones all have to be written.
+    last = rows if queries.offsets is None else queries.longest
+    for first in range(0, last, run):
+        tiles = triton.cdiv(min(run, last - first) * plan.pack, plan.block_m)
+        padded = tiles * plan.block_m
+        made = _prepare(queries, pages, plan, settings, first, padded, numbers, lists[0])
+        loop.attend_kernel[(tiles, blocks, sequences * plan.split_k)](
+            q, made.codes, made.scales, made.corrections, made.bounds, keys, values, numbers,
+            *lists, pages.page_counts, pages.lengths, queries.lengths, offsets,
+            *parts, *extras, o, lse, q.stride(0), q.stride(1), q.stride(2), *part_strides, *strides,
+            heads, pages.num_kv_heads, width, padded, rows, batch, first, plan.split_k,
+            options.window or 0, factor, cap, **settings.loop,
+            num_warps=plan.warps, num_stages=plan.stages,
+        )  # fmt: skip
+
+
+def _prepare(
+    queries: Queries,
+    pages: PageView,
+    plan: Plan,
+    settings: _Settings,
+    first: int,
+    padded: int,
+    numbers: Tensor,
+    table: Tensor,
+) -> _Prepared:
+    """Codes, scales, q·mean and bounds of the rows from token `first` on."""
+    q, sequences, width = queries.q, pages.num_sequences, table.shape[1]
+    heads = q.shape[1]
+    bounds_needed = settings.prepare["BOUNDS"]
+    if settings.query == "float" and not bounds_needed:
+        return _Prepared(q, numbers, numbers, numbers)
+    shape = (sequences, heads // plan.pack, padded)
+
+    def numbers_of(*sizes: int, wanted: bool) -> Tensor:
+        if not wanted:
+            return numbers
+        return torch.empty(sizes, dtype=torch.float32, device=q.device)
+
+    codes, rounded = q, settings.query != "float"
+    if rounded:
+        channels = settings.prepare["PADDED"]
+        codes = torch.empty((*shape, channels), dtype=settings.codes_dtype, device=q.device)
+    per_page = (sequences, heads // plan.pack, width, padded)
+    made = _Prepared(
+        codes,
+        numbers_of(*shape, wanted=rounded),
+        numbers_of(*per_page, wanted=rounded),
+        numbers_of(*per_page, wanted=bounds_needed),
+    )
+    block = min(plan.block_m, 64)
+    offsets = queries.lengths if queries.offsets is None else queries.offsets
+    grid = (padded // block, heads // plan.pack, sequences * max(1, triton.cdiv(width, _PAGE_TILE)))
+    before.prepare_kernel[grid](
+        q, queries.lengths, offsets, _seen_as(pages.index, torch.bfloat16),
+        _seen_as(pages.index, torch.int8), numbers, table, pages.page_counts,
+        made.codes, made.scales, made.corrections, made.bounds,
+        q.stride(0), q.stride(1), q.stride(2), heads, pages.num_kv_heads, width, padded, first,
+        **settings.prepare, BLOCK_R=block, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return made
+
+
+def _switches(queries: Queries, pages: PageView, options: ScoreOptions) -> tuple[Any, ...]:
+    """What of the arguments the launches are compiled for: (options of the scores, parts, ...)."""
+    # A sequence's only query is its last token: it may read every key before it.
+    causal = options.causal and options.tree is None and queries.longest > 1
+    window = 0 if options.window is None else 1 if options.causal else 2
+    scores = (
+        causal, window, options.softcap is not None, options.mask is not None,
+        options.bias is not None, options.alibi is not None, options.tree is not None,
+    )  # fmt: skip
+    parts = (pages.first_keys is not None, pages.last_keys is not None)
+    unified = options.scheme == "unified"
+    return (
+        scores, parts, options.sink is not None, queries.offsets is not None, options.query,
+        options.precision, unified,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _settings(
+    fmt: PageFormat,
+    dtype: torch.dtype,
+    draft: bool,
+    switches: tuple[Any, ...],
+    plan: Plan,
+    target: str,
+) -> _Settings:
+    scores, parts, sink, packed, query, precision, unified = switches
+    native = has_e4m3(target) and not (plan.dot == "fp16" and query == "e4m3")
+    query = "float" if fmt.key.map == "float" else query
+    query = "e4m3-fp16" if query == "e4m3" and not native else query
+    precision = "float" if fmt.value.map == "float" else precision
+    fields, index = fmt.fields, fmt.index_fields
+    dtypes = [_pointer(codec, dtype, native) for codec in (fmt.key, fmt.value)]
+    keys = _layout(fmt, "keys", fmt.key, draft, native, query != "float", dtypes[0])
+    values = _layout(fmt, "values", fmt.value, draft, native, True, dtypes[1])
+    scale_of = [
+        fields[name].offset // 4 if name in fields else -1
+        for name in ("value_scales", "key_scales", "token_scales")
+    ]
+    width = fmt.padded_key_dim
+    loop_arguments = {
+        "KEYS": keys,
+        "VALUES": values,
+        "PAGES": (
+            fmt.record_bytes // dtypes[0].itemsize, fmt.record_bytes // dtypes[1].itemsize,
+            fmt.record_bytes // 4, *scale_of, fmt.key_dim, fmt.value_dim,
+        ),
+        "MATH": (query, precision, unified),
+        "OPTIONS": scores,
+        "PARTS": parts,
+        "SINK": sink,
+        "PACKED": packed,
+        "PARTIAL": plan.split_k > 1,
+        "BOUNDED": scores[1] > 0 or (scores[0] and plan.dataflow == "prefill"),
+        "CLEAN": plan.dataflow == "prefill" and not scores[3],
+        "P_TYPE": _TYPES[dtype],
+        "FLOAT_BLOCK": max(16, _power_of_two(fmt.key_dim)),
+        "PACK": plan.pack,
+        "BLOCK_M": plan.block_m,
+        "STAGES": plan.stages,
+    }  # fmt: skip
+    prepare = {
+        "QUERY": query,
+        "INDEX": (
+            fmt.index_bytes // 2, fmt.index_bytes, index["max"].offset, index["min"].offset,
+            fmt.record_bytes // 4, fields["key_scales"].offset // 4 + 1,
+        ),
+        "DIM": fmt.key_dim,
+        "PADDED": width,
+        "BLOCK_D": max(16, _power_of_two(width)),
+        "BLOCK_P": _PAGE_TILE,
+        "BOUNDS": unified,
+        "PACKED": packed,
+        "PACK": plan.pack,
+        "SMALLEST": SMALLEST_ABSMAX,
+    }  # fmt: skip
+    codes = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "e4m3-fp16": torch.float16}
+    return _Settings(query, *dtypes, codes.get(query, dtype), loop_arguments, prepare)
+
+
+def _pointer(codec: PageCodec, dtype: torch.dtype, native: bool) -> torch.dtype:
+    """What the codes of a side are read as."""
+    if codec.name == "e4m3":
+        return torch.float8_e4m3fn if native else torch.uint8
+    return {"float": dtype, "int8": torch.int8}.get(codec.name, torch.int32)
+
+
+def _layout(
+    fmt: PageFormat,
+    name: str,
+    codec: PageCodec,
+    draft: bool,
+    native: bool,
+    narrow_dot: bool,
+    dtype: torch.dtype,
+) -> tuple[str, int, bool, int, int, int, int]:
+    """The layout of `triton_tiles` of one side. narrow_dot: 8-bit operands need a depth of 32."""
+    channels = fmt.padded_key_dim if name == "keys" else fmt.padded_value_dim
+    parts = 8 // codec.plane_bits if codec.map == "integer" else 1
+    width = channels // parts
+    kind = codec.name if codec.name in ("float", "int8") else "narrow"
+    if codec.name == "e4m3":
+        kind = "e4m3" if native else "e4m3-fp16"
+    least = 32 if narrow_dot and name == "keys" else 16
+    fields = fmt.fields
+    low = f"{name}_low" in fields and not draft
+    at = [fields[field].offset // dtype.itemsize for field in (name, f"{name}_low" if low else name)]
+    return kind, parts, low, width, max(least, _power_of_two(width)), at[0], at[1]
+
+
+def _float_parts(pages: PageView, q: Tensor) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+    """The float parts' tensors and strides; placeholders where there is none."""
+    tensors: list[Tensor] = []
+    strides: list[tuple[int, ...]] = []
+    for keys, values, lengths in (
+        (pages.first_keys, pages.first_values, pages.first_lengths),
+        (pages.last_keys, pages.last_values, pages.last_lengths),
+    ):
+        if keys is None or values is None or lengths is None:
+            tensors += [q, q, pages.lengths]
+            strides.append((0,) * 6)
+        else:
+            tensors += [keys, values, lengths]
+            strides.append((*keys.stride()[:3], *values.stride()[:3]))
+    return tensors, strides
+
+
+def _extras(
+    options: ScoreOptions, queries: Queries, pages: PageView
+) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+    """mask, bias, alibi, sink and tree, and the strides of mask, bias and tree."""
+    q, nothing = queries.q, pages.lengths
+    shape = (pages.num_sequences, q.shape[1], queries.longest, pages.longest)
+    tensors: list[Tensor] = []
+    strides: list[tuple[int, ...]] = []
+    for given in (options.mask, options.bias):
+        if given is None:
+            tensors.append(nothing)
+            strides.append((0, 0, 0, 0))
+            continue
+        seen = given.view(torch.uint8) if given.dtype == torch.bool else given
+        seen = _broadcast(seen, shape)
+        tensors.append(seen)
+        strides.append(tuple(seen.stride()))
+    for given in (options.alibi, options.sink, options.tree):
+        tensors.append(nothing if given is None else given.contiguous())
+    tree = options.tree
+    strides.append((0, 0) if tree is None else (tree.shape[1] * tree.shape[2], tree.shape[2]))
+    return tensors, strides
+
+
+def _broadcast(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[S, Hq, Lq, Lk] with stride 0 where it repeats; longer rows than asked for stay."""
+    tensor = tensor.reshape((1,) * (4 - tensor.dim()) + tuple(tensor.shape))
+    wanted = [max(size, own) for size, own in zip(shape, tensor.shape, strict=True)]
+    return tensor.expand(wanted)
+
+
+def _check(queries: Queries, pages: PageView, options: ScoreOptions, plan: Plan) -> None:
+    q, fmt = queries.q, pages.format
+    group = q.shape[1] // max(pages.num_kv_heads, 1)
+    if plan.dataflow not in ("prefill", "decode"):
+        raise ValueError(
+            f"plan dataflow for attention must be 'prefill' or 'decode', got {plan.dataflow!r}"
+        )
+    if plan.block_m not in (16, 32, 64, 128):
+        raise ValueError(f"plan block_m must be 16, 32, 64 or 128, got {plan.block_m}")
+    if plan.block_n != PAGE:
+        raise ValueError(f"plan block_n must be a page, {PAGE}, got {plan.block_n}")
+    if plan.pack < 1 or group % plan.pack:
+        raise ValueError(
+            f"plan pack must divide the {group} query heads of a KV head, got {plan.pack}"
+        )
+    if plan.split_k < 1:
+        raise ValueError(f"plan split_k must be 1 or more, got {plan.split_k}")
+    dots = {"int8"} if options.query == "int8" else {"e4m3", "fp16"}
+    if fmt.key.map == "float":
+        dots = {_DOTS[q.dtype]}
+    if plan.dot not in dots:
+        raise ValueError(f"plan dot must be one of {sorted(dots)} here, got {plan.dot!r}")
+    for name, tensor in (("records", pages.records), ("index", pages.index)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"pages {name} must be contiguous, got strides {tensor.stride()}")
+
+
+def _seen_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.view(dtype)
+
+
+def has_e4m3(target: str) -> bool:
+    """Whether a target ("sm_90", "gfx950", "interpreter") multiplies E4M3; else fp16 does it."""
+    if target.startswith("sm_"):
+        return int(target[3:]) >= 89
+    return target in ("gfx950", "interpreter")
+
+
+def _device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _target(x: Tensor) -> str:
+    """What kernels for x are compiled for: "sm_90", "gfx942", ...; "interpreter" for none."""
+    if not x.is_cuda and triton.knobs.runtime.interpret:
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return str(target.arch) if target.backend == "hip" else f"sm_{target.arch}"
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
