@@ -161,7 +161,8 @@ def report(facts: dict[str, str], stress: list[Row], tails: list[Row], masks: li
         "## Inputs that hurt", "",
         "D 128, 1024 keys, 256 rows (two heads of q, one of keys), pages of 64, outputs in fp16. "
         "Values are normal around 0.3 unless the case says otherwise. With the first page in 16 "
-        "bits every key after token 63 is in a page.",
+        "bits every key after token 63 is in a page. All of lath attends over the pages that its "
+        "definition wrote.",
         stress_tables(stress), "", "## Tails and causal squares", "",
         "D 64, one head of keys; flat scores: 128 queries times 0.1.", "", short_table(tails), "",
         "## Masks", "", "100 queries and 192 keys unless the case says otherwise.", "",

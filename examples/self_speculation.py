@@ -4,6 +4,10 @@ The cache holds 8-bit codes as two planes of four bits. Drafting reads the upper
 the bytes; then one pass with the full codes verifies all drafts at once. Greedy output is the same,
 token for token, as without drafts. There is no second model and no second cache.
 
+"The same" is up to the rounding of the model's own matrix products, which may depend on how many
+tokens they take at once: in float32 nothing came of it, in bfloat16 two tokens whose logits are
+neighbours may change places.
+
     python examples/self_speculation.py [--model smollm2] [--drafts 4] [--weights int4-g32-fzero]
 
 --weights packs the linear layers too, for the drafts alone.
@@ -113,9 +117,10 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=4)
     parser.add_argument("--weights", default=None, help="codec of the linear layers for the drafts")
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     options = parser.parse_args()
 
-    model, tokenizer = load_model(options.model, "bfloat16")
+    model, tokenizer = load_model(options.model, options.dtype)
     ids = tokenizer(english_text(), return_tensors="pt", verbose=False).input_ids
     ids = ids[:, : options.prompt_tokens]
     packed = None

@@ -178,8 +178,12 @@ class PageStore:
         self._copy_in(self.first_keys, self.first_values, keys, values, heads)
         self._copy_in(self.last_keys, self.last_values, keys, values, fills)
         pages = self.pool.take(len(from_tail) + len(from_input))
-        self._write(self.last_keys, self.last_values, from_tail, pages[: len(from_tail)])
-        self._write(keys, values, from_input, pages[len(from_tail) :])
+        try:
+            self._write(self.last_keys, self.last_values, from_tail, pages[: len(from_tail)])
+            self._write(keys, values, from_input, pages[len(from_tail) :])
+        except BaseException:
+            self.pool.release(pages)  # nothing was entered yet: the store is as it was
+            raise
         self._copy_in(self.last_keys, self.last_values, keys, values, rests)
         self._account(heads, fills, rests, from_tail + from_input, pages)
 

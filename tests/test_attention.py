@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import lath
 from lath.verbs.attention import ATTENTION_PRECISIONS
-from tools.decoding import assert_close, numbers
+from tools.decoding import assert_close, numbers, short
 from tools.dense_attention import backends, dense_attention
 
 BACKENDS = backends()
@@ -351,7 +351,7 @@ def test_inputs_are_not_changed_and_strides_do_not_matter() -> None:
         (20, 70, {"attn_mask": numbers(1, 4, 20, 70)}),
         (20, 70, {"attn_mask": numbers(4, 1, 70)}),
     ],
-    ids=str,
+    ids=short,
 )
 def test_drop_in_for_torch(rows: int, keys: int, options: dict[str, Any], backend: str) -> None:
     q, k, v = inputs(rows, keys, batch=2)

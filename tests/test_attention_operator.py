@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lath
-from tools.decoding import numbers
+from tools.decoding import numbers, short
 from tools.dense_attention import backends
 
 BACKENDS = backends()
@@ -66,6 +66,8 @@ def test_gradients_raise_and_are_not_lost() -> None:
         assert torch.equal(o, expected)
         with pytest.raises(NotImplementedError, match=r"lath\.attention has no backward"):
             o.sum().backward()
+    with pytest.raises(TypeError, match="lengths must be"):
+        lath.attention(given[0], k, given[2], lengths="ab")
     with torch.no_grad():
         assert not lath.attention(q.requires_grad_(), k, v).requires_grad
 
@@ -93,7 +95,7 @@ def test_the_plan_says_why(device: str) -> None:
         ({"dtype": torch.float64}, TypeError, "dtype"),
         ({"device": "abacus"}, ValueError, "device"),
     ],
-    ids=str,
+    ids=short,
 )
 def test_plans_refused(options: dict[str, Any], error: type, names: str) -> None:
     given = {"query_heads": 32, "kv_heads": 8, "head_dim": 128, "keys": 100, **options}
@@ -148,7 +150,7 @@ Q, K, V = inputs()
         ({"return_lse": 1}, TypeError, "return_lse"),
         ({"backend": "cuda"}, ValueError, "backend"),
     ],
-    ids=str,
+    ids=short,
 )
 def test_bad_arguments(options: dict[str, Any], error: type, names: str) -> None:
     with pytest.raises(error, match=names):
@@ -167,7 +169,7 @@ def test_bad_arguments(options: dict[str, Any], error: type, names: str) -> None
         ({"cu_seqlens": [0, 6], "mask": torch.ones(6, 6).bool()}, NotImplementedError, "mask"),
         ({"cu_seqlens": [0, 6], "bias": torch.ones(6, 6)}, NotImplementedError, "bias"),
     ],
-    ids=str,
+    ids=short,
 )
 def test_bad_packing(options: dict[str, Any], error: type, names: str) -> None:
     q, k, v = (x[:1, :, :6] for x in (Q, K, V))

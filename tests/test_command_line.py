@@ -58,6 +58,15 @@ def test_run_reports_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixt
     assert shown.err == ""
 
 
+def test_run_with_attention_and_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "figures.json"
+    options = ["--weights", "int8-g32", "--dtype", "float32", "--json", str(path)]
+    assert run(["run", *TINY, *options, "--attention", "int8", "--kv", "k8v4"]) == 0
+    figures: dict[str, Any] = json.loads(path.read_text())
+    assert figures["perplexity_after"] == pytest.approx(figures["perplexity_before"], rel=0.01)
+    assert "attention int8, cache int8/int4" in " ".join(capsys.readouterr().out.split())
+
+
 def test_packed_codes_come_from_the_checkpoint_not_from_its_rounding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +107,8 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--backend", "gpu"], "backend must be one of"),
         (["run", "--model", "nope"], "'smollm2', 'tiny' or the path"),
         (["run", "--model", "tiny", "--dtype", "float8"], "dtype must be one of"),
+        (["run", "--model", "tiny", "--attention", "int4"], "attention must be"),
+        (["run", "--model", "tiny", "--kv", "k3v4"], "kv must be one of"),
         (["run", "--threads", "many"], "--threads"),
         (["run", "--threads", "-1"], "--threads"),
         (["run", "--max-new-tokens", "0"], "--max-new-tokens"),

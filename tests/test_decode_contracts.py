@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import lath
-from tools.decoding import DIM, HEADS, VALUE_DIM, assert_close, filled, numbers, query
+from tools.decoding import DIM, HEADS, VALUE_DIM, assert_close, filled, numbers, query, short
 from tools.dense_attention import backends, dense_attention
 
 BACKENDS = backends()
@@ -190,7 +190,7 @@ def test_backward_raises() -> None:
         ({"backend": "gpu"}, ValueError, "backend"),
         ({"mask": torch.ones(2, 100).bool().to("meta")}, ValueError, "mask must be on"),
     ],
-    ids=str,
+    ids=short,
 )  # fmt: skip
 def test_bad_arguments(options: dict[str, Any], error: type, names: str) -> None:
     given = {"q": query(2), "kv": filled(100, "int8"), **options}

@@ -236,9 +236,9 @@ def test_static_cache_compiles_to_one_graph(name: str, compiler: str) -> None:
 def test_weights_of_attention_are_refused() -> None:
     model = hf_model("Llama")
     with patched(model, attention="int8"):
-        for call_model in (model, model.generate):
+        for call_model, options in ((model, {}), (model.generate, {"max_new_tokens": 2})):
             with pytest.raises(NotImplementedError, match="output_attentions"):
-                call_model(tokens(1, 9), output_attentions=True)
+                call_model(tokens(1, 9), output_attentions=True, **options)
 
 
 # Refused

@@ -267,7 +267,7 @@ def test_compact_keeps_pages_and_moves_loose_tokens_to_the_tail() -> None:
 
 
 def test_compact_fills_the_tail_below_a_page_only() -> None:
-    """63 tokens fit the tail, of 64 the loose ones are a page; and a first part that shrank takes no later token."""
+    """63 tokens fit the tail, of 64 the loose ones are a page. A shrunken first part is closed."""
     k, v = tokens(192)
     for scattered, structure in ((31, (64, [], 63)), (32, (64, [32], 32))):
         kv = cache()

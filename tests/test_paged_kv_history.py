@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import lath
 from tools.caches import DIM, HEADS, VALUE_DIM, cache, tokens
+from tools.decoding import short
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ from tools.caches import DIM, HEADS, VALUE_DIM, cache, tokens
         ({"key_channel_scales": torch.ones(3)}, ValueError, "key_channel_scales"),
         ({"key_channel_scales": torch.zeros(2, 16)}, ValueError, "key_channel_scales"),
     ],
-    ids=str,
+    ids=short,
 )
 def test_bad_constructions(options: dict[str, Any], error: type, names: str) -> None:
     given = {"num_kv_heads": 2, "head_dim": 16, "backend": "reference", **options}
@@ -63,6 +64,27 @@ def test_bad_appends_change_nothing() -> None:
         with pytest.raises(error, match=names):
             kv.append(keys, values, lengths)
     assert kv.lengths == [10, 10]
+
+
+def test_a_writer_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    k, v = tokens(200)
+    kv = cache()
+    kv.append(k[:, :, :100], v[:, :, :100])
+    before = kv.dequantize(0)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv, "write_pages", fail)
+        with pytest.raises(KeyboardInterrupt):
+            kv.append(k, v)
+    assert (kv.lengths, kv.pool.pages_in_use) == ([100], 0)
+    assert all(torch.equal(a, b) for a, b in zip(kv.dequantize(0), before, strict=True))
+    kv.append(k[:, :, 100:], v[:, :, 100:])
+    whole = cache()
+    whole.append(k, v)
+    assert torch.equal(kv.dequantize(0)[0], whole.dequantize(0)[0])
 
 
 def test_bad_edits() -> None:

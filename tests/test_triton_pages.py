@@ -32,9 +32,7 @@ def inputs(fmt: PageFormat, dtype: str) -> tuple[Tensor, Tensor]:
     return keys.to(DTYPES[dtype]).transpose(1, 2), values.to(DTYPES[dtype])
 
 
-def write(
-    fmt: PageFormat, keys: Tensor, values: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
+def write(fmt: PageFormat, keys: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     records = torch.zeros((3, 2, fmt.record_bytes), dtype=torch.uint8)
     index = torch.zeros((3, 2, fmt.index_bytes), dtype=torch.uint8)
     jobs = torch.tensor([(b, first, count, page) for b, first, page in JOBS], dtype=torch.int32)
@@ -113,9 +111,7 @@ def test_bytes_of_every_pair_of_codecs(key: str, value: str) -> None:
         ("e4m3/int4", (256, 16), "fp32", 5),
     ],
 )
-def test_head_dims_and_counts(
-    codecs: str, dims: tuple[int, int], dtype: str, count: int
-) -> None:
+def test_head_dims_and_counts(codecs: str, dims: tuple[int, int], dtype: str, count: int) -> None:
     fmt = layout(codecs, *dims, dtype)
     keys, values = inputs(fmt, dtype)
     written = write(fmt, keys, values, count)

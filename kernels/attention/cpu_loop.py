@@ -33,6 +33,9 @@ from lath.kernels.attention.cpu_tile import (
 from lath.kernels.attention.cpu_values import channel_values, integer_values, token_values
 from lath.kernels.simd.emitter import I32, I64, Emitter
 
+# Pages between the one that is read and the one that is asked for.
+AHEAD = 2
+
 
 def emit_attend(
     e: Emitter, thread: Any, threads: Any, arguments: Any,
@@ -97,7 +100,7 @@ def _attend_pages(c: Context, tile: RowTile, split: Any) -> None:
         number = e.add(begin, i)
         page = entry("table", number)
         mean = e.add(a["index"], e.multiply(page, a["index_page"]))
-        following = e.smaller_of(e.add(number, 1), e.subtract(end, 1))
+        following = e.smaller_of(e.add(number, AHEAD), e.subtract(end, 1))
         keys = KeyTile(
             page=True,
             start=entry("starts", number),

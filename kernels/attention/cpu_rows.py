@@ -15,6 +15,7 @@ from lath.formats.activations import LARGEST_CODE, SMALLEST_ABSMAX
 from lath.kernels.attention.cpu_arguments import ROWS, Context
 from lath.kernels.attention.cpu_scratch import STATE_HEADER
 from lath.kernels.simd import lanes, mathematics
+from lath.kernels.simd.copy import copy_row
 from lath.kernels.simd.emitter import (
     BF16,
     BYTES,
@@ -103,33 +104,11 @@ def clear_states(c: Context, tile: RowTile) -> None:
             e.store(e.offset(outputs, i, 64), e.floats(0.0))
 
 
-def copy_row(c: Context, source: Any, count: Any, padded: Any, target: Any, target_type: int) -> None:
+def copy_floats(
+    c: Context, source: Any, count: Any, padded: Any, target: Any, target_type: int
+) -> None:
     """`count` floats of the caller's dtype → `padded` floats of `target_type`, zeros behind."""
-    e, kind = c.e, c.kind
-    size, step = kind.dtype_bytes, LANES * (2 if target_type == BF16 else 4)
-    raw = target_type == kind.dtype
-
-    def convert(address: Any) -> Any:
-        if raw:
-            return e.load(address, FLOATS if target_type == FP32 else SHORTS)
-        return e.round_floats(e.load_floats(address, kind.dtype), target_type)
-
-    whole = e.divide(count, LANES)
-    with e.loop(whole) as i:
-        e.store(e.offset(target, i, step), convert(e.offset(source, i, LANES * size)))
-    rest = e.subtract(count, e.multiply(whole, LANES))
-    done = e.divide(e.add(count, LANES - 1), LANES)
-    with e.when(e.less(e.integer(0), rest)):
-        # The memory behind a row need not be ours.
-        tail, scalar = c.tail, I32 if size == 4 else I16
-        e.store(tail, e.constant(0))
-        begin = e.offset(source, whole, LANES * size)
-        with e.loop(rest) as i:
-            e.store(e.offset(tail, i, size), e.load(e.offset(begin, i, size), scalar))
-        e.store(e.offset(target, whole, step), convert(tail))
-    blank = ir.Constant(FLOATS if target_type == FP32 else SHORTS, None)
-    with e.loop(e.subtract(e.divide(padded, LANES), done)) as i:
-        e.store(e.offset(target, e.add(done, i), step), blank)
+    copy_row(c.e, c.tail, source, c.kind.dtype, count, target, target_type, padded)
 
 
 def token_and_head(c: Context, tile: RowTile, row: Any) -> tuple[Any, Any]:
@@ -164,9 +143,9 @@ def prepare_rows(c: Context, tile: RowTile) -> None:
         source = e.add(source, e.multiply(q_row, a["q_row"]))
         # Rows behind the last are zeros: they are computed and never stored.
         count = e.builder.select(e.less(row, tile.rows), a["key_dim"], e.integer(0))
-        copy_row(c, source, count, a["staged_keys"], floats, kind.item_type)
+        copy_floats(c, source, count, a["staged_keys"], floats, kind.item_type)
         if kind.key != "float":
-            copy_row(c, source, count, a["staged_keys"], wide, FP32)
+            copy_floats(c, source, count, a["staged_keys"], wide, FP32)
             _round_row(c, tile, n, wide)
 
 

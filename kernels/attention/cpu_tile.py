@@ -14,7 +14,7 @@ from llvmlite import ir
 
 from lath.formats.pages import PAGE, SUBPAGE, UNIT
 from lath.kernels.attention.cpu_arguments import Context, fields_of
-from lath.kernels.attention.cpu_rows import RowTile, copy_row, piece
+from lath.kernels.attention.cpu_rows import RowTile, copy_floats, piece
 from lath.kernels.simd import lanes, mathematics
 from lath.kernels.simd.emitter import BYTES, F32, FP32, LANES, SHORTS
 
@@ -27,7 +27,7 @@ class KeyTile:
     """Keys of a page or float part.
 
     start: position of the first. count: how many. record, mean: addresses (of a page). upcoming:
-    the record of the next page. page: whether it is one.
+    the record of a page that will be read soon. page: whether it is one.
     """
 
     page: bool
@@ -137,7 +137,7 @@ def _stage_rows(
     c: Context, source: Any, stride: Any, count: Any, channels: Any, padded: Any, target: Any, step: Any
 ) -> None:
     with c.e.loop(count) as token:
-        copy_row(
+        copy_floats(
             c, c.e.add(source, c.e.multiply(token, stride)), channels, padded,
             c.e.add(target, c.e.multiply(token, step)), c.kind.item_type,
         )  # fmt: skip

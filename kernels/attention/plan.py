@@ -29,6 +29,8 @@ BUSY_ENOUGH = 0.8
 FEW_PAGES = 4
 NEAR_BEST = 0.85
 MOST_SPLITS = 128
+# Codes that are cut out of words in registers.
+NARROW = {"int4", "int2", "int8-planes"}
 # The interpreter has no device; its launches are planned as for this one.
 INTERPRETED_DEVICE = known_device("sm_90")
 
@@ -46,7 +48,7 @@ class _Case(NamedTuple):
     causal: bool
     window: int | None
     query: QueryFormat
-    precision: str
+    busy: bool  # more than q·k, causality and P·V of one 8-bit product per score
     device: DeviceDescription
     backend: Backend
 
@@ -74,12 +76,17 @@ def plan_attention(
     """
     if backend == "triton" and device.kind == "cpu":
         device = INTERPRETED_DEVICE
-    return _plan(
-        _Case(
-            sequences, query_heads, kv_heads, queries, keys, fmt, dtype, options.causal,
-            options.window, options.query, options.precision, device, backend,
-        )  # fmt: skip
-    )
+    case = _Case(
+        sequences, query_heads, kv_heads, queries, keys, fmt, dtype, options.causal,
+        options.window, options.query, _is_busy(options), device, backend,
+    )  # fmt: skip
+    return _plan(case)
+
+
+def _is_busy(options: ScoreOptions) -> bool:
+    tensors = (options.mask, options.bias, options.alibi, options.tree)
+    given = any(tensor is not None for tensor in tensors)
+    return given or options.softcap is not None or options.scheme == "unified"
 
 
 @functools.lru_cache(maxsize=4096)  # a decode step asks for the same plan in every layer
@@ -133,21 +140,16 @@ def _tile(draft: Plan, case: _Case) -> Plan:
     """Rows, padded head dim, warps and stages (`bench/attention_machine_code.py` counts them)."""
     fmt, device = case.fmt, case.device
     widest = max(fmt.padded_key_dim, fmt.padded_value_dim)
-    rows = case.queries * draft.pack
     if draft.dataflow == "decode":
-        block_m = _power_of_two(rows, 16, PACKED_ROWS)
+        block_m = _power_of_two(case.queries * draft.pack, 16, PACKED_ROWS)
         warps = 2 if block_m == 16 else 4
+        if case.dtype == torch.float32 or widest > 128:
+            block_m, warps = min(block_m, 32), 4
     else:
-        block_m, warps = 128, 8
-    if _is_fp32(case):  # no tensor core: all of a tile's operands are live at once
-        block_m, warps = min(block_m, 32), 8 if draft.dataflow == "prefill" else 4
-    elif draft.dataflow == "prefill" and widest > 64:
-        block_m, warps = _tall_tile(case, widest)
-    if widest > 128:
-        block_m, warps = min(block_m, 64), 8 if draft.dataflow == "prefill" else 4
+        block_m, warps = _prefill_tile(case, widest)
     draft = replace(
         draft, block_m=block_m, block_n=PAGE, warps=warps,
-        block_k=max(16, _power_of_two(fmt.padded_key_dim, 16, 1 << 30)),
+        block_k=_power_of_two(fmt.padded_key_dim, 16, 1 << 30),
     )  # fmt: skip
     stages = 2 if device.kind == "hip" else 3
     while stages > 1 and shared_bytes(draft, stages, case.fmt) > device.shared_memory:
@@ -155,19 +157,21 @@ def _tile(draft: Plan, case: _Case) -> Plan:
     return replace(draft, stages=stages)
 
 
-def _tall_tile(case: _Case, widest: int) -> tuple[int, int]:
-    """(rows, warps) of a prefill tile of head dims above 64: 128 rows where nothing spills."""
-    device = case.device
-    narrow = {"int4", "int2", "int8-planes"} & {case.fmt.key.name, case.fmt.value.name}
-    tensor_memory = 100 <= device.capability < 120
-    if narrow or tensor_memory or device.kind == "hip" or device.capability >= 120:
-        return 64, 8
+def _prefill_tile(case: _Case, widest: int) -> tuple[int, int]:
+    """(rows, warps): as tall as leaves everything in registers. widest: padded head dim."""
+    device, codecs = case.device, {case.fmt.key.name, case.fmt.value.name}
+    amd, narrow = device.kind == "hip", bool(codecs & NARROW)
+    if case.dtype == torch.float32:  # no tensor core: all of a tile's operands are live at once
+        return 16, 8
+    if widest > 128:
+        return 32, 4 if amd else 8
+    if case.busy:
+        return (64 if widest <= 64 else 32), 8
+    if widest <= 64:
+        return 128, 8
+    if amd or narrow or "float" in codecs or device.capability >= 100:
+        return 64, 4 if amd and narrow else 8
     return 128, 8
-
-
-def _is_fp32(case: _Case) -> bool:
-    """Whether some product of the loop is of fp32 numbers."""
-    return case.dtype == torch.float32
 
 
 def shared_bytes(plan: Plan, stages: int, fmt: PageFormat) -> int:

@@ -19,17 +19,17 @@ from torch import Tensor
 
 from lath.formats.activations import SMALLEST_ABSMAX
 from lath.formats.attention import LOG2E, PageView, Queries, ScoreOptions
-from lath.formats.pages import PAGE, PageCodec, PageFormat
+from lath.formats.pages import PageCodec, PageFormat
 from lath.formats.plan import Plan
 from lath.kernels.attention import triton_attend as loop
 from lath.kernels.attention import triton_corrections as before
+from lath.kernels.attention.triton_arguments import check, float_parts, score_tensors
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_DOTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Bytes that q·mean may take at once.
 _MOST_CORRECTIONS = 256 << 20
 _PAGE_TILE = 64  # pages of a program that multiplies q by means
-_MERGE_ROWS = 8
+_MERGE_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,8 @@ class _Settings:
     prepare: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """Codes and scales of q, q·mean and bounds, for a run of rows; placeholders where not made."""
-
-    codes: Tensor
-    scales: Tensor
-    corrections: Tensor
-    bounds: Tensor
+# Codes and scales of q, q·mean and bounds, for a run of rows; placeholders where not made.
+_Prepared = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def attend(
@@ -65,12 +59,9 @@ def attend(
     q = queries.q
     batch, heads, rows, _ = q.shape
     fmt = pages.format
-    _check(queries, pages, options, plan)
+    check(queries, pages, options, plan)
     packed = queries.offsets is not None
-    shape = (batch, heads, rows)
-    # Rows between packed sequences belong to none, so no program writes them.
-    o = (q.new_zeros if packed else q.new_empty)((*shape, fmt.value_dim))
-    lse = torch.full(shape, -torch.inf if packed else 0.0, dtype=torch.float32, device=q.device)
+    o, lse = _outputs((batch, heads, rows), fmt.value_dim, q.dtype, q.device, packed)
     if o.numel() == 0 or queries.longest == 0 or pages.num_sequences == 0:
         return o.zero_(), lse.fill_(-torch.inf)
     with _device_of(q):
@@ -80,16 +71,27 @@ def attend(
         if plan.split_k == 1:
             _attend(o, lse, queries, pages, options, plan, settings)
             return o, lse
-        make = torch.zeros if packed else torch.empty
-        parts = make((plan.split_k, *o.shape), dtype=torch.float32, device=q.device)
-        logarithms = torch.full_like(lse, -torch.inf).repeat(plan.split_k, 1, 1, 1)
+        shape = (plan.split_k, batch, heads, rows)
+        parts, logarithms = _outputs(shape, fmt.value_dim, torch.float32, q.device, packed)
         _attend(parts, logarithms, queries, pages, options, plan, settings)
         before.merge_kernel[(triton.cdiv(lse.numel(), _MERGE_ROWS),)](
             parts, logarithms, o, lse, lse.numel(), plan.split_k,
             DIM=fmt.value_dim, BLOCK_D=_power_of_two(fmt.value_dim),
-            BLOCK_R=_MERGE_ROWS, num_warps=4,
+            BLOCK_R=_MERGE_ROWS, num_warps=2,
         )  # fmt: skip
         return o, lse
+
+
+def _outputs(
+    shape: tuple[int, ...], channels: int, dtype: torch.dtype, device: torch.device, packed: bool
+) -> tuple[Tensor, Tensor]:
+    """Room for outputs [*shape, channels] and logarithms [*shape]."""
+    if not packed:  # every row is written
+        o = torch.empty((*shape, channels), dtype=dtype, device=device)
+        return o, torch.empty(shape, dtype=torch.float32, device=device)
+    # Rows between sequences belong to none, and no program writes them.
+    o = torch.zeros((*shape, channels), dtype=dtype, device=device)
+    return o, torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
 
 
 def _attend(
@@ -107,29 +109,28 @@ def _attend(
     blocks = heads // plan.pack
     per_token = 4 * sequences * heads * max(width, 1) * (2 if options.scheme == "unified" else 1)
     run = max(_MOST_CORRECTIONS // per_token // plan.block_m, 1) * plan.block_m
-    keys = _seen_as(pages.records, settings.key_dtype)
-    values = _seen_as(pages.records, settings.value_dtype)
-    numbers = _seen_as(pages.records, torch.float32)
-    lists = [t.contiguous() for t in (pages.table, pages.starts, pages.counts)]
-    parts, part_strides = _float_parts(pages, q)
-    extras, strides = _extras(options, queries, pages)
+    dtypes = (settings.key_dtype, settings.value_dtype, torch.float32)
+    records = tuple(pages.records.view(dtype) for dtype in dtypes)
+    lists = tuple(t.contiguous() for t in (pages.table, pages.starts, pages.counts))
+    lists = (*lists, pages.page_counts)
+    rows_of_q = (q, *q.stride()[:3])
+    parts, extras = float_parts(pages, q), score_tensors(options, queries, pages)
     factor, cap = options.scale * LOG2E, 0.0
     if options.softcap is not None:
         factor, cap = 2 * factor / options.softcap, options.softcap * LOG2E
     offsets = queries.lengths if queries.offsets is None else queries.offsets
+    lengths = (pages.lengths, queries.lengths, offsets)
     # Packed rows are counted within a sequence; dense ones all have to be written.
     last = rows if queries.offsets is None else queries.longest
     for first in range(0, last, run):
         tiles = triton.cdiv(min(run, last - first) * plan.pack, plan.block_m)
         padded = tiles * plan.block_m
-        made = _prepare(queries, pages, plan, settings, first, padded, numbers, lists[0])
+        made = _prepare(queries, pages, plan, settings, first, padded, records[2], lists[0])
         loop.attend_kernel[(tiles, blocks, sequences * plan.split_k)](
-            q, made.codes, made.scales, made.corrections, made.bounds, keys, values, numbers,
-            *lists, pages.page_counts, pages.lengths, queries.lengths, offsets,
-            *parts, *extras, o, lse, q.stride(0), q.stride(1), q.stride(2), *part_strides, *strides,
-            heads, pages.num_kv_heads, width, padded, rows, batch, first, plan.split_k,
+            rows_of_q, made, records, lists, lengths, *parts, *extras, (o, lse, batch, rows),
+            heads, pages.num_kv_heads, width, padded, first, plan.split_k,
             options.window or 0, factor, cap, **settings.loop,
-            num_warps=plan.warps, num_stages=plan.stages,
+            num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def _prepare(
     heads = q.shape[1]
     bounds_needed = settings.prepare["BOUNDS"]
     if settings.query == "float" and not bounds_needed:
-        return _Prepared(q, numbers, numbers, numbers)
+        return q, numbers, numbers, numbers
     shape = (sequences, heads // plan.pack, padded)
 
     def numbers_of(*sizes: int, wanted: bool) -> Tensor:
@@ -161,7 +162,7 @@ def _prepare(
         channels = settings.prepare["PADDED"]
         codes = torch.empty((*shape, channels), dtype=settings.codes_dtype, device=q.device)
     per_page = (sequences, heads // plan.pack, width, padded)
-    made = _Prepared(
+    made = (
         codes,
         numbers_of(*shape, wanted=rounded),
         numbers_of(*per_page, wanted=rounded),
@@ -171,9 +172,9 @@ def _prepare(
     offsets = queries.lengths if queries.offsets is None else queries.offsets
     grid = (padded // block, heads // plan.pack, sequences * max(1, triton.cdiv(width, _PAGE_TILE)))
     before.prepare_kernel[grid](
-        q, queries.lengths, offsets, _seen_as(pages.index, torch.bfloat16),
-        _seen_as(pages.index, torch.int8), numbers, table, pages.page_counts,
-        made.codes, made.scales, made.corrections, made.bounds,
+        q, queries.lengths, offsets, pages.index.view(torch.bfloat16),
+        pages.index.view(torch.int8), numbers, table, pages.page_counts,
+        *made,
         q.stride(0), q.stride(1), q.stride(2), heads, pages.num_kv_heads, width, padded, first,
         **settings.prepare, BLOCK_R=block, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -212,9 +213,9 @@ def _settings(
     query = "e4m3-fp16" if query == "e4m3" and not native else query
     precision = "float" if fmt.value.map == "float" else precision
     fields, index = fmt.fields, fmt.index_fields
-    dtypes = [_pointer(codec, dtype, native) for codec in (fmt.key, fmt.value)]
-    keys = _layout(fmt, "keys", fmt.key, draft, native, query != "float", dtypes[0])
-    values = _layout(fmt, "values", fmt.value, draft, native, True, dtypes[1])
+    key_dtype, value_dtype = (_pointer(codec, dtype, native) for codec in (fmt.key, fmt.value))
+    keys = _layout(fmt, "keys", fmt.key, draft, native, query != "float", key_dtype)
+    values = _layout(fmt, "values", fmt.value, draft, native, True, value_dtype)
     scale_of = [
         fields[name].offset // 4 if name in fields else -1
         for name in ("value_scales", "key_scales", "token_scales")
@@ -224,7 +225,7 @@ def _settings(
         "KEYS": keys,
         "VALUES": values,
         "PAGES": (
-            fmt.record_bytes // dtypes[0].itemsize, fmt.record_bytes // dtypes[1].itemsize,
+            fmt.record_bytes // key_dtype.itemsize, fmt.record_bytes // value_dtype.itemsize,
             fmt.record_bytes // 4, *scale_of, fmt.key_dim, fmt.value_dim,
         ),
         "MATH": (query, precision, unified),
@@ -257,7 +258,9 @@ def _settings(
         "SMALLEST": SMALLEST_ABSMAX,
     }  # fmt: skip
     codes = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "e4m3-fp16": torch.float16}
-    return _Settings(query, *dtypes, codes.get(query, dtype), loop_arguments, prepare)
+    return _Settings(
+        query, key_dtype, value_dtype, codes.get(query, dtype), loop_arguments, prepare
+    )
 
 
 def _pointer(codec: PageCodec, dtype: torch.dtype, native: bool) -> torch.dtype:
@@ -286,87 +289,9 @@ def _layout(
     least = 32 if narrow_dot and name == "keys" else 16
     fields = fmt.fields
     low = f"{name}_low" in fields and not draft
-    at = [fields[field].offset // dtype.itemsize for field in (name, f"{name}_low" if low else name)]
-    return kind, parts, low, width, max(least, _power_of_two(width)), at[0], at[1]
-
-
-def _float_parts(pages: PageView, q: Tensor) -> tuple[list[Tensor], list[tuple[int, ...]]]:
-    """The float parts' tensors and strides; placeholders where there is none."""
-    tensors: list[Tensor] = []
-    strides: list[tuple[int, ...]] = []
-    for keys, values, lengths in (
-        (pages.first_keys, pages.first_values, pages.first_lengths),
-        (pages.last_keys, pages.last_values, pages.last_lengths),
-    ):
-        if keys is None or values is None or lengths is None:
-            tensors += [q, q, pages.lengths]
-            strides.append((0,) * 6)
-        else:
-            tensors += [keys, values, lengths]
-            strides.append((*keys.stride()[:3], *values.stride()[:3]))
-    return tensors, strides
-
-
-def _extras(
-    options: ScoreOptions, queries: Queries, pages: PageView
-) -> tuple[list[Tensor], list[tuple[int, ...]]]:
-    """mask, bias, alibi, sink and tree, and the strides of mask, bias and tree."""
-    q, nothing = queries.q, pages.lengths
-    shape = (pages.num_sequences, q.shape[1], queries.longest, pages.longest)
-    tensors: list[Tensor] = []
-    strides: list[tuple[int, ...]] = []
-    for given in (options.mask, options.bias):
-        if given is None:
-            tensors.append(nothing)
-            strides.append((0, 0, 0, 0))
-            continue
-        seen = given.view(torch.uint8) if given.dtype == torch.bool else given
-        seen = _broadcast(seen, shape)
-        tensors.append(seen)
-        strides.append(tuple(seen.stride()))
-    for given in (options.alibi, options.sink, options.tree):
-        tensors.append(nothing if given is None else given.contiguous())
-    tree = options.tree
-    strides.append((0, 0) if tree is None else (tree.shape[1] * tree.shape[2], tree.shape[2]))
-    return tensors, strides
-
-
-def _broadcast(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[S, Hq, Lq, Lk] with stride 0 where it repeats; longer rows than asked for stay."""
-    tensor = tensor.reshape((1,) * (4 - tensor.dim()) + tuple(tensor.shape))
-    wanted = [max(size, own) for size, own in zip(shape, tensor.shape, strict=True)]
-    return tensor.expand(wanted)
-
-
-def _check(queries: Queries, pages: PageView, options: ScoreOptions, plan: Plan) -> None:
-    q, fmt = queries.q, pages.format
-    group = q.shape[1] // max(pages.num_kv_heads, 1)
-    if plan.dataflow not in ("prefill", "decode"):
-        raise ValueError(
-            f"plan dataflow for attention must be 'prefill' or 'decode', got {plan.dataflow!r}"
-        )
-    if plan.block_m not in (16, 32, 64, 128):
-        raise ValueError(f"plan block_m must be 16, 32, 64 or 128, got {plan.block_m}")
-    if plan.block_n != PAGE:
-        raise ValueError(f"plan block_n must be a page, {PAGE}, got {plan.block_n}")
-    if plan.pack < 1 or group % plan.pack:
-        raise ValueError(
-            f"plan pack must divide the {group} query heads of a KV head, got {plan.pack}"
-        )
-    if plan.split_k < 1:
-        raise ValueError(f"plan split_k must be 1 or more, got {plan.split_k}")
-    dots = {"int8"} if options.query == "int8" else {"e4m3", "fp16"}
-    if fmt.key.map == "float":
-        dots = {_DOTS[q.dtype]}
-    if plan.dot not in dots:
-        raise ValueError(f"plan dot must be one of {sorted(dots)} here, got {plan.dot!r}")
-    for name, tensor in (("records", pages.records), ("index", pages.index)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"pages {name} must be contiguous, got strides {tensor.stride()}")
-
-
-def _seen_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.view(dtype)
+    at = fields[name].offset // dtype.itemsize
+    low_at = fields[f"{name}_low"].offset // dtype.itemsize if low else at
+    return kind, parts, low, width, max(least, _power_of_two(width)), at, low_at
 
 
 def has_e4m3(target: str) -> bool:

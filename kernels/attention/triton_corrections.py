@@ -160,15 +160,17 @@ def merge_kernel(
     inside = (row < rows)[:, None] & (channel < DIM)
     largest = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     for piece in tl.range(0, pieces):
-        own = tl.load(logarithms + row + tl.cast(piece, tl.int64) * rows, mask=row < rows, other=float("-inf"))
+        at = row + tl.cast(piece, tl.int64) * rows
+        own = tl.load(logarithms + at, mask=row < rows, other=float("-inf"))
         largest = tl.maximum(largest, own)
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     total = tl.zeros((BLOCK_R,), tl.float32)
     summed = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for piece in tl.range(0, pieces):
-        own = tl.load(logarithms + row + tl.cast(piece, tl.int64) * rows, mask=row < rows, other=float("-inf"))
+        at = row + tl.cast(piece, tl.int64) * rows
+        own = tl.load(logarithms + at, mask=row < rows, other=float("-inf"))
         weight = tl.exp2(own - shift)
-        pointers = outputs + (row + tl.cast(piece, tl.int64) * rows)[:, None] * DIM + channel
+        pointers = outputs + at[:, None] * DIM + channel
         part = tl.load(pointers, mask=inside & (own != float("-inf"))[:, None], other=0.0)
         total += weight
         summed += part * weight[:, None]

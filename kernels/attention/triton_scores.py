@@ -42,7 +42,7 @@ def adjust(scores, start, count, row, extras, OPTIONS: tl.constexpr):
 
 @triton.jit
 def readable(start, count, row, extras, OPTIONS: tl.constexpr):
-    """bool [BM, 64]: which of the keys start .. start + 63 a row may read; `count` of them exist."""
+    """bool [BM, 64]: which of the keys start .. start + count - 1 a row may read."""
     slot = tl.arange(0, 64)
     key = (start + slot)[None, :]
     allowed = row[3][:, None] & (slot < count)[None, :]

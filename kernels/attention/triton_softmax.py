@@ -1,13 +1,14 @@
 """One tile's part of a softmax: weights, their rounding, the product with values.
 
-The state of a tile of rows is (m, l, seen, sums): m the largest score so far (or, "fixed", an upper
-bound of all that come), l the sum of weights relative to m, seen the largest score met, sums a fp32
-[BM, block] per part of the values. A NaN never hides: it reaches l, which only l == 0 is tested of.
+The state of a tile of rows is (top, total, seen, sums): top the largest score so far (or, "fixed",
+an upper bound of all that come), total the sum of weights relative to it, seen the largest score
+met, sums a fp32 [BM, block] per part of the values. A NaN never hides: it reaches `total`, of which
+only total == 0 is asked.
 
 MODE   "running"  weights relative to the largest score so far: what unrounded weights need least
        "tile"     weights relative to the tile's own largest, so that their codes depend on nothing
                   else; then weighed themselves
-       "fixed"    as "tile", and m stays
+       "fixed"    as "tile", and top stays
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ def _append(values, value):
 
 
 @triton.jit
-def fresh_state(m, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
-    """The state before any tile; m: [BM], -inf or the bound of "fixed"."""
+def fresh_state(top, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
+    """The state before any tile; top: [BM], -inf or the bound of "fixed"."""
     sums = ()
     for _ in tl.static_range(PARTS):
         sums = _append(sums, tl.zeros((BLOCK_M, BLOCK), tl.float32))
     nothing = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    return m, tl.zeros((BLOCK_M,), tl.float32), nothing, sums
+    return top, tl.zeros((BLOCK_M,), tl.float32), nothing, sums
 
 
 @triton.jit
@@ -62,14 +63,9 @@ def _times_values(p, values, PRECISION: tl.constexpr, P_TYPE: tl.constexpr):
 @triton.jit
 def _level(PRECISION: tl.constexpr):
     """What one step of a weight's code stands for."""
-    if PRECISION == "int8":
-        return 1.0 / 127.0
-    elif PRECISION == "int16":
-        return 1.0 / 32512.0
-    elif PRECISION == "e4m3":
-        return 1.0 / 256.0
-    else:
-        return 1.0
+    wide: tl.constexpr = 1.0 / 32512.0 if PRECISION == "int16" else 1.0
+    narrow: tl.constexpr = 1.0 / 256.0 if PRECISION == "e4m3" else wide
+    return 1.0 / 127.0 if PRECISION == "int8" else narrow
 
 
 @triton.jit
@@ -92,14 +88,14 @@ def add_tile(
     PLAIN: a score is scores * slope + intercept, slope >= 0 and intercept [BM]. MASKED: scores may
     be -inf. planes: the values, as `load_planes` gave them. scales: fp32 [block] per part.
     """
-    m, l, seen, sums = state
+    top, total, seen, sums = state
     largest = tl.max(scores, 1)
     if PLAIN:
         largest = largest * slope + intercept
     if MODE == "fixed":
-        new = m
+        new = top
     else:
-        new = tl.maximum(m, largest)
+        new = tl.maximum(top, largest)
     shift = _finite(new)
     if MODE == "running":
         origin = shift
@@ -109,16 +105,16 @@ def add_tile(
         p = tl.exp2(scores * slope[:, None] + (intercept - origin)[:, None])
     else:
         p = tl.exp2(scores - origin[:, None])
-    total = tl.sum(p, 1)
+    added_weight = tl.sum(p, 1)
     weight = tl.exp2(largest - shift)
     if MODE == "running":
         weight = tl.full(weight.shape, 1.0, tl.float32)
-    fade = tl.exp2(m - shift)
+    fade = tl.exp2(top - shift)
     if MODE == "fixed":
-        l = l + total * weight
+        total = total + added_weight * weight
         seen = tl.maximum(seen, largest)
     else:
-        l = l * fade + total * weight
+        total = total * fade + added_weight * weight
     weight *= _level(PRECISION)
     added = ()
     for part in tl.static_range(LAYOUT[1]):
@@ -138,28 +134,28 @@ def add_tile(
                 product = tl.where((largest != float("-inf"))[:, None], product, 0.0)
             after = before + product
         added = _append(added, after)
-    return new, l, seen, added
+    return new, total, seen, added
 
 
 @triton.jit
 def renormalised(state, PARTS: tl.constexpr):
-    """The state with l = 1 where it is not 0: from here on it may be rescaled."""
-    m, l, seen, sums = state
+    """The state with total = 1 where it is not 0: from here on it may be rescaled."""
+    top, total, seen, sums = state
     divided = ()
     for part in tl.static_range(PARTS):
-        divided = _append(divided, sums[part] / tl.where(l == 0, 1.0, l)[:, None])
-    new = tl.where(l == 0, float("-inf"), _finite(m) + tl.log2(l))
-    return new, tl.where(l == 0, 0.0, 1.0), seen, divided
+        divided = _append(divided, sums[part] / tl.where(total == 0, 1.0, total)[:, None])
+    new = tl.where(total == 0, float("-inf"), _finite(top) + tl.log2(total))
+    return new, tl.where(total == 0, 0.0, 1.0), seen, divided
 
 
 @triton.jit
 def with_sink(state, sink, PARTS: tl.constexpr):
     """The state after a score `sink` [BM] that has no value."""
-    m, l, seen, sums = state
-    new = tl.maximum(m, sink)
+    top, total, seen, sums = state
+    new = tl.maximum(top, sink)
     shift = _finite(new)
-    fade = tl.exp2(m - shift)
+    fade = tl.exp2(top - shift)
     faded = ()
     for part in tl.static_range(PARTS):
         faded = _append(faded, sums[part] * fade[:, None])
-    return new, l * fade + tl.exp2(sink - shift), seen, faded
+    return new, total * fade + tl.exp2(sink - shift), seen, faded

@@ -64,7 +64,7 @@ def _words(pointer, LAYOUT: tl.constexpr, VALUES: tl.constexpr):
         token, word = tl.arange(0, 64)[:, None], tl.arange(0, LAYOUT[4] // 4)[None, :]
         offsets = token // 16 * (4 * WIDTH) + word // 4 * 64 + token % 16 * 4 + word % 4
         inside = (word * 4 < WIDTH) & (token < 64)
-    loaded = _load(pointer + offsets, inside, WIDTH != LAYOUT[4])
+    loaded = _load(pointer + offsets, inside, LAYOUT[4] != WIDTH)
     return loaded.to(tl.uint32, bitcast=True)
 
 

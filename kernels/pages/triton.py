@@ -7,7 +7,6 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from lath.formats.activations import SMALLEST_ABSMAX
@@ -47,7 +46,8 @@ def write_pages(
             keys, values, jobs.contiguous(), _records_as(records, fmt.key, keys.dtype),
             _records_as(records, fmt.value, keys.dtype), records.view(torch.float32),
             index.view(torch.bfloat16), index.view(torch.int8), index.view(torch.int16),
-            *keys.stride()[:3], *values.stride()[:3], **arguments, num_warps=_warps(fmt), enable_fp_fusion=False,
+            *keys.stride()[:3], *values.stride()[:3], **arguments,
+            num_warps=_warps(fmt), enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -75,12 +75,8 @@ def _settings(fmt: PageFormat) -> dict[str, Any]:
         parts = 8 // codec.plane_bits if codec.map == "integer" else 1
         low = fields[f"{name}_low"].offset if codec.planes == 2 else 0
         block = max(16, 1 << (channels // parts - 1).bit_length())
-        layouts.append(
-            (
-                codec.name, parts, channels // parts, block, fields[name].offset // size, low,
-                fmt.record_bytes // size,
-            )  # fmt: skip
-        )
+        at, record = fields[name].offset // size, fmt.record_bytes // size
+        layouts.append((codec.name, parts, channels // parts, block, at, low, record))
     token_scales = fields["token_scales"].offset // 4 if "token_scales" in fields else 0
     return {
         "KEYS": layouts[0],

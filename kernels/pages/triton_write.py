@@ -165,12 +165,13 @@ def _write_keys(
     stored = ()
     for part in tl.static_range(LAYOUT[1]):
         y = centred[part]
-        decoded = y
+        number = y  # type: ignore[var-annotated]
         if LAYOUT[0] != "float":
             codes, number = _codes(y, safe, usable, LAYOUT[0])
             stored = _append(stored, codes)
-            decoded = number if CODES else number * scale
-        decoded = tl.where(tl.abs(decoded) < float("inf"), decoded, 0.0)
+            if not CODES:
+                number = number * scale
+        decoded = tl.where(tl.abs(number) < float("inf"), number, 0.0)
         highest = tl.max(tl.where(kept, decoded, float("-inf")), 0)[None, :]
         lowest = tl.min(tl.where(kept, decoded, float("inf")), 0)[None, :]
         if not CODES:

@@ -45,3 +45,10 @@ def assert_close(got: Any, expected: Any, atol: float = 2e-5) -> None:
     """o and lse; equal where infinite."""
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=2e-5, atol=atol)
+
+
+def short(value: Any) -> str:
+    """The id of a parameter: a dict's keys, a class's name, else the value."""
+    if isinstance(value, dict):
+        return "+".join(value) or "none"
+    return value.__name__ if isinstance(value, type) else str(value)

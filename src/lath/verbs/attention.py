@@ -83,7 +83,12 @@ def attention(
     if torch.compiler.is_compiling() or (
         torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     ):
-        ragged = [_as_tensor(n, q) for n in (lengths, query_lengths, cu_queries, cu_keys)]
+        ragged = [
+            _as_tensor("lengths", lengths, q),
+            _as_tensor("query_lengths", query_lengths, q),
+            _as_tensor("cu_seqlens of queries", cu_queries, q),
+            _as_tensor("cu_seqlens of keys", cu_keys, q),
+        ]
         o, lse = _operator(
             q, k, v, scores["mask"], scores["bias"], scores["alibi"], scores["sink"], *ragged,
             scores["causal"], scores["window"], scores["scale"], scores["softcap"],
@@ -142,10 +147,10 @@ def _check_packed(
     return tuple(cu_seqlens) if is_pair else (cu_seqlens, cu_seqlens)
 
 
-def _as_tensor(numbers: Any, like: Tensor) -> Tensor | None:
+def _as_tensor(name: str, numbers: Any, like: Tensor) -> Tensor | None:
     if numbers is None or isinstance(numbers, Tensor):
         return numbers
-    return torch.tensor(numbers, dtype=torch.int64, device=like.device)
+    return torch.tensor(integers(name, numbers), dtype=torch.int64, device=like.device)
 
 
 def _layout(

@@ -69,8 +69,9 @@ def decode_attention(
     "auto": "e4m3" for e4m3 keys, else "int8". precision: of P·V: "float", "int8" or "int16" for
     integer values, "e4m3" or "float" for e4m3, "float" for float values; "auto": the first that the
     values admit of "int8", "e4m3", "float". scheme: "online", or "unified" (one maximum from the
-    pages' bounds, FlashDecoding++; same result). draft: read the draft view (`PagedKV.draft`).
-    splits: pieces of the key list, None for the plan's choice. backend: "auto" is the cache's.
+    pages' bounds, FlashDecoding++; same result; no CPU kernel). draft: read the draft view
+    (`PagedKV.draft`). splits: pieces of the key list, None for the plan's choice. backend: "auto"
+    is the cache's.
 
     Returns o [B, Hq, Lq, E] of q's dtype; with return_lse also lse fp32 [B, Hq, Lq], natural log. A
     row that reads nothing is 0 with lse -inf (or the sink). backward raises NotImplementedError.

@@ -99,6 +99,12 @@ class PagedKV(PageStore):
             f"{self.pool.pages_in_use} pages, {self.nbytes} bytes on {self.device})"
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: the whole pool (shared with forks), float parts, tables and scales."""
+        scales = self.key_channel_scales
+        return super().nbytes + (0 if scales is None else scales.nbytes)
+
     def append(self, k: Tensor, v: Tensor, lengths: Any = None) -> None:
         """Add tokens at the end of every sequence.
 
