@@ -42,7 +42,7 @@ SYSTEMS = (
         "8-bit attention",
         "`attention(q, k, v)`: int8 QKᵀ, keys centred, P·V in 16 bits; `precision=` is the ladder",
         (
-            "test_attention_accuracy.py::test_figures_of_the_issue",
+            "test_attention_accuracy.py::test_biased_and_drifting_keys",
             "test_cpu_attention.py::test_parity",
             "test_triton_attention.py::test_parity",
         ),
@@ -68,7 +68,7 @@ SYSTEMS = (
         '`PagedKV(key_codec="int8-planes", value_codec="int8-planes")`, `draft=True`',
         (
             "test_decode_attention.py::test_draft_reads_the_upper_planes",
-            "test_self_speculation.py::test_greedy_output_is_that_of_plain_decoding",
+            "test_self_speculation.py::test_tokens_are_those_of_plain_decoding",
         ),
         "groups are pages of 64; scales are symmetric; one buffer of up to 64 tokens",
     ),
@@ -99,14 +99,14 @@ SYSTEMS = (
         "SwiftKV",
         "key-value cache",
         "layers that hold one `PagedKV`, or `kv.fork()`",
-        ("test_decode_attention.py::test_layers_may_share_a_cache",),
+        ("test_decode_contracts.py::test_layers_may_share_a_cache",),
         "distillation is not part of it",
     ),
     System(
         "Hogwild! Inference",
         "key-value cache",
         "`decode_attention` of a rotated query per segment, then `merge`",
-        ("test_decode_attention.py::test_segments_merge_into_the_whole",),
+        ("test_decode_contracts.py::test_segments_merge_into_the_whole",),
         "the shared loop of workers is the caller's",
     ),
     System(
@@ -120,7 +120,7 @@ SYSTEMS = (
         "HGCA",
         "decoding",
         "`merge` of two attentions, on two devices if need be",
-        ("test_decode_attention.py::test_segments_merge_into_the_whole",),
+        ("test_decode_contracts.py::test_segments_merge_into_the_whole",),
         "the merge: sparse selection is not here yet",
     ),
     System(

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lath.formats.activations import activation_format
 from lath.formats.codec import codec as parse_codec
+from lath.formats.registry import systems_table
 from lath.integration.bench_command import bench_app
 from lath.integration.models import ACCEPTED_MODELS, parse_dtype
 from lath.integration.patch_attention import attention_options
@@ -121,6 +122,12 @@ def plan(
     numbers = _numbers(m)
     target = parse_dtype(dtype) or torch.bfloat16
     _console().print(plan_table(model, weights, numbers, device, target, activations, skip))
+
+
+@app.command()
+def systems() -> None:
+    """List the published techniques that work here, and as what."""
+    typer.echo(systems_table(), nl=False)
 
 
 @app.command()

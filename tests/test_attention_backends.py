@@ -94,3 +94,20 @@ def test_backends_agree(name: str, backend: str) -> None:
     flips = {"e4m3": 2e-3, "decode e4m3": 2e-3}.get(name, 2e-4)
     torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=flips)
     assert_close([got[1]], [expected[1]], atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_one_by_one_is_all_at_once(backend: str) -> None:
+    """From a view of the tail or of the input, at any offset and stride: the same records."""
+    caches = [
+        lath.PagedKV(2, 32, 2, "int4", "int8", dtype=torch.float32, value_dim=48, backend=backend)
+        for _ in range(2)
+    ]
+    caches[0].append(K, V)
+    for i in range(200):
+        caches[1].append(K[:, :, i : i + 1], V[:, :, i : i + 1])
+    whole, single = caches
+    pages = [[page for span in kv.spans for page in span.pages] for kv in caches]
+    assert torch.equal(whole.pool.records[pages[0]], single.pool.records[pages[1]])
+    assert torch.equal(whole.pool.index[pages[0]], single.pool.index[pages[1]])
+    assert_close(whole.dequantize(1), single.dequantize(1), atol=0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lath.formats.attention import ScoreOptions
-from lath.formats.device import KNOWN_DEVICES, known_device
+from lath.formats.device import KNOWN_DEVICES, DeviceDescription, known_device
 from lath.formats.pages import PAGE_CODECS, PageCodec, PageFormat
 from lath.formats.plan import Plan
 from lath.kernels.attention.plan import (
@@ -26,13 +26,17 @@ GPUS = [name for name, device in KNOWN_DEVICES.items() if device.kind != "cpu"]
 OPTIONS = ScoreOptions(scale=0.1, causal=True, precision="int8")
 
 
+def described(device: str | DeviceDescription) -> DeviceDescription:
+    return known_device(device) if isinstance(device, str) else device
+
+
 def plan(
     queries: int = 1,
     keys: int = 4096,
     codecs: str = "int8/int8",
     dims: tuple[int, int] = (128, 128),
     dtype: torch.dtype = torch.bfloat16,
-    device: str = "sm_90",
+    device: str | DeviceDescription = "sm_90",
     backend: str = "triton",
     heads: str = "32/8",
     sequences: int = 1,
@@ -43,7 +47,7 @@ def plan(
     return plan_attention(
         sequences=sequences, query_heads=query_heads, kv_heads=kv_heads, queries=queries,
         keys=keys, fmt=PageFormat(key, value, *dims, dtype.itemsize), dtype=dtype,
-        options=options, device=known_device(device), backend=backend,  # type: ignore[arg-type]
+        options=options, device=described(device), backend=backend,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -148,6 +152,12 @@ def test_other_backends() -> None:
     chosen = plan(backend="cpu", device="avx512_vnni")
     assert (chosen.backend, chosen.dataflow, chosen.dot) == ("cpu", "decode", "int8")
     assert chosen.threads == known_device("avx512_vnni").threads
+    eight = dataclasses.replace(known_device("avx512_vnni"), threads=8)
+    assert plan(backend="cpu", device=eight).split_k == 1  # a KV head for each thread
+    few = plan(backend="cpu", device=eight, heads="8/2")
+    assert few.split_k == 4
+    assert "2 KV head(s): 64 pages in 4 pieces" in few.reason
+    assert plan(keys=0, backend="cpu", device=eight, heads="8/2").split_k == 1
     assert plan(100, backend="cpu", codecs="float/float", device="avx2").dot == "fp32"
     # The interpreter: planned as for a GPU.
     assert plan(device="avx2").backend == "triton"

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+
+import lath
 from hf_models import (
     bare_module,
     call_attention,
@@ -19,8 +21,6 @@ from hf_models import (
     relative,
     tokens,
 )
-
-import lath
 
 pytest.importorskip("transformers")
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+
+import lath
 from hf_models import (
     forward,
     generate,
@@ -20,8 +22,6 @@ from hf_models import (
     relative,
     tokens,
 )
-
-import lath
 
 pytest.importorskip("transformers")
 from lath.integration.cache import LathCache

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import bare_module, call_attention, forward, hf_model, padded, qkv, relative, tokens
 from torch import Tensor
 from torch.nn import functional
 
 import lath
+from hf_models import bare_module, call_attention, forward, hf_model, padded, qkv, relative, tokens
 
 pytest.importorskip("transformers")
 from lath.integration.attention_mask import Mask, lath_mask, recognise

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import MODELS, forward, generate, hf_model, padded, positions, relative, tokens
 from torch import Tensor
 
 import lath
+from hf_models import MODELS, forward, generate, hf_model, padded, positions, relative, tokens
 
 pytest.importorskip("transformers")
 from lath.integration import attention as lath_attention

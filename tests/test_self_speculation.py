@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import generate, hf_model, tokens
 
 import lath
+from hf_models import generate, hf_model, tokens
 
 pytest.importorskip("transformers")
 from lath.integration.cache import LathCache

@@ -80,8 +80,10 @@ def _channel_dots(
             if kind.value == "int8-planes":
                 low = e.load(e.add(e.add(keys.record, a["values_low"]), at_vector))
             if kind.prefetch and part == 0:
+                # In the order of addresses, which the prefetchers of the memory follow.
+                line = e.offset(e.integer(VECTOR * (4 * subpage + i)), unit, VECTOR * UNIT)
                 for plane in ("values", "values_low") if kind.value == "int8-planes" else ("values",):
-                    e.prefetch(e.add(e.add(keys.upcoming, a[plane]), at_vector))
+                    e.prefetch(e.add(e.add(keys.upcoming, a[plane]), line))
             value = signed_code(c, stored, low, kind.value, part)
             for r in range(ROWS):
                 place = e.add(codes, PAGE * r + SUBPAGE * subpage)

@@ -86,7 +86,8 @@ def plan_attention(
 def _is_busy(options: ScoreOptions) -> bool:
     tensors = (options.mask, options.bias, options.alibi, options.tree)
     given = any(tensor is not None for tensor in tensors)
-    return given or options.softcap is not None or options.scheme == "unified"
+    scored = given or options.softcap is not None
+    return scored or options.scheme == "unified" or options.precision == "int16"
 
 
 @functools.lru_cache(maxsize=4096)  # a decode step asks for the same plan in every layer
@@ -109,14 +110,26 @@ def _plan(case: _Case) -> Plan:
         draft = replace(draft, dataflow="prefill")
         why = f"{case.queries} queries fill tiles of one head"
     if case.backend == "cpu":
-        dot = "fp32" if case.fmt.key.map == "float" or case.query != "int8" else "int8"
-        return replace(
-            draft, dot=dot, block_n=PAGE, threads=case.device.threads,
-            reason=f"{why}; {case.device.threads} thread(s)",
-        )  # fmt: skip
+        return _plan_cpu(draft, case, why)
     dot, why_dot = _dot(case)
     draft = _tile(replace(draft, dot=dot), case)
     return _split(draft, case, [why_dot, why])
+
+
+def _plan_cpu(draft: Plan, case: _Case, why: str) -> Plan:
+    """Pieces of the pages of few KV heads, so that every thread has some."""
+    threads, tasks = case.device.threads, max(1, case.sequences * case.kv_heads)
+    split = 1
+    if draft.dataflow == "decode" and tasks < threads:
+        wanted = min(-(-threads // tasks), _pages(case))
+        split = max(_distinct(range(1, wanted + 1), _pages(case)), default=1)
+    reasons = [why, f"{threads} thread(s)"]
+    if split > 1:
+        reasons.append(f"{tasks} KV head(s): {_pages(case)} pages in {split} pieces")
+    dot = "fp32" if case.fmt.key.map == "float" or case.query != "int8" else "int8"
+    return replace(
+        draft, dot=dot, block_n=PAGE, split_k=split, threads=threads, reason="; ".join(reasons)
+    )
 
 
 def multiplies_e4m3(device: DeviceDescription) -> bool:
@@ -142,9 +155,14 @@ def _tile(draft: Plan, case: _Case) -> Plan:
     widest = max(fmt.padded_key_dim, fmt.padded_value_dim)
     if draft.dataflow == "decode":
         block_m = _power_of_two(case.queries * draft.pack, 16, PACKED_ROWS)
-        warps = 2 if block_m == 16 else 4
         if case.dtype == torch.float32 or widest > 128:
-            block_m, warps = min(block_m, 32), 4
+            block_m = min(block_m, 32)
+        if case.dtype == torch.float32:
+            warps = 8
+        elif block_m == 16 and widest <= 128:
+            warps = 2  # a page is small work: more warps would repeat the softmax's reductions
+        else:
+            warps = 4 if block_m < 64 or widest <= 64 else 8
     else:
         block_m, warps = _prefill_tile(case, widest)
     draft = replace(
@@ -161,8 +179,8 @@ def _prefill_tile(case: _Case, widest: int) -> tuple[int, int]:
     """(rows, warps): as tall as leaves everything in registers. widest: padded head dim."""
     device, codecs = case.device, {case.fmt.key.name, case.fmt.value.name}
     amd, narrow = device.kind == "hip", bool(codecs & NARROW)
-    if case.dtype == torch.float32:  # no tensor core: all of a tile's operands are live at once
-        return 16, 8
+    if case.dtype == torch.float32:  # numbers of twice the size, in three parts on NVIDIA
+        return (32 if widest <= 64 else 16), 8
     if widest > 128:
         return 32, 4 if amd else 8
     if case.busy:

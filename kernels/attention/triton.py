@@ -228,7 +228,7 @@ def _settings(
             fmt.record_bytes // key_dtype.itemsize, fmt.record_bytes // value_dtype.itemsize,
             fmt.record_bytes // 4, *scale_of, fmt.key_dim, fmt.value_dim,
         ),
-        "MATH": (query, precision, unified),
+        "MATH": (query, precision, unified, _fp32_dot(target)),
         "OPTIONS": scores,
         "PARTS": parts,
         "SINK": sink,
@@ -292,6 +292,12 @@ def _layout(
     at = fields[name].offset // dtype.itemsize
     low_at = fields[f"{name}_low"].offset // dtype.itemsize if low else at
     return kind, parts, low, width, max(least, _power_of_two(width)), at, low_at
+
+
+def _fp32_dot(target: str) -> str:
+    """How fp32 is multiplied: NVIDIA's tensor cores take it as three products of parts, whose
+    error is that of fp32 sums; AMD's take it as it is."""
+    return "tf32x3" if target.startswith("sm_") else "ieee"
 
 
 def has_e4m3(target: str) -> bool:

@@ -156,6 +156,7 @@ def _float_part(
     extras,
     VALUES: tl.constexpr,
     PAGES: tl.constexpr,
+    MATH: tl.constexpr,
     OPTIONS: tl.constexpr,
     P_TYPE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -177,7 +178,7 @@ def _float_part(
         values = part[1] + wide * part[6] + kv_head * part[7]
         state = add_floats(
             state, q, keys, values, part[5], part[8], start, count, factor, row, extras, VALUES,
-            PAGES, OPTIONS, P_TYPE,
+            PAGES, MATH, OPTIONS, P_TYPE,
         )  # fmt: skip
     return state
 
@@ -285,14 +286,14 @@ def attend_kernel(
         count = tl.load(first_part[2] + sequence)
         state = _float_part(
             state, base, first_part, sequence, kv_head, count * 0, count, some & (piece == 0),
-            reach, factor, row, extras, VALUES, PAGES, OPTIONS, P_TYPE, FLOAT_BLOCK,
+            reach, factor, row, extras, VALUES, PAGES, MATH, OPTIONS, P_TYPE, FLOAT_BLOCK,
         )  # fmt: skip
     if PARTS[1]:
         count = tl.load(last_part[2] + sequence)
         state = _float_part(
             state, base, last_part, sequence, kv_head, length - count, count,
-            some & (piece == pieces - 1), reach, factor, row, extras, VALUES, PAGES, OPTIONS,
-            P_TYPE, FLOAT_BLOCK,
+            some & (piece == pieces - 1), reach, factor, row, extras, VALUES, PAGES, MATH,
+            OPTIONS, P_TYPE, FLOAT_BLOCK,
         )  # fmt: skip
     if SINK:
         score = tl.load(sink + head, mask=row[3], other=0.0).to(tl.float32) * _LOG2E

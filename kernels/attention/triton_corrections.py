@@ -108,16 +108,15 @@ def prepare_kernel(
     x = tl.load(base + at[:, None] + channel[None, :], mask=inside, other=0.0)
     prepared = sequence.to(tl.int64) * (heads // PACK) + block
     lane = lane.to(tl.int64)
-    exact = x.to(tl.float32)
+    rounded, scale = x.to(tl.float32), tl.full((BLOCK_R,), 1.0, tl.float32)
     if QUERY != "float":
-        rounded, scale = _rounded(exact, QUERY, SMALLEST)
+        rounded, scale = _rounded(rounded, QUERY, SMALLEST)
         if page_tile == 0:
             own = prepared * padded_rows + lane
             pointers = codes + own[:, None] * PADDED + channel[None, :]
             fits = (lane < padded_rows)[:, None] & (channel < PADDED)[None, :]
             tl.store(pointers, rounded.to(codes.dtype.element_ty), mask=fits)
             tl.store(scales + own, scale, mask=lane < padded_rows)
-        exact = rounded * scale[:, None]
 
     page = page_tile * BLOCK_P + tl.arange(0, BLOCK_P)
     number = tl.load(table + sequence.to(tl.int64) * table_width + page, mask=page < pages, other=0)
@@ -131,12 +130,13 @@ def prepare_kernel(
         tl.store(corrections + to, product, mask=stored)
     if BOUNDS:
         pointers = extremes + record[None, :] * INDEX[1] + channel[:, None]
-        most = tl.load(pointers + INDEX[2], mask=there, other=0).to(tl.float32)
-        least = tl.load(pointers + INDEX[3], mask=there, other=0).to(tl.float32)
-        above = tl.dot(tl.maximum(exact, 0.0), most, input_precision="ieee")
-        below = tl.dot(tl.minimum(exact, 0.0), least, input_precision="ieee")
+        # All codes are exact in bf16; floats are rounded, and the bound is one to 2**-8 of itself.
+        most = tl.load(pointers + INDEX[2], mask=there, other=0).to(tl.bfloat16)
+        least = tl.load(pointers + INDEX[3], mask=there, other=0).to(tl.bfloat16)
+        reach = tl.dot(tl.maximum(rounded, 0.0).to(tl.bfloat16), most)
+        reach = tl.dot(tl.minimum(rounded, 0.0).to(tl.bfloat16), least, reach)
         unit = tl.load(numbers + record * INDEX[4] + INDEX[5], mask=page < pages, other=0.0)
-        bound = product + unit[None, :] * (above + below)
+        bound = product + unit[None, :] * scale[:, None] * reach
         tl.store(bounds + to, tl.where(bound == bound, bound, float("-inf")), mask=stored)
 
 

@@ -8,7 +8,8 @@ Constexpr tuples:
     KEYS, VALUES   layouts of `triton_tiles`
     PAGES          elements of a record seen through the pointer of keys, of values and of fp32;
                    where fp32 scales of values, keys and tokens begin; head dims of keys, of values
-    MATH           (query, precision, unified): "int8", "e4m3", "e4m3-fp16" or "float" queries
+    MATH           (query, precision, unified, fp32): "int8", "e4m3", "e4m3-fp16" or "float"
+                   queries; how Triton multiplies fp32 numbers
     OPTIONS        of `triton_scores`
 """
 
@@ -36,9 +37,9 @@ def _append(values, value):
 
 
 @triton.jit
-def _products(query, keys, KEYS: tl.constexpr, QUERY: tl.constexpr):
+def _products(query, keys, KEYS: tl.constexpr, MATH: tl.constexpr):
     """fp32 [BM, 64]: the rows' codes times the keys'. query: a tile [BM, block] per part."""
-    if QUERY == "int8":
+    if MATH[0] == "int8":
         total = tl.dot(query[0], operand(keys, KEYS, 0, False))
         for part in tl.static_range(1, KEYS[1]):
             total = tl.dot(query[part], operand(keys, KEYS, part, False), total)
@@ -49,7 +50,7 @@ def _products(query, keys, KEYS: tl.constexpr, QUERY: tl.constexpr):
             codes = operand(keys, KEYS, part, False)
             if KEYS[0] == "narrow":  # four significant bits: exact in every float
                 codes = codes.to(tl.float16).to(query[0].dtype)
-            total = tl.dot(query[part], codes, total, input_precision="ieee")
+            total = tl.dot(query[part], codes, total, input_precision=MATH[3])
         return total
 
 
@@ -88,10 +89,10 @@ def _add_page(
     if KEYS[0] == "float":
         pointer = view[0] + record * PAGES[0] + KEYS[5]
         keys = float_keys(pointer, KEYS[3], PAGES[6], count, KEYS[4])
-        scores = tl.dot(query[0][0], keys, input_precision="ieee") * query[4]
+        scores = tl.dot(query[0][0], keys, input_precision=MATH[3]) * query[4]
     else:
         keys = load_planes(view[0] + record * PAGES[0], KEYS, False)
-        scores = _products(query[0], keys, KEYS, MATH[0])
+        scores = _products(query[0], keys, KEYS, MATH)
         slope = query[1] * tl.load(numbers + PAGES[4])
         at = tl.cast(page, tl.int64) * query[3] + tl.arange(0, row[0].shape[0])
         intercept = tl.load(query[2] + at) * query[4]
@@ -120,7 +121,7 @@ def _add_page(
                 scale = tl.load(pointers)
             scales = _append(scales, scale)
     return add_tile(
-        state, scores, slope, intercept, planes, scales, MODE, PLAIN, MASKED, VALUES, MATH[1],
+        state, scores, slope, intercept, planes, scales, MODE, PLAIN, MASKED, VALUES, MATH,
         P_TYPE,
     )  # fmt: skip
 
@@ -176,12 +177,13 @@ def add_floats(
     extras,
     VALUES: tl.constexpr,
     PAGES: tl.constexpr,
+    MATH: tl.constexpr,
     OPTIONS: tl.constexpr,
     P_TYPE: tl.constexpr,
 ):
     """The state after a float part: keys and values [64, D or E], positions start onwards."""
     tile = float_keys(keys, key_stride, PAGES[6], count, q.shape[1])
-    scores = tl.dot(q, tile, input_precision="ieee") * factor
+    scores = tl.dot(q, tile, input_precision=MATH[3]) * factor
     scores = adjust(scores, start, count, row, extras, OPTIONS)
     allowed = readable(start, count, row, extras, OPTIONS)
     scores = tl.where(allowed, scores, float("-inf"))
@@ -198,7 +200,7 @@ def add_floats(
         tile = float_values(
             values + part * VALUES[3], value_stride, PAGES[7] - part * VALUES[3], count, VALUES[4]
         )
-        product = tl.dot(p.to(P_TYPE), tile, input_precision="ieee")
+        product = tl.dot(p.to(P_TYPE), tile, input_precision=MATH[3])
         product = tl.where((largest != float("-inf"))[:, None], product, 0.0)
         added = _append(added, sums[part] * fade[:, None] + product)
     return new, total, seen, added

@@ -42,8 +42,9 @@ def _finite(x):
 
 
 @triton.jit
-def _times_values(p, values, PRECISION: tl.constexpr, P_TYPE: tl.constexpr):
+def _times_values(p, values, MATH: tl.constexpr, P_TYPE: tl.constexpr):
     """fp32 [BM, block] of weights [BM, 64] in 0 .. 1 and values [64, block], times `levels`."""
+    PRECISION: tl.constexpr = MATH[1]
     if PRECISION == "int8":
         codes = rint_bits(p * 127.0).to(tl.int8)
         return tl.dot(codes, values).to(tl.float32)
@@ -57,7 +58,7 @@ def _times_values(p, values, PRECISION: tl.constexpr, P_TYPE: tl.constexpr):
         else:
             return tl.dot((p * 256.0).to(tl.float8e4nv), values)
     else:
-        return tl.dot(p.to(P_TYPE), values.to(P_TYPE), input_precision="ieee")
+        return tl.dot(p.to(P_TYPE), values.to(P_TYPE), input_precision=MATH[3])
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def add_tile(
     PLAIN: tl.constexpr,
     MASKED: tl.constexpr,
     LAYOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    MATH: tl.constexpr,
     P_TYPE: tl.constexpr,
 ):
     """The state after a tile of scores [BM, 64].
@@ -115,7 +116,7 @@ def add_tile(
         seen = tl.maximum(seen, largest)
     else:
         total = total * fade + added_weight * weight
-    weight *= _level(PRECISION)
+    weight *= _level(MATH[1])
     added = ()
     for part in tl.static_range(LAYOUT[1]):
         values = operand(planes, LAYOUT, part, True)
@@ -123,9 +124,9 @@ def add_tile(
         if MODE != "fixed":
             before = before * fade[:, None]
         if LAYOUT[0] == "float" and MODE == "running" and not MASKED:
-            after = tl.dot(p.to(P_TYPE), values, before, input_precision="ieee")
+            after = tl.dot(p.to(P_TYPE), values, before, input_precision=MATH[3])
         else:
-            product = _times_values(p, values, PRECISION, P_TYPE)
+            product = _times_values(p, values, MATH, P_TYPE)
             if LAYOUT[0] != "float":
                 product = product * scales[part][None, :]
             if MODE != "running":

@@ -1,4 +1,4 @@
-"""lath: low-bit GEMM for language models, defined in NumPy, fast in Triton and on CPUs.
+"""lath: low-bit GEMM and 8-bit attention for language models, in NumPy, Triton and on CPUs.
 
     w = lath.quantize(weight, "int4-g128")      # [N, K] → QTensor
     y = lath.linear(x, w)                       # [..., K] → [..., N]
@@ -25,6 +25,7 @@ from lath.formats.pages import PageCodec
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
 from lath.verbs.attention import attention
+from lath.verbs.channel_scales import key_channel_scales
 from lath.verbs.decode import decode_attention
 from lath.verbs.linear import linear
 from lath.verbs.merge import merge
@@ -34,6 +35,7 @@ from lath.verbs.quantize import quantize
 from lath.verbs.sdpa import scaled_dot_product_attention
 
 if TYPE_CHECKING:
+    from lath.integration.cache import LathCache
     from lath.integration.patch import patch
     from lath.integration.report import PatchReport
 
@@ -43,6 +45,7 @@ __all__ = [
     "ActivationFormat",
     "Codec",
     "DeviceDescription",
+    "LathCache",
     "PageCodec",
     "PagedKV",
     "PatchReport",
@@ -52,6 +55,7 @@ __all__ = [
     "codec",
     "decode_attention",
     "describe_device",
+    "key_channel_scales",
     "linear",
     "merge",
     "patch",
@@ -65,6 +69,7 @@ logging.getLogger("lath").addHandler(logging.NullHandler())
 
 # Names of the fourth floor, imported on first use: they may need optional packages.
 _INTEGRATION = {
+    "LathCache": "lath.integration.cache",
     "patch": "lath.integration.patch",
     "PatchReport": "lath.integration.report",
 }
