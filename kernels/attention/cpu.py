@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
 
 from lath.kernels.attention.cpu_arguments import FAR, FIELDS, INDEX, ROWS
 from lath.kernels.attention.cpu_loop import emit_attend, emit_merge
-from lath.kernels.attention.cpu_scratch import scratch_offsets, state_bytes
+from lath.kernels.attention.cpu_scratch import scratch_of, state_bytes
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16, FP16, FP32
 from lath.kernels.simd.isa import has_native_brain, host_isa
@@ -70,46 +70,54 @@ def attend(
     )
     layout = _layout(fmt, tile_rows)
     block = array("q", layout.block)
-    tiles = -(-longest * group // tile_rows)
-    units = pages.num_sequences * pages.num_kv_heads * max(tiles, 1)
-    splits = max(plan.split_k, 1)
-    threads = min(torch.get_num_threads(), units * splits)
-    scratch = torch.empty(threads * layout.slot + units * splits * layout.state, dtype=torch.uint8)
+    kv_heads, tiles, splits = (
+        pages.num_kv_heads,
+        max(-(-longest * group // tile_rows), 1),
+        plan.split_k,
+    )
+    chunk = _chunk(pages.num_sequences * tiles * splits, kv_heads) if tile_rows <= ROWS else 1
+    chunks = -(-kv_heads // chunk)
+    pieces = pages.num_sequences * chunks * tiles
+    units, states = pieces * splits, pages.num_sequences * kv_heads * tiles * splits
+    slot = layout.shared + chunk * layout.rows
+    threads = min(torch.get_num_threads(), units)
+    scratch = torch.empty(threads * slot + states * layout.state, dtype=torch.uint8)
     start = scratch.data_ptr()
     for name, value in (
-        ("group", group), ("kv_heads", pages.num_kv_heads),
-        ("row_limit", 0 if packed else rows), ("units", units * splits), ("splits", splits),
-        ("tiles", max(tiles, 1)), ("scratch", start), ("states", start + threads * layout.slot),
+        ("group", group), ("kv_heads", kv_heads), ("row_limit", 0 if packed else rows),
+        ("units", units), ("splits", splits), ("tiles", tiles), ("chunk", chunk),
+        ("chunks", chunks), ("scratch", start), ("slot", slot),
+        ("states", start + threads * slot),
     ):  # fmt: skip
         block[INDEX[name]] = value
     _fill_rows(block, queries, o, lse)
     _fill_pages(block, pages)
     _fill_options(block, options, kept)
     address = block.buffer_info()[0]
-    run_units(compiled.attend, block, address, units * splits, _SLOTS)
+    run_units(compiled, block, address, units, _SLOTS)
     if splits > 1:
-        run_units(_merge(q.dtype), block, address, units, _SLOTS)
+        run_units(_merge(q.dtype), block, address, pieces, _SLOTS)
     return o, lse
 
 
-@dataclass(frozen=True)
-class _Compiled:
-    attend: Any
+def _chunk(others: int, kv_heads: int) -> int:
+    """KV heads that a unit does: all of them unless threads would stand idle."""
+    wanted = -(-torch.get_num_threads() // max(others, 1))
+    return max(1, kv_heads // wanted)
 
 
 @functools.cache
 def _compiled(
     fmt: PageFormat, dtype: torch.dtype, query: str, precision: str, draft: bool, few: bool
-) -> _Compiled:
+) -> Any:
     def name(codec: str) -> str:
         return "draft" if draft and codec == "int8-planes" else codec
 
     brain = dtype == torch.bfloat16 and has_native_brain(host_isa())
-    kernel = compile_kernel(
+    return compile_kernel(
         emit_attend, name(fmt.key.name), name(fmt.value.name), precision, query, DTYPES[dtype],
         int(brain), int(few),
     )  # fmt: skip
-    return _Compiled(kernel)
 
 
 @functools.cache
@@ -119,11 +127,12 @@ def _merge(dtype: torch.dtype) -> Any:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a page format and a height of tile settle: an argument block, bytes of scratch of a
-    thread and of a state of a unit."""
+    """What a page format and a height of tile settle: an argument block, bytes of scratch that a
+    thread needs once and for each tile at hand, bytes of a tile's state."""
 
     block: list[int]
-    slot: int
+    shared: int
+    rows: int
     state: int
 
 
@@ -131,16 +140,16 @@ class _Layout:
 def _layout(fmt: PageFormat, tile_rows: int) -> _Layout:
     stored = fmt.padded_key_dim
     staged = -(-stored // 32) * 32
-    offsets, slot = scratch_offsets(tile_rows, staged, fmt.padded_value_dim)
+    scratch = scratch_of(tile_rows, staged, fmt.padded_value_dim)
     state = state_bytes(tile_rows, fmt.padded_value_dim)
     values = {
         "key_dim": fmt.key_dim, "value_dim": fmt.value_dim, "stored_keys": stored,
         "stored_values": fmt.padded_value_dim, "staged_keys": staged,
-        "tile_rows": tile_rows, "slot": slot, "state": state,
+        "tile_rows": tile_rows, "state": state, "at_rows": scratch.shared, "row_slot": scratch.rows,
         **{name: field.offset for name, field in fmt.fields.items()},
-        **{f"at_{name}": offset for name, offset in offsets.items()},
+        **{f"at_{name}": offset for name, offset in scratch.offsets.items()},
     }  # fmt: skip
-    return _Layout([values.get(name, 0) for name in FIELDS], slot, state)
+    return _Layout([values.get(name, 0) for name in FIELDS], scratch.shared, scratch.rows, state)
 
 
 def _fill_rows(block: array[int], queries: Queries, o: Tensor, lse: Tensor) -> None:

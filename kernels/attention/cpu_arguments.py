@@ -14,11 +14,9 @@ from lath.kernels.simd.emitter import BF16, F32, FP32, I32, I64, ITEM_BYTES, Emi
 
 ROWS = 4  # rows of q that are computed together
 FAR = 1 << 30  # a distance that no key has
-# A thread's scratch (cpu_scratch.py).
-PIECES = (
-    "q", "rounded", "codes", "factors", "sums", "wide", "scores", "weights", "result",
-    "key_rows", "value_rows",
-)  # fmt: skip
+# Pieces of a thread's scratch (cpu_scratch.py): of each tile of rows, and of the tile at hand.
+ROW_PIECES = ("q", "rounded", "codes", "factors", "sums")
+SHARED_PIECES = ("wide", "scores", "weights", "result", "key_rows", "value_rows")
 
 FIELDS = (
     # what is computed
@@ -54,11 +52,13 @@ FIELDS = (
     "tree", "tree_batch", "tree_row",
     # how the work is divided
     "units", "splits", "tiles",
+    "chunk", "chunks",  # neighbouring KV heads that a unit does, and how many such there are
     "tile_rows",  # a multiple of ROWS
     "scratch", "slot",  # of a thread: address, bytes
+    "at_rows", "row_slot",  # in a slot: offset of the tiles' pieces, bytes of one tile's
     "states", "state",  # of a unit
     "staged_keys",  # padded head dim of q, and of keys that are multiplied as floats
-    *(f"at_{piece}" for piece in PIECES),  # offsets in a thread's scratch
+    *(f"at_{piece}" for piece in (*SHARED_PIECES, *ROW_PIECES)),
     # for a team of threads
     "task", "thread_number", "thread_count",
 )  # fmt: skip
@@ -94,7 +94,8 @@ class Kind:
 
     key, value: codec names, or "draft" for the upper planes of "int8-planes". precision, query: as
     in ScoreOptions. dtype: FP32, FP16 or BF16, of q, of float pages and parts, and of o. brain:
-    floats are multiplied as bf16, else as fp32. prefetch: ask for the next page while one is read.
+    floats are multiplied as bf16, else as fp32. few: no tile has more than 4 rows; following
+    pages are asked for while one is read.
     """
 
     key: str
@@ -103,7 +104,7 @@ class Kind:
     query: str
     dtype: int
     brain: bool
-    prefetch: bool
+    few: bool
 
     @property
     def integer_scores(self) -> bool:

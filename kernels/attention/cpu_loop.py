@@ -1,25 +1,26 @@
 """The attend loop of the CPU: tiles of rows over pages, one kernel for a few rows and for many.
 
-A unit is a tile of rows of one KV head of one sequence and one piece of its pages. For each page, 4
-rows at a time: scores, softmax relative to the page, weights times values (online softmax). A page
-that no row reads is skipped; one whose codes are not multiplied as integers is turned into floats
-once per tile of rows.
+For each page, 4 rows at a time: scores, softmax relative to the page, weights times values (online
+softmax). A page that no row reads is skipped; one whose codes are not multiplied as integers is
+turned into floats once per tile of rows.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from lath.kernels.attention.cpu_arguments import ROWS, Arguments, Context, Kind
 from lath.kernels.attention.cpu_rows import (
     RowTile,
+    Unit,
     blocks_of,
     clear_states,
     finish_rows,
     piece,
     position_of,
     prepare_rows,
-    row_tile,
 )
 from lath.kernels.attention.cpu_scores import corrections_of, float_scores, integer_scores
 from lath.kernels.attention.cpu_softmax import apply_options, reach_of, softmax
@@ -33,90 +34,114 @@ from lath.kernels.attention.cpu_tile import (
 from lath.kernels.attention.cpu_values import channel_values, integer_values, token_values
 from lath.kernels.simd.emitter import I32, I64, Emitter
 
-# Pages between the one that is read and the one that is asked for.
-AHEAD = 2
-
 
 def emit_attend(
     e: Emitter, thread: Any, threads: Any, arguments: Any,
-    key: str, value: str, precision: str, query: str, dtype: int, brain: bool, prefetch: bool,
+    key: str, value: str, precision: str, query: str, dtype: int, brain: bool, few: bool,
 ) -> None:  # fmt: skip
     """The units thread, thread + threads, … of all. Options: the fields of `Kind`."""
     a = Arguments(e, arguments)
-    c = Context(e, a, Kind(key, value, precision, query, dtype, brain, prefetch))
-    with e.loop(e.divide(e.add(e.subtract(a["units"], thread), e.subtract(threads, 1)), threads)) as i:
-        unit = e.add(thread, e.multiply(i, threads))
-        split = e.remainder(unit, a["splits"])
-        tile = row_tile(c, thread, unit, split)
-        clear_states(c, tile)
-        with e.when(e.less(e.integer(0), tile.count)):
-            prepare_rows(c, tile)
-            with e.when(c.b.icmp_signed("==", split, e.integer(0))):
-                _attend_part(c, tile, "first")
-            _attend_pages(c, tile, split)
-            with e.when(c.b.icmp_signed("==", split, e.subtract(a["splits"], 1))):
-                _attend_part(c, tile, "last")
-        with e.when(c.b.icmp_signed("==", a["splits"], e.integer(1))):
-            finish_rows(c, tile, _rows_to_write(c, tile))
+    c = Context(e, a, Kind(key, value, precision, query, dtype, brain, few))
+    with e.loop(_share(e, a["units"], thread, threads)) as i:
+        unit = Unit(c, thread, e.add(thread, e.multiply(i, threads)))
+        with e.when(e.less(e.integer(0), unit.count)):
+            with e.loop(unit.heads) as h:
+                tile = unit.tile_of(h)
+                clear_states(c, tile)
+                prepare_rows(c, tile)
+                with e.when(c.b.icmp_signed("==", unit.split, e.integer(0))):
+                    _attend_part(c, tile, "first")
+            _attend_pages(c, unit)
+            with (
+                e.when(c.b.icmp_signed("==", unit.split, e.subtract(a["splits"], 1))),
+                e.loop(unit.heads) as h,
+            ):
+                _attend_part(c, unit.tile_of(h), "last")
+        with (
+            e.when(c.b.icmp_signed("==", a["splits"], e.integer(1))),
+            e.loop(unit.heads) as h,
+        ):
+            finish_rows(c, unit.tile_of(h), _rows_to_write(c, unit))
 
 
-def emit_merge(
-    e: Emitter, thread: Any, threads: Any, arguments: Any, dtype: int
-) -> None:
+def emit_merge(e: Emitter, thread: Any, threads: Any, arguments: Any, dtype: int) -> None:
     """o and lse from the states of all splits, for the tiles thread, thread + threads, …"""
     a = Arguments(e, arguments)
     c = Context(e, a, Kind("int8", "int8", "int8", "int8", dtype, False, False))
-    tiles = e.divide(a["units"], a["splits"])
-    with e.loop(e.divide(e.add(e.subtract(tiles, thread), e.subtract(threads, 1)), threads)) as i:
-        unit = e.multiply(e.add(thread, e.multiply(i, threads)), a["splits"])
-        tile = row_tile(c, thread, unit, e.integer(0))
-        finish_rows(c, tile, _rows_to_write(c, tile))
+    with e.loop(_share(e, e.divide(a["units"], a["splits"]), thread, threads)) as i:
+        first = e.multiply(e.add(thread, e.multiply(i, threads)), a["splits"])
+        unit = Unit(c, thread, first)
+        with e.loop(unit.heads) as h:
+            finish_rows(c, unit.tile_of(h), _rows_to_write(c, unit))
 
 
-def _rows_to_write(c: Context, tile: RowTile) -> Any:
+def _share(e: Emitter, units: Any, thread: Any, threads: Any) -> Any:
+    """How many of `units` are this thread's."""
+    return e.divide(e.add(e.subtract(units, thread), e.subtract(threads, 1)), threads)
+
+
+def _rows_to_write(c: Context, unit: Unit) -> Any:
     e, a = c.e, c.a
     limit = e.multiply(a["row_limit"], a["group"])
-    rows = c.b.select(e.less(tile.rows, limit), limit, tile.rows)
-    return e.clip(e.subtract(rows, tile.first), a["tile_rows"])
+    rows = c.b.select(e.less(unit.rows, limit), limit, unit.rows)
+    return e.clip(e.subtract(rows, unit.first), a["tile_rows"])
 
 
-def _attend_pages(c: Context, tile: RowTile, split: Any) -> None:
-    """The pages of one split: a run of the list, as even as it goes."""
+class _PageList:
+    """The pages of one sequence."""
+
+    def __init__(self, c: Context, sequence: Any) -> None:
+        self.c = c
+        self._row = c.e.multiply(sequence, c.a["table_row"])
+
+    def entry(self, name: str, i: Any) -> Any:
+        e = self.c.e
+        value = e.load(e.offset(e.add(self.c.a[name], self._row), i, 4), I32)
+        return e.builder.sext(value, I64)
+
+    def place(self, base: str, prefix: str, page: Any, head: Any) -> Any:
+        """The address of a page's record or index row of a KV head."""
+        e, a = self.c.e, self.c.a
+        address = e.add(a[base], e.multiply(page, a[f"{prefix}_page"]))
+        return e.add(address, e.multiply(head, a[f"{prefix}_head"]))
+
+
+def _attend_pages(c: Context, unit: Unit) -> None:
+    """The pages of one split, a run of the list: each for all heads of the unit."""
     e, a = c.e, c.a
-    pages = a.integer("page_counts", tile.sequence)
-    begin = e.divide(e.multiply(pages, split), a["splits"])
-    end = e.divide(e.multiply(pages, e.add(split, 1)), a["splits"])
-    row = e.multiply(tile.sequence, a["table_row"])
-    head = e.multiply(tile.kv_head, a["record_head"])
-
-    def entry(name: str, i: Any) -> Any:
-        return e.builder.sext(e.load(e.offset(e.add(a[name], row), i, 4), I32), I64)
-
-    def record(i: Any) -> Any:
-        page = entry("table", i)
-        return e.add(e.add(a["records"], e.multiply(page, a["record_page"])), head)
-
+    number = a.integer("page_counts", unit.sequence)
+    begin = e.divide(e.multiply(number, unit.split), a["splits"])
+    end = e.divide(e.multiply(number, e.add(unit.split, 1)), a["splits"])
+    pages = _PageList(c, unit.sequence)
     with e.loop(e.subtract(end, begin)) as i:
-        number = e.add(begin, i)
-        page = entry("table", number)
-        mean = e.add(a["index"], e.multiply(page, a["index_page"]))
-        following = e.smaller_of(e.add(number, AHEAD), e.subtract(end, 1))
-        keys = KeyTile(
-            page=True,
-            start=entry("starts", number),
-            count=entry("counts", number),
-            record=record(number),
-            mean=e.add(mean, e.multiply(tile.kv_head, a["index_head"])),
-            upcoming=record(following),
-        )
+        at = e.add(begin, i)
+        page = pages.entry("table", at)
+        following = pages.entry("table", e.smaller_of(e.add(at, 1), e.subtract(end, 1)))
+        start, count = pages.entry("starts", at), pages.entry("counts", at)
+        with e.loop(unit.heads) as h:
+            tile = unit.tile_of(h)
+            # The next record is the next head's, or the first head's of the next page.
+            inside = e.less(e.add(h, 1), unit.heads)
+            upcoming = pages.place(
+                "records", "record", c.b.select(inside, page, following),
+                c.b.select(inside, e.add(tile.kv_head, 1), unit.first_head),
+            )  # fmt: skip
+            keys = KeyTile(
+                page=True,
+                start=start,
+                count=count,
+                record=pages.place("records", "record", page, tile.kv_head),
+                mean=pages.place("index", "index", page, tile.kv_head),
+                upcoming=upcoming,
+            )
+            _attend_tile(c, tile, keys, functools.partial(_stage_page, c, tile, keys))
 
-        def stage(keys: KeyTile = keys) -> None:
-            if not c.kind.integer_scores:
-                stage_page_keys(c, tile, keys)
-            if not c.kind.integer_values:
-                stage_page_values(c, tile, keys)
 
-        _attend_tile(c, tile, keys, stage)
+def _stage_page(c: Context, tile: RowTile, keys: KeyTile) -> None:
+    if not c.kind.integer_scores:
+        stage_page_keys(c, tile, keys)
+    if not c.kind.integer_values:
+        stage_page_values(c, tile, keys)
 
 
 def _attend_part(c: Context, tile: RowTile, name: str) -> None:
@@ -129,7 +154,8 @@ def _attend_part(c: Context, tile: RowTile, name: str) -> None:
             start = e.subtract(a.integer("lengths", tile.sequence), count)
 
         def source(side: str) -> Any:
-            address = e.add(a[f"{name}_{side}s"], e.multiply(tile.sequence, a[f"{name}_{side}_batch"]))
+            batch = e.multiply(tile.sequence, a[f"{name}_{side}_batch"])
+            address = e.add(a[f"{name}_{side}s"], batch)
             return e.add(address, e.multiply(tile.kv_head, a[f"{name}_{side}_head"]))
 
         def stage() -> None:
@@ -142,25 +168,37 @@ def _attend_part(c: Context, tile: RowTile, name: str) -> None:
         _attend_tile(c, tile, KeyTile(page=False, start=start, count=count), stage)
 
 
-def _attend_tile(c: Context, tile: RowTile, keys: KeyTile, stage: Any) -> None:
+def _attend_tile(c: Context, tile: RowTile, keys: KeyTile, stage: Callable[[], None]) -> None:
     """All rows of the tile over the keys of one page or part."""
-    e, a = c.e, c.a
+    e = c.e
+    if c.kind.few:
+        _attend_block(c, tile, keys, e.integer(0), stage)
+        return
     last_row = e.subtract(e.add(tile.first, tile.count), 1)
     reach = reach_of(c, keys, position_of(c, tile, tile.first), position_of(c, tile, last_row))
     with e.when(e.less(e.integer(0), reach.limit)):
         stage()
         with e.loop(blocks_of(c, tile)) as block:
-            first = e.add(tile.first, e.multiply(block, ROWS))
-            low = position_of(c, tile, first)
-            high = position_of(c, tile, e.add(first, ROWS - 1))
-            own = reach_of(c, keys, low, high)
-            with e.when(e.less(e.integer(0), own.limit)):
-                _scores(c, tile, keys, block, own.limit)
-                special = c.b.icmp_signed("!=", a["special"], e.integer(0))
-                with e.when(c.b.or_(own.crossed, special)):
-                    apply_options(c, tile, keys, block)
-                weights = softmax(c, tile, keys, block)
-                _values(c, tile, keys, block, weights, own.limit)
+            _attend_block(c, tile, keys, block, None)
+
+
+def _attend_block(
+    c: Context, tile: RowTile, keys: KeyTile, block: Any, stage: Callable[[], None] | None
+) -> None:
+    """4 rows over the keys of one page or part. stage: what to fetch first if any row reads it."""
+    e, a = c.e, c.a
+    first = e.add(tile.first, e.multiply(block, ROWS))
+    low, high = position_of(c, tile, first), position_of(c, tile, e.add(first, ROWS - 1))
+    reach = reach_of(c, keys, low, high)
+    with e.when(e.less(e.integer(0), reach.limit)):
+        if stage is not None:
+            stage()
+        _scores(c, tile, keys, block, reach.limit)
+        special = c.b.icmp_signed("!=", a["special"], e.integer(0))
+        with e.when(c.b.or_(reach.crossed, special)):
+            apply_options(c, tile, keys, block)
+        weights = softmax(c, tile, keys, block)
+        _values(c, tile, keys, block, weights, reach.limit)
 
 
 def _scores(c: Context, tile: RowTile, keys: KeyTile, block: Any, limit: Any) -> None:
@@ -172,9 +210,7 @@ def _scores(c: Context, tile: RowTile, keys: KeyTile, block: Any, limit: Any) ->
     scores(c, tile, keys, block, limit, corrections)
 
 
-def _values(
-    c: Context, tile: RowTile, keys: KeyTile, block: Any, weights: Any, limit: Any
-) -> None:
+def _values(c: Context, tile: RowTile, keys: KeyTile, block: Any, weights: Any, limit: Any) -> None:
     if not keys.page or c.kind.value == "float":
         token_values(c, tile, block, weights, limit)
     elif c.kind.integer_values:

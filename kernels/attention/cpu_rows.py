@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 
 from lath.formats.activations import LARGEST_CODE, SMALLEST_ABSMAX
-from lath.kernels.attention.cpu_arguments import ROWS, Context
+from lath.kernels.attention.cpu_arguments import ROW_PIECES, ROWS, Context
 from lath.kernels.attention.cpu_scratch import STATE_HEADER
 from lath.kernels.simd import lanes, mathematics
 from lath.kernels.simd.copy import copy_row
@@ -46,36 +46,48 @@ class RowTile:
     count: Any  # rows of the tile
     shift: Any  # position of row 0's token: keys - queries
     slot: Any  # address of the thread's scratch
+    row_slot: Any  # address of what scratch holds of this tile's rows
     state: Any  # address of the tile's state
 
 
-def row_tile(c: Context, thread: Any, unit: Any, split: Any) -> RowTile:
-    """The tile of a unit; units go over splits, row tiles, KV heads and sequences, in this order.
+class Unit:
+    """A piece of work: a tile of rows, the same of each of a few neighbouring KV heads, and one
+    split of the pages. Units go over splits, row tiles, chunks of heads, sequences, in this order.
 
-    split: which state is meant.
+    Several heads, because their records lie side by side: few rows are read for at the speed of
+    memory only where addresses ascend for long.
     """
-    e, a = c.e, c.a
-    whole = e.divide(unit, a["splits"])
-    tile = e.remainder(whole, a["tiles"])
-    head_index = e.divide(whole, a["tiles"])
-    sequence = e.divide(head_index, a["kv_heads"])
-    queries = a.integer("query_lengths", sequence)
-    rows = e.multiply(queries, a["group"])
-    first = e.multiply(tile, a["tile_rows"])
-    return RowTile(
-        sequence=sequence,
-        kv_head=e.remainder(head_index, a["kv_heads"]),
-        first=first,
-        rows=rows,
-        count=e.clip(e.subtract(rows, first), a["tile_rows"]),
-        shift=e.subtract(a.integer("lengths", sequence), queries),
-        slot=e.add(a["scratch"], e.multiply(thread, a["slot"])),
-        state=state_of(c, e.add(e.multiply(whole, a["splits"]), split)),
-    )
 
+    def __init__(self, c: Context, thread: Any, unit: Any) -> None:
+        e, a = c.e, c.a
+        self.c = c
+        whole = e.divide(unit, a["splits"])
+        self.split = e.subtract(unit, e.multiply(whole, a["splits"]))
+        chunk_index = e.divide(whole, a["tiles"])
+        self.tile = e.subtract(whole, e.multiply(chunk_index, a["tiles"]))
+        self.sequence = e.divide(chunk_index, a["chunks"])
+        chunk = e.subtract(chunk_index, e.multiply(self.sequence, a["chunks"]))
+        self.first_head = e.multiply(chunk, a["chunk"])
+        self.heads = e.clip(e.subtract(a["kv_heads"], self.first_head), a["chunk"])
+        queries = a.integer("query_lengths", self.sequence)
+        self.rows = e.multiply(queries, a["group"])
+        self.first = e.multiply(self.tile, a["tile_rows"])
+        self.count = e.clip(e.subtract(self.rows, self.first), a["tile_rows"])
+        self.shift = e.subtract(a.integer("lengths", self.sequence), queries)
+        self.slot = e.add(a["scratch"], e.multiply(thread, a["slot"]))
 
-def state_of(c: Context, unit: Any) -> Any:
-    return c.e.add(c.a["states"], c.e.multiply(unit, c.a["state"]))
+    def tile_of(self, h: Any, split: Any | None = None) -> RowTile:
+        """The tile of head number h of the unit. split: whose state, the unit's own if None."""
+        e, a = self.c.e, self.c.a
+        head = e.add(self.first_head, h)
+        index = e.add(e.multiply(self.sequence, a["kv_heads"]), head)
+        index = e.add(e.multiply(index, a["tiles"]), self.tile)
+        index = e.add(e.multiply(index, a["splits"]), self.split if split is None else split)
+        row_slot = e.add(self.slot, e.add(a["at_rows"], e.multiply(h, a["row_slot"])))
+        return RowTile(
+            self.sequence, head, self.first, self.rows, self.count, self.shift, self.slot,
+            row_slot, e.add(a["states"], e.multiply(index, a["state"])),
+        )  # fmt: skip
 
 
 def block_state(c: Context, state: Any, block: Any) -> Any:
@@ -85,7 +97,8 @@ def block_state(c: Context, state: Any, block: Any) -> Any:
 
 
 def piece(c: Context, tile: RowTile, name: str) -> Any:
-    return c.e.add(tile.slot, c.a[f"at_{name}"])
+    """The address of a piece of scratch."""
+    return c.e.add(tile.row_slot if name in ROW_PIECES else tile.slot, c.a[f"at_{name}"])
 
 
 def blocks_of(c: Context, tile: RowTile) -> Any:
@@ -139,7 +152,9 @@ def prepare_rows(c: Context, tile: RowTile) -> None:
         row = e.add(tile.first, n)
         token, head = token_and_head(c, tile, row)
         batch, q_row = batch_and_row(c, tile, token)
-        source = e.add(e.add(a["q"], e.multiply(batch, a["q_batch"])), e.multiply(head, a["q_head"]))
+        source = e.add(
+            e.add(a["q"], e.multiply(batch, a["q_batch"])), e.multiply(head, a["q_head"])
+        )
         source = e.add(source, e.multiply(q_row, a["q_row"]))
         # Rows behind the last are zeros: they are computed and never stored.
         count = e.builder.select(e.less(row, tile.rows), a["key_dim"], e.integer(0))
@@ -255,7 +270,9 @@ def _finish_row(c: Context, tile: RowTile, n: Any, place: tuple[Any, Any, Any]) 
         with e.loop(a["splits"]) as split:
             weight = mathematics.exp2(e, b.fsub(e.broadcast(header(split), F32), shift))
             state = block_state(c, e.add(tile.state, e.multiply(split, a["state"])), block)
-            outputs = e.add(e.add(state, STATE_HEADER), e.multiply(e.multiply(within, a["stored_values"]), 4))
+            outputs = e.add(
+                e.add(state, STATE_HEADER), e.multiply(e.multiply(within, a["stored_values"]), 4)
+            )
             merged.value = e.fma(e.load(e.offset(outputs, i, 64), FLOATS), weight, merged.value)
         return b.fmul(merged.value, inverse)
 
@@ -268,7 +285,9 @@ def _finish_row(c: Context, tile: RowTile, n: Any, place: tuple[Any, Any, Any]) 
 def _store_lse(c: Context, place: tuple[Any, Any, Any], value: Any) -> None:
     e, a = c.e, c.a
     batch, head, row = place
-    address = e.add(e.add(a["lse"], e.multiply(batch, a["lse_batch"])), e.multiply(head, a["lse_head"]))
+    address = e.add(
+        e.add(a["lse"], e.multiply(batch, a["lse_batch"])), e.multiply(head, a["lse_head"])
+    )
     e.store(e.offset(address, row, 4), value)
 
 

@@ -66,7 +66,9 @@ def _subpage_dots(c: Context, keys: KeyTile, codes: Any, subpage: Any) -> list[A
         low = _vectors(c, keys, a["keys_low"], at) if kind.key == "int8-planes" else stored
         for part in range(parts):
             channel = e.add(e.multiply(width, part), e.multiply(unit, UNIT))
-            decoded = [offset_code(c, s, t, kind.key, part) for s, t in zip(stored, low, strict=True)]
+            decoded = [
+                offset_code(c, s, t, kind.key, part) for s, t in zip(stored, low, strict=True)
+            ]
             for r in range(ROWS):
                 query = lanes.broadcast_unit(e, e.add(rows[r], channel))
                 for i in range(4):
@@ -79,7 +81,7 @@ def _vectors(c: Context, keys: KeyTile, field: Any, at: Any) -> list[Any]:
     """Four vectors of a plane; those of the next page are asked for."""
     e = c.e
     offset = e.add(field, at)
-    if c.kind.prefetch:
+    if c.kind.few:
         for i in range(4):
             e.prefetch(e.add(e.add(keys.upcoming, offset), VECTOR * i))
     address = e.add(keys.record, offset)
@@ -180,5 +182,3 @@ def float_scores(
         lanes.store_quad(e, e.offset(place, first, 4), score)
 
     float_dots(c, rows, piece(c, tile, "key_rows"), limit, a["staged_keys"], store)
-
-

@@ -64,7 +64,9 @@ def apply_options(c: Context, tile: RowTile, keys: KeyTile, block: Any) -> None:
         base = e.subtract(position_of(c, tile, row), keys.start)
         with e.loop(e.integer(GROUPS)) as group:
             first = e.multiply(group, LANES)
-            place = e.add(piece(c, tile, "scores"), e.multiply(e.add(e.multiply(r, PAGE), first), 4))
+            place = e.add(
+                piece(c, tile, "scores"), e.multiply(e.add(e.multiply(r, PAGE), first), 4)
+            )
             slots = b.add(e.splat(b.trunc(first, I32)), lanes.positions(e))
             distance = b.sub(e.splat(b.trunc(base, I32)), slots)
             score = e.variable(e.load(place, FLOATS))
@@ -249,5 +251,3 @@ def _store_codes(c: Context, target: Any, row: list[Any]) -> Any:
         e.store(e.add(target, LANES * g), b.trunc(upper, BYTES))
         e.store(e.add(target, ROWS * PAGE + LANES * g), b.trunc(lower, BYTES))
     return e.splat(e.sum_of_lanes(total))
-
-

@@ -73,7 +73,9 @@ def stage_page_keys(c: Context, tile: RowTile, keys: KeyTile) -> None:
     source = e.add(keys.record, a["keys"])
     if kind.key == "float":
         stride = e.multiply(a["stored_keys"], kind.dtype_bytes)
-        _stage_rows(c, source, stride, keys.count, a["stored_keys"], a["staged_keys"], target, row_bytes)
+        _stage_rows(
+            c, source, stride, keys.count, a["stored_keys"], a["staged_keys"], target, row_bytes
+        )
         return
     parts = fields_of(kind.key)
     width = e.divide(a["stored_keys"], parts)
@@ -134,7 +136,14 @@ def stage_page_values(c: Context, tile: RowTile, keys: KeyTile) -> None:
 
 
 def _stage_rows(
-    c: Context, source: Any, stride: Any, count: Any, channels: Any, padded: Any, target: Any, step: Any
+    c: Context,
+    source: Any,
+    stride: Any,
+    count: Any,
+    channels: Any,
+    padded: Any,
+    target: Any,
+    step: Any,
 ) -> None:
     with c.e.loop(count) as token:
         copy_floats(

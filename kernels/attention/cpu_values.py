@@ -46,9 +46,7 @@ def _channel_scales(c: Context, keys: KeyTile, channel: Any, divisor: float) -> 
     return c.b.fmul(scales, c.e.floats(1 / divisor))
 
 
-def integer_values(
-    c: Context, tile: RowTile, keys: KeyTile, block: Any, weights: Weights
-) -> None:
+def integer_values(c: Context, tile: RowTile, keys: KeyTile, block: Any, weights: Weights) -> None:
     e, a, kind = c.e, c.a, c.kind
     outputs = _Outputs(c, tile, block, weights)
     parts = fields_of(kind.value)
@@ -79,10 +77,12 @@ def _channel_dots(
             low = stored
             if kind.value == "int8-planes":
                 low = e.load(e.add(e.add(keys.record, a["values_low"]), at_vector))
-            if kind.prefetch and part == 0:
+            if kind.few and part == 0:
                 # In the order of addresses, which the prefetchers of the memory follow.
                 line = e.offset(e.integer(VECTOR * (4 * subpage + i)), unit, VECTOR * UNIT)
-                for plane in ("values", "values_low") if kind.value == "int8-planes" else ("values",):
+                for plane in (
+                    ("values", "values_low") if kind.value == "int8-planes" else ("values",)
+                ):
                     e.prefetch(e.add(e.add(keys.upcoming, a[plane]), line))
             value = signed_code(c, stored, low, kind.value, part)
             for r in range(ROWS):
@@ -103,9 +103,7 @@ def _channel_dots(
     return joined
 
 
-def channel_values(
-    c: Context, tile: RowTile, keys: KeyTile, block: Any, weights: Weights
-) -> None:
+def channel_values(c: Context, tile: RowTile, keys: KeyTile, block: Any, weights: Weights) -> None:
     """Values staged channel by channel, [values, 64]."""
     e, a, kind = c.e, c.a, c.kind
     base = piece(c, tile, "weights")
@@ -161,5 +159,3 @@ def _channels(
     for r in range(ROWS):
         for j in range(vectors):
             outputs.add(r, e.add(channel, LANES * j), totals[r][j].value)
-
-

@@ -187,7 +187,9 @@ def _prefill_tile(case: _Case, widest: int) -> tuple[int, int]:
         return (64 if widest <= 64 else 32), 8
     if widest <= 64:
         return 128, 8
-    if amd or narrow or "float" in codecs or device.capability >= 100:
+    decoded = "e4m3" in codecs and not multiplies_e4m3(device)  # to fp16
+    masked = case.window is not None or widest & (widest - 1) != 0
+    if amd or narrow or decoded or masked or "float" in codecs or device.capability >= 100:
         return 64, 4 if amd and narrow else 8
     return 128, 8
 

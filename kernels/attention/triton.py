@@ -28,7 +28,6 @@ from lath.kernels.attention.triton_arguments import check, float_parts, score_te
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # Bytes that q·mean may take at once.
 _MOST_CORRECTIONS = 256 << 20
-_PAGE_TILE = 64  # pages of a program that multiplies q by means
 _MERGE_ROWS = 4
 
 
@@ -42,6 +41,7 @@ class _Settings:
     codes_dtype: torch.dtype
     loop: dict[str, Any]  # constexpr arguments of the attend loop
     prepare: dict[str, Any]
+    prepare_rows: int  # rows of a program of the kernel before the loop, at most
 
 
 # Codes and scales of q, q·mean and bounds, for a run of rows; placeholders where not made.
@@ -168,15 +168,16 @@ def _prepare(
         numbers_of(*per_page, wanted=rounded),
         numbers_of(*per_page, wanted=bounds_needed),
     )
-    block = min(plan.block_m, 64)
+    block, pages_each = min(plan.block_m, settings.prepare_rows), settings.prepare["BLOCK_P"]
     offsets = queries.lengths if queries.offsets is None else queries.offsets
-    grid = (padded // block, heads // plan.pack, sequences * max(1, triton.cdiv(width, _PAGE_TILE)))
+    grid = (padded // block, heads // plan.pack, sequences * max(1, triton.cdiv(width, pages_each)))
     before.prepare_kernel[grid](
         q, queries.lengths, offsets, pages.index.view(torch.bfloat16),
         pages.index.view(torch.int8), numbers, table, pages.page_counts,
         *made,
         q.stride(0), q.stride(1), q.stride(2), heads, pages.num_kv_heads, width, padded, first,
-        **settings.prepare, BLOCK_R=block, num_warps=4, enable_fp_fusion=False,
+        **settings.prepare, BLOCK_R=block, 
+            num_warps=8 if settings.prepare_rows == 16 else 4, enable_fp_fusion=False,
     )  # fmt: skip
     return made
 
@@ -221,6 +222,10 @@ def _settings(
         for name in ("value_scales", "key_scales", "token_scales")
     ]
     width = fmt.padded_key_dim
+    # q in three parts, bounds and long rows take registers.
+    prepare_rows = 32 if dtype == torch.float32 or unified or width > 128 else 64
+    if prepare_rows == 32 and width > 128:
+        prepare_rows = 16
     loop_arguments = {
         "KEYS": keys,
         "VALUES": values,
@@ -251,7 +256,7 @@ def _settings(
         "DIM": fmt.key_dim,
         "PADDED": width,
         "BLOCK_D": max(16, _power_of_two(width)),
-        "BLOCK_P": _PAGE_TILE,
+        "BLOCK_P": 64 if prepare_rows == 64 else 32,
         "BOUNDS": unified,
         "PACKED": packed,
         "PACK": plan.pack,
@@ -259,7 +264,13 @@ def _settings(
     }  # fmt: skip
     codes = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "e4m3-fp16": torch.float16}
     return _Settings(
-        query, key_dtype, value_dtype, codes.get(query, dtype), loop_arguments, prepare
+        query,
+        key_dtype,
+        value_dtype,
+        codes.get(query, dtype),
+        loop_arguments,
+        prepare,
+        prepare_rows,
     )
 
 

@@ -40,7 +40,9 @@ def emit_write(
         page = _Page(e, a, thread, unit, dtype)
         _KeyWriter(page, PageCodec(key)).write()
         _ValueWriter(page, PageCodec(value)).write()
-        page.clear(e.add(page.record, a["record_end"]), e.subtract(a["record_bytes"], a["record_end"]))
+        page.clear(
+            e.add(page.record, a["record_end"]), e.subtract(a["record_bytes"], a["record_end"])
+        )
 
 
 class _Page:
