@@ -29,7 +29,7 @@ from lath.formats.pages import PAGE
 from lath.integration.benchmark import machine_facts
 from tools.attention_launches import record_attend
 from tools.fake_gpu import CompileError, Specialisation, compile_recorded, fake_gpu
-from tools.machine_code import Loop, Resources, resources, tensor_loops
+from tools.machine_code import Loop, Resources, resources, working_loops
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = [
@@ -97,11 +97,7 @@ def measured(found: Specialisation, tile: tuple[int, int]) -> Cell:
     except CompileError as error:
         print(error, file=sys.stderr)
         return Cell(tile, stages, None, reason="does not compile")
-    loops = tensor_loops(kernel)
-    most = max(sum(loop.tensor.values()) for loop in loops)
-    # Less than half of the most is a remainder, not a loop over tiles.
-    working = tuple(loop for loop in loops if 2 * sum(loop.tensor.values()) > most)
-    return Cell(tile, stages, resources(kernel), working)
+    return Cell(tile, stages, resources(kernel), tuple(working_loops(kernel)))
 
 
 def own(text: str) -> Callable[[str], Cell]:

@@ -1,4 +1,4 @@
-"""Attention over pages on a CPU: compiled kernels (cpu_loop.py), units shared by torch's threads."""
+"""Attention over pages on a CPU: compiled kernels (cpu_loop.py), shared by torch's threads."""
 
 from __future__ import annotations
 

@@ -34,6 +34,9 @@ from lath.kernels.attention.cpu_tile import (
 from lath.kernels.attention.cpu_values import channel_values, integer_values, token_values
 from lath.kernels.simd.emitter import I32, I64, Emitter
 
+# Records between the one that is read and the one that is asked for.
+AHEAD = 2
+
 
 def emit_attend(
     e: Emitter, thread: Any, threads: Any, arguments: Any,
@@ -120,11 +123,13 @@ def _attend_pages(c: Context, unit: Unit) -> None:
         start, count = pages.entry("starts", at), pages.entry("counts", at)
         with e.loop(unit.heads) as h:
             tile = unit.tile_of(h)
-            # The next record is the next head's, or the first head's of the next page.
-            inside = e.less(e.add(h, 1), unit.heads)
+            # Records follow each other by head, then by page.
+            next_head = e.add(h, AHEAD)
+            inside = e.less(next_head, unit.heads)
+            wrapped = e.smaller_of(e.subtract(next_head, unit.heads), e.subtract(unit.heads, 1))
             upcoming = pages.place(
                 "records", "record", c.b.select(inside, page, following),
-                c.b.select(inside, e.add(tile.kv_head, 1), unit.first_head),
+                e.add(unit.first_head, c.b.select(inside, next_head, wrapped)),
             )  # fmt: skip
             keys = KeyTile(
                 page=True,

@@ -17,18 +17,14 @@ from lath.kernels.attention.cpu_scratch import STATE_HEADER
 from lath.kernels.simd import lanes, mathematics
 from lath.kernels.simd.copy import copy_row
 from lath.kernels.simd.emitter import (
-    BF16,
     BYTES,
     F32,
     FLOATS,
     FP32,
     I8,
-    I16,
     I32,
-    I64,
     INTS,
     LANES,
-    SHORTS,
 )
 
 _INFINITY_BITS = 0x7F800000
@@ -222,7 +218,7 @@ def finish_rows(c: Context, tile: RowTile, count: Any) -> None:
 
     Rows that the sequence has not got are 0 and -inf.
     """
-    e, a = c.e, c.a
+    e = c.e
     with e.loop(count) as n:
         row = e.add(tile.first, n)
         token, head = token_and_head(c, tile, row)

@@ -1,6 +1,6 @@
 """Scores of 4 rows over the keys of a tile, fp32 [4, 64] in units of log2.
 
-Integer codes: 16 bytes of q are broadcast against 4 vectors of 4 tokens by 16 channels; sixteen sums
+Integer codes: 16 bytes of q are broadcast against 4 vectors of 4 tokens by 16 channels; 16 sums
 stay in registers, and one reduction per row and subpage makes 16 scores. Keys are the unsigned side
 of the dot (code + 128), so that 128 Σ q is taken out again. Floats: 4 tokens by 4 rows at a time.
 """
@@ -20,7 +20,7 @@ from lath.kernels.attention.cpu_tile import (
     token_scale,
 )
 from lath.kernels.simd import brain, lanes
-from lath.kernels.simd.emitter import BF16, F32, FLOATS, I32, INTS, LANES, SHORTS
+from lath.kernels.simd.emitter import BF16, FLOATS, INTS, LANES, SHORTS
 
 
 def integer_scores(

@@ -21,7 +21,7 @@ from lath.kernels.attention.cpu_rows import (
 )
 from lath.kernels.attention.cpu_tile import VECTOR, KeyTile
 from lath.kernels.simd import brain, lanes, mathematics
-from lath.kernels.simd.emitter import BYTES, F32, FLOATS, I8, I32, I64, INTS, LANES
+from lath.kernels.simd.emitter import BYTES, F32, FLOATS, I8, I32, INTS, LANES
 
 GROUPS = PAGE // LANES
 _LOWEST = float("-inf")

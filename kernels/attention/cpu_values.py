@@ -16,7 +16,7 @@ from lath.kernels.attention.cpu_scratch import STATE_HEADER
 from lath.kernels.attention.cpu_softmax import Weights
 from lath.kernels.attention.cpu_tile import SUBPAGES, VECTOR, KeyTile, signed_code
 from lath.kernels.simd import lanes
-from lath.kernels.simd.emitter import F32, FLOATS, I32, INTS, LANES
+from lath.kernels.simd.emitter import FLOATS, I32, INTS, LANES
 
 _LEVELS = {"int8": 127.0, "int16": 32512.0}
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from lath.formats.attention import QueryFormat, ScoreOptions
+from lath.formats.attention import Precision, QueryFormat, ScoreOptions
 from lath.formats.device import DeviceDescription, known_device
 from lath.formats.pages import PAGE, PageFormat
 from lath.formats.plan import Backend, Plan
@@ -48,6 +48,7 @@ class _Case(NamedTuple):
     causal: bool
     window: int | None
     query: QueryFormat
+    precision: Precision
     busy: bool  # more than q·k, causality and P·V of one 8-bit product per score
     device: DeviceDescription
     backend: Backend
@@ -78,7 +79,7 @@ def plan_attention(
         device = INTERPRETED_DEVICE
     case = _Case(
         sequences, query_heads, kv_heads, queries, keys, fmt, dtype, options.causal,
-        options.window, options.query, _is_busy(options), device, backend,
+        options.window, options.query, options.precision, _is_busy(options), device, backend,
     )  # fmt: skip
     return _plan(case)
 
@@ -186,8 +187,10 @@ def _prefill_tile(case: _Case, widest: int) -> tuple[int, int]:
     if case.busy:
         return (64 if widest <= 64 else 32), 8
     if widest <= 64:
-        return 128, 8
+        return (64, 4) if amd else (128, 8)
     decoded = "e4m3" in codecs and not multiplies_e4m3(device)  # to fp16
+    if case.precision == "float" and device.capability != 90:
+        return 64, 8  # each warp decodes all values for its own rows
     masked = case.window is not None or widest & (widest - 1) != 0
     if amd or narrow or decoded or masked or "float" in codecs or device.capability >= 100:
         return 64, 4 if amd and narrow else 8

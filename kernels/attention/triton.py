@@ -174,10 +174,9 @@ def _prepare(
     before.prepare_kernel[grid](
         q, queries.lengths, offsets, pages.index.view(torch.bfloat16),
         pages.index.view(torch.int8), numbers, table, pages.page_counts,
-        *made,
-        q.stride(0), q.stride(1), q.stride(2), heads, pages.num_kv_heads, width, padded, first,
-        **settings.prepare, BLOCK_R=block, 
-            num_warps=8 if settings.prepare_rows == 16 else 4, enable_fp_fusion=False,
+        *made, *q.stride()[:3], heads, pages.num_kv_heads, width, padded, first,
+        **settings.prepare, BLOCK_R=block, num_warps=8 if settings.prepare_rows == 16 else 4,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return made
 
@@ -256,7 +255,7 @@ def _settings(
         "DIM": fmt.key_dim,
         "PADDED": width,
         "BLOCK_D": max(16, _power_of_two(width)),
-        "BLOCK_P": 64 if prepare_rows == 64 else 32,
+        "BLOCK_P": prepare_rows,
         "BOUNDS": unified,
         "PACKED": packed,
         "PACK": plan.pack,

@@ -1,4 +1,4 @@
-"""The kernel that writes pages: one page of one KV head at a time, sixteen channels side by side."""
+"""The kernel that writes pages: one page of one KV head at a time, 16 channels side by side."""
 
 from __future__ import annotations
 

@@ -164,6 +164,13 @@ def tensor_loops(kernel: Any) -> list[Loop]:
     return [Loop(**loop) for loop in stored["loops"]]
 
 
+def working_loops(kernel: Any) -> list[Loop]:
+    """The `tensor_loops` over whole tiles: less than half of the most work is a remainder."""
+    loops = tensor_loops(kernel)
+    most = max((sum(loop.tensor.values()) for loop in loops), default=0)
+    return [loop for loop in loops if 2 * sum(loop.tensor.values()) > most]
+
+
 def _tensor_loops(kernel: Any) -> dict[str, Any]:
     instructions, flow = _instructions(kernel)
     found = _loops_having(instructions, natural_loops(flow), "tensor")

@@ -72,16 +72,19 @@ def run_attention(
 def paginate(
     k: Tensor, v: Tensor, layout: Layout, options: ScoreOptions, backend: Backend
 ) -> PageView:
-    """Keys [B, Hkv, Lk, D] and values [B, Hkv, Lk, E] as pages, and float parts where values are
-    rounded: the first 64 tokens of a sequence and what remains after its last full page."""
+    """Keys [B, Hkv, Lk, D] and values [B, Hkv, Lk, E] as pages and float parts.
+
+    The first 64 tokens of a sequence (attention sinks) stay as they are, and where values are
+    rounded so does what remains after the last full page: few tokens share a channel's scale badly.
+    """
     codec = PageCodec(VALUE_CODECS[options.precision])
     fmt = PageFormat(PageCodec("int8"), codec, k.shape[3], v.shape[3], k.element_size())
     k = k if k.stride(3) == 1 else k.contiguous()
     v = v if v.stride(3) == 1 else v.contiguous()
     lengths = np.array(layout.key_counts, np.int64)
-    parts = options.precision != "float"
-    first = np.minimum(lengths, PAGE) if parts else np.zeros_like(lengths)
-    last = (lengths - first) % PAGE if parts else np.zeros_like(lengths)
+    rounds_values = options.precision != "float"
+    first = np.minimum(lengths, PAGE)
+    last = (lengths - first) % PAGE if rounds_values else np.zeros_like(lengths)
     structure, jobs = _divide(layout, lengths, first, last)
     total = max(len(jobs), 1)
     records = torch.empty((total, k.shape[1], fmt.record_bytes), dtype=torch.uint8, device=k.device)
@@ -93,8 +96,8 @@ def paginate(
         fmt, records, index, table, starts, counts,
         _integers((structure[2] > 0).sum(axis=1).tolist(), k), _integers(layout.key_counts, k),
         int(lengths.max(initial=0)),
-        *_float_part(k, v, layout, np.zeros_like(first), first, parts),
-        *_float_part(k, v, layout, lengths - last, last, parts),
+        *_float_part(k, v, layout, np.zeros_like(first), first),
+        *(_float_part(k, v, layout, lengths - last, last) if rounds_values else (None,) * 3),
     )  # fmt: skip
 
 
@@ -131,11 +134,8 @@ def _float_part(
     layout: Layout,
     starts: NDArray[np.int64],
     counts: NDArray[np.int64],
-    present: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values [S, Hkv, 64, ...] of `counts` tokens from `starts`, and the counts."""
-    if not present:
-        return None, None, None
     parts = []
     for side in (k, v):
         part = side.new_zeros((len(counts), side.shape[1], PAGE, side.shape[3]))
