@@ -18,6 +18,13 @@ FAR = 1 << 30  # a distance that no key has
 ROW_PIECES = ("q", "rounded", "codes", "factors", "sums")
 SHARED_PIECES = ("wide", "scores", "weights", "result", "key_rows", "value_rows")
 
+# The float parts of a cache, alike.
+PARTS = ("first", "last")
+PART_FIELDS = (
+    "keys", "key_batch", "key_head", "key_row",
+    "values", "value_batch", "value_head", "value_row", "lengths",
+)  # fmt: skip
+
 FIELDS = (
     # what is computed
     "q", "q_batch", "q_head", "q_row",
@@ -36,11 +43,7 @@ FIELDS = (
     "stored_keys", "stored_values",  # padded head dims
     "table", "starts", "counts", "table_row",  # addresses; bytes between sequences
     "page_counts", "lengths",
-    # float parts: first and last alike
-    "first_keys", "first_key_batch", "first_key_head", "first_key_row",
-    "first_values", "first_value_batch", "first_value_head", "first_value_row", "first_lengths",
-    "last_keys", "last_key_batch", "last_key_head", "last_key_row",
-    "last_values", "last_value_batch", "last_value_head", "last_value_row", "last_lengths",
+    *(f"{part}_{name}" for part in PARTS for name in PART_FIELDS),
     # scores; floats as their bits
     "scale",  # in units of log2
     "nearest", "farthest",  # query - key distances that may be read
@@ -77,6 +80,10 @@ class Arguments:
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
+
+    def at(self, index: Any) -> Any:
+        """The field of a number that is a value in the kernel."""
+        return self._e.load(self._e.offset(self.address, index, 8), I64)
 
     def real(self, name: str) -> Any:
         """A field that holds a float, as a scalar."""

@@ -11,7 +11,15 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from lath.kernels.attention.cpu_arguments import ROWS, Arguments, Context, Kind
+from lath.kernels.attention.cpu_arguments import (
+    INDEX,
+    PART_FIELDS,
+    PARTS,
+    ROWS,
+    Arguments,
+    Context,
+    Kind,
+)
 from lath.kernels.attention.cpu_rows import (
     RowTile,
     Unit,
@@ -52,14 +60,8 @@ def emit_attend(
                 tile = unit.tile_of(h)
                 clear_states(c, tile)
                 prepare_rows(c, tile)
-                with e.when(c.b.icmp_signed("==", unit.split, e.integer(0))):
-                    _attend_part(c, tile, "first")
+                _attend_parts(c, unit, tile)
             _attend_pages(c, unit)
-            with (
-                e.when(c.b.icmp_signed("==", unit.split, e.subtract(a["splits"], 1))),
-                e.loop(unit.heads) as h,
-            ):
-                _attend_part(c, unit.tile_of(h), "last")
         with (
             e.when(c.b.icmp_signed("==", a["splits"], e.integer(1))),
             e.loop(unit.heads) as h,
@@ -149,28 +151,36 @@ def _stage_page(c: Context, tile: RowTile, keys: KeyTile) -> None:
         stage_page_values(c, tile, keys)
 
 
-def _attend_part(c: Context, tile: RowTile, name: str) -> None:
-    """A float part of the cache: "first" or "last"."""
+def _attend_parts(c: Context, unit: Unit, tile: RowTile) -> None:
+    """The float parts of the cache: the first by the first split, the last by the last."""
     e, a, b = c.e, c.a, c.b
-    with e.when(b.icmp_signed("!=", a[f"{name}_keys"], e.integer(0))):
-        count = a.integer(f"{name}_lengths", tile.sequence)
-        start = e.integer(0)
-        if name == "last":
-            start = e.subtract(a.integer("lengths", tile.sequence), count)
+    with e.loop(e.integer(len(PARTS))) as number:
 
-        def source(side: str) -> Any:
-            batch = e.multiply(tile.sequence, a[f"{name}_{side}_batch"])
-            address = e.add(a[f"{name}_{side}s"], batch)
-            return e.add(address, e.multiply(tile.kv_head, a[f"{name}_{side}_head"]))
+        def field(name: str) -> Any:
+            return a.at(e.add(e.multiply(number, len(PART_FIELDS)), INDEX[f"{PARTS[0]}_{name}"]))
 
-        def stage() -> None:
-            stage_part_keys(c, tile, source("key"), a[f"{name}_key_row"], count)
-            stage_tokens(
-                c, source("value"), a[f"{name}_value_row"], count, a["value_dim"],
-                piece(c, tile, "value_rows"),
-            )  # fmt: skip
+        is_last = b.icmp_signed("==", number, e.integer(1))
+        own = b.select(is_last, e.subtract(a["splits"], 1), e.integer(0))
+        present = b.icmp_signed("!=", field("keys"), e.integer(0))
+        with e.when(b.and_(present, b.icmp_signed("==", unit.split, own))):
+            address = e.offset(field("lengths"), tile.sequence, 4)
+            count = b.sext(e.load(address, I32), I64)
+            end = e.subtract(a.integer("lengths", tile.sequence), count)
+            start = b.select(is_last, end, e.integer(0))
 
-        _attend_tile(c, tile, KeyTile(page=False, start=start, count=count), stage)
+            def source(side: str) -> Any:
+                batch = e.multiply(tile.sequence, field(f"{side}_batch"))
+                head = e.multiply(tile.kv_head, field(f"{side}_head"))
+                return e.add(e.add(field(f"{side}s"), batch), head)
+
+            def stage() -> None:
+                stage_part_keys(c, tile, source("key"), field("key_row"), count)
+                stage_tokens(
+                    c, source("value"), field("value_row"), count, a["value_dim"],
+                    piece(c, tile, "value_rows"),
+                )  # fmt: skip
+
+            _attend_tile(c, tile, KeyTile(page=False, start=start, count=count), stage)
 
 
 def _attend_tile(c: Context, tile: RowTile, keys: KeyTile, stage: Callable[[], None]) -> None:
