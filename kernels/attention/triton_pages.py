@@ -153,7 +153,8 @@ def add_pages(
                 OPTIONS, P_TYPE,
             )  # fmt: skip
     left = clean - first
-    for i in tl.range(0, left + last - dirty, num_stages=STAGES):
+    # Pages that need a mask are few beside clean ones: tiles in flight would only take registers.
+    for i in tl.range(0, left + last - dirty, num_stages=1 if CLEAN else STAGES):
         page = first + i + tl.where(i >= left, dirty - clean, 0)
         state = _add_page(
             state, page, query, view, row, extras, MODE, True, KEYS, VALUES, PAGES, MATH, OPTIONS,

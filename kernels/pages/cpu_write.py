@@ -219,8 +219,9 @@ class _KeyWriter:
                 blank = [e.constant(0)] * parts
                 self._store_unit(width, unit, e.add(p.count, i), blank)
             for n, channel in enumerate(channels):
-                divisor = e.floats(1.0) if whole else step
-                self._store_extremes(channel, most[n].value, least[n].value, divisor)
+                self._store_extremes(
+                    channel, most[n].value, least[n].value, None if whole else step
+                )
 
     def _store_unit(self, width: Any, unit: Any, token: Any, stored: list[Any]) -> None:
         """16 bytes of one token: [4, width / 16, 16 tokens, 16 bytes]."""
@@ -247,13 +248,17 @@ class _KeyWriter:
             least.value = b.fneg(mathematics.greater(e, b.fneg(value), b.fneg(least.value)))
         self._store_extremes(channel, most.value, least.value, step)
 
-    def _store_extremes(self, channel: Any, most: Any, least: Any, step: Any) -> None:
-        """max and min of 16 channels in units of `step`, rounded outward."""
+    def _store_extremes(self, channel: Any, most: Any, least: Any, step: Any | None) -> None:
+        """max and min of 16 channels in units of `step`, rounded outward; None: codes as such."""
         e, b = self.e, self.b
         ceil = e.function("llvm.ceil.v16f32", FLOATS, [FLOATS])
         floor = e.function("llvm.floor.v16f32", FLOATS, [FLOATS])
         for name, value, outward in (("max", most, ceil), ("min", least, floor)):
-            number = b.call(outward, [b.fdiv(value, step)])
+            number = value
+            if step is not None:
+                # What fp32 rounds, to a whole number of steps perhaps, must not end inside.
+                number = b.fmul(b.fdiv(value, step), e.floats(1 + 2.0**-20))
+                number = b.call(outward, [number])
             # Only a page with NaN or infinity, whose unit is 1, exceeds a byte.
             for bound, beyond in ((127.0, ">"), (-128.0, "<")):
                 outside = b.fcmp_ordered(beyond, number, e.floats(bound))

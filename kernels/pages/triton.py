@@ -73,6 +73,8 @@ def _settings(fmt: PageFormat) -> dict[str, Any]:
     ):
         size = fmt.float_bytes if codec.map == "float" else 1
         parts = 8 // codec.plane_bits if codec.map == "integer" else 1
+        if codec.name == "e4m3" and channels > 128:
+            parts = 4  # pointers and codes of whole rows at once would not fit the registers
         low = fields[f"{name}_low"].offset if codec.planes == 2 else 0
         block = max(16, 1 << (channels // parts - 1).bit_length())
         at, record = fields[name].offset // size, fmt.record_bytes // size

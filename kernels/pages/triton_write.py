@@ -1,8 +1,9 @@
 """The page writer: 64 tokens of one KV head to a record and an index row.
 
-A side of a page is written in parts, the channels of one slot of a byte each. KEYS and VALUES are
-constexpr tuples (codec, parts, channels of a part, the same as a power of two, where codes begin,
-where the lower plane begins, elements of a record through the pointer of the codes).
+A side of a page is written in parts: the channels of one slot of a byte each, or where a code is a
+byte, neighbouring channels. KEYS and VALUES are constexpr tuples (codec, parts, channels of a part,
+the same as a power of two, where codes begin, where the lower plane begins, elements of a record
+through the pointer of the codes).
 """
 
 from __future__ import annotations
@@ -73,14 +74,24 @@ def _codes(x, safe, usable, CODEC: tl.constexpr):
 
 
 @triton.jit
-def _place(pointer, bytes_, LAYOUT: tl.constexpr, VALUES: tl.constexpr):
-    """Store int32 [64, block] holding bytes in units of 16 channels (keys) or 16 tokens."""
-    token, byte = tl.arange(0, 64)[:, None], tl.arange(0, LAYOUT[3])[None, :]
+def _place(
+    pointer,
+    bytes_,
+    LAYOUT: tl.constexpr,
+    VALUES: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Store int32 [64, block] holding bytes in units of 16 channels (keys) or 16 tokens: those of
+    part PART of the PARTS of a row."""
+    token, own = tl.arange(0, 64)[:, None], tl.arange(0, LAYOUT[3])[None, :]
+    byte = PART * LAYOUT[2] + own
+    row = token // 16 * (16 * PARTS * LAYOUT[2])
     if VALUES:
-        offsets = token // 16 * (16 * LAYOUT[2]) + byte * 16 + token % 16
+        offsets = row + byte * 16 + token % 16
     else:
-        offsets = token // 16 * (16 * LAYOUT[2]) + byte // 16 * 256 + token % 16 * 16 + byte % 16
-    inside = (byte < LAYOUT[2]) & (token < 64)
+        offsets = row + byte // 16 * 256 + token % 16 * 16 + byte % 16
+    inside = (own < LAYOUT[2]) & (token < 64)
     tl.store(pointer + offsets, (bytes_ & 255).to(tl.uint8), mask=inside)
 
 
@@ -94,20 +105,18 @@ def _place_floats(pointer, x, LAYOUT: tl.constexpr):
 
 @triton.jit
 def _place_codes(pointer, codes, kept, LAYOUT: tl.constexpr, VALUES: tl.constexpr):
-    """Store the codes of all parts; `kept` [64, 1]: tokens that count, others get 0."""
-    if LAYOUT[1] == 1:
-        _place(pointer + LAYOUT[4], tl.where(kept, codes[0], 0), LAYOUT, VALUES)
-    elif LAYOUT[0] == "int8-planes":
+    """Store codes that share bytes; `kept` [64, 1]: tokens that count, others get 0."""
+    if LAYOUT[0] == "int8-planes":
         upper = ((codes[0] >> 4) & 15) | (((codes[1] >> 4) & 15) << 4)
         lower = (codes[0] & 15) | ((codes[1] & 15) << 4)
-        _place(pointer + LAYOUT[4], tl.where(kept, upper, 0), LAYOUT, VALUES)
-        _place(pointer + LAYOUT[5], tl.where(kept, lower, 0), LAYOUT, VALUES)
+        _place(pointer + LAYOUT[4], tl.where(kept, upper, 0), LAYOUT, VALUES, 0, 1)
+        _place(pointer + LAYOUT[5], tl.where(kept, lower, 0), LAYOUT, VALUES, 0, 1)
     else:
         BITS: tl.constexpr = 8 // LAYOUT[1]
         packed = codes[0] & ((1 << BITS) - 1)
         for part in tl.static_range(1, LAYOUT[1]):
             packed |= (codes[part] & ((1 << BITS) - 1)) << (BITS * part)
-        _place(pointer + LAYOUT[4], tl.where(kept, packed, 0), LAYOUT, VALUES)
+        _place(pointer + LAYOUT[4], tl.where(kept, packed, 0), LAYOUT, VALUES, 0, 1)
 
 
 @triton.jit
@@ -126,6 +135,7 @@ def _write_keys(
     SMALLEST: tl.constexpr,
 ):
     """Keys, their scales, and the first four fields of the index row."""
+    BYTES: tl.constexpr = LAYOUT[0] == "int8" or LAYOUT[0] == "e4m3"
     TOKEN: tl.constexpr = LAYOUT[0] == "int4" or LAYOUT[0] == "int2"
     token = tl.arange(0, 64)
     kept = (token < count)[:, None]
@@ -168,7 +178,11 @@ def _write_keys(
         number = y  # type: ignore[var-annotated]
         if LAYOUT[0] != "float":
             codes, number = _codes(y, safe, usable, LAYOUT[0])
-            stored = _append(stored, codes)
+            if BYTES:
+                whole = tl.where(kept, codes, 0)
+                _place(pointer + LAYOUT[4], whole, LAYOUT, False, part, LAYOUT[1])
+            else:
+                stored = _append(stored, codes)
             if not CODES:
                 number = number * scale
         decoded = tl.where(tl.abs(number) < float("inf"), number, 0.0)
@@ -189,7 +203,7 @@ def _write_keys(
         tl.store(extremes + INDEX[2] + channel, tl.where(true, lowest, 0.0).to(tl.int8), mask=fits)
         deviation = tl.where(true, rint(steps), 0).to(tl.uint8).to(tl.int8, bitcast=True)
         tl.store(extremes + INDEX[3] + channel, deviation, mask=fits)
-    if LAYOUT[0] != "float":
+    if LAYOUT[0] != "float" and not BYTES:
         _place_codes(pointer, stored, kept, LAYOUT, False)
 
 
@@ -209,6 +223,7 @@ def _write_values(
 ):
     """Values, their scales and the sums of their codes."""
     kept = (tl.arange(0, 64) < count)[:, None]
+    BYTES: tl.constexpr = LAYOUT[0] == "int8" or LAYOUT[0] == "e4m3"
     MIDRISE: tl.constexpr = LAYOUT[0] == "int4" or LAYOUT[0] == "int2"
     E4M3_LARGEST: tl.constexpr = 448.0 if LAYOUT[0] == "e4m3" else 127.0
     LARGEST: tl.constexpr = 128.0 if MIDRISE else E4M3_LARGEST
@@ -224,7 +239,11 @@ def _write_values(
             total = tl.where(tl.abs(total) < float("inf"), total, 0.0)
         else:
             codes, number = _codes(x, safe[None, :], usable[None, :], LAYOUT[0])
-            stored = _append(stored, codes)
+            if BYTES:
+                whole = tl.where(kept, codes, 0)
+                _place(pointer + LAYOUT[4], whole, LAYOUT, True, part, LAYOUT[1])
+            else:
+                stored = _append(stored, codes)
             total = tl.sum(tl.where(kept, number, 0.0), 0)
         inside = tl.arange(0, LAYOUT[3])
         channel = part * LAYOUT[2] + inside
@@ -232,7 +251,7 @@ def _write_values(
         tl.store(numbers + RECORD[1] + channel, scale, mask=inside < LAYOUT[2])
         rounded = tl.where(channel < DIM, rint(total), 0).to(tl.int16)
         tl.store(sums + INDEX[4] + channel, rounded, mask=inside < LAYOUT[2])
-    if LAYOUT[0] != "float":
+    if LAYOUT[0] != "float" and not BYTES:
         _place_codes(pointer, stored, kept, LAYOUT, True)
 
 
