@@ -64,7 +64,8 @@ def attention(
     other's; without mask, bias and lengths.
     precision: of P·V. "float": v as it is. "int8" (127 levels) or "int16" (127 * 256): v rounded to
     int8 per channel of a page. "e4m3": both float8. The first 64 keys and values (attention sinks)
-    are always read as they are; the last three read an unfilled last page so, too. backend: "auto", "triton", "cpu" or "reference".
+    are always read as they are; the last three read an unfilled last page so, too. backend: "auto",
+    "triton", "cpu" or "reference".
 
     Returns o [B, Hq, Lq, E] of q's dtype; with return_lse also lse fp32 [B, Hq, Lq], natural log. A
     row that reads nothing, or is of no sequence, is 0 with lse -inf (a sink counts as read). Not

@@ -22,7 +22,7 @@ from lath.verbs.attention_options import (
 )
 from lath.verbs.backends import resolve_backend
 from lath.verbs.checks import check_flag, check_size, check_tensor
-from lath.verbs.page_backends import attend
+from lath.verbs.page_operators import attend
 from lath.verbs.paged_kv import PagedKV
 
 BITS = 32  # of a word of ScoreOptions.tree

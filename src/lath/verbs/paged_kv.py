@@ -17,7 +17,7 @@ from lath.verbs import page_edit
 from lath.verbs.attention_options import check_device, check_head_dim, check_lengths, integers
 from lath.verbs.backends import resolve_backend
 from lath.verbs.checks import FLOAT_DTYPES, check_flag, check_size, check_tensor
-from lath.verbs.page_backends import write_pages
+from lath.verbs.page_operators import write_pages
 
 
 class PagedKV(PageStore):
