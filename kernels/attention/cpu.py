@@ -7,7 +7,7 @@ import math
 import struct
 from array import array
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,48 +62,75 @@ def attend(
     if o.numel() == 0 or pages.num_sequences == 0:
         return o, lse
     kept = _options_tensors(options, pages.longest)
-    group = heads // pages.num_kv_heads
-    longest = queries.longest if packed else rows
-    tile_rows = min(TILE_ROWS, -(-max(longest, 1) * group // ROWS) * ROWS)
-    compiled = _compiled(
-        fmt, q.dtype, options.query, options.precision, pages.draft, tile_rows <= ROWS
+    division = _divide(
+        pages.num_sequences, pages.num_kv_heads, heads // pages.num_kv_heads,
+        queries.longest if packed else rows, plan.split_k, torch.get_num_threads(),
+    )  # fmt: skip
+    kernel = _compiled(
+        fmt, q.dtype, options.query, options.precision, pages.draft, division.tile_rows <= ROWS
     )
-    layout = _layout(fmt, tile_rows)
+    layout = _layout(fmt, division.tile_rows)
     block = array("q", layout.block)
-    kv_heads, tiles, splits = (
-        pages.num_kv_heads,
-        max(-(-longest * group // tile_rows), 1),
-        plan.split_k,
-    )
-    chunk = _chunk(pages.num_sequences * tiles * splits, kv_heads) if tile_rows <= ROWS else 1
-    chunks = -(-kv_heads // chunk)
-    pieces = pages.num_sequences * chunks * tiles
-    units, states = pieces * splits, pages.num_sequences * kv_heads * tiles * splits
-    slot = layout.shared + chunk * layout.rows
-    threads = min(torch.get_num_threads(), units)
-    scratch = torch.empty(threads * slot + states * layout.state, dtype=torch.uint8)
-    start = scratch.data_ptr()
-    for name, value in (
-        ("group", group), ("kv_heads", kv_heads), ("row_limit", 0 if packed else rows),
-        ("units", units), ("splits", splits), ("tiles", tiles), ("chunk", chunk),
-        ("chunks", chunks), ("scratch", start), ("slot", slot),
-        ("states", start + threads * slot),
-    ):  # fmt: skip
-        block[INDEX[name]] = value
+    scratch = _place(block, layout, division)
+    block[INDEX["row_limit"]] = 0 if packed else rows
     _fill_rows(block, queries, o, lse)
     _fill_pages(block, pages)
     _fill_options(block, options, kept)
     address = block.buffer_info()[0]
-    run_units(compiled, block, address, units, _SLOTS)
-    if splits > 1:
-        run_units(_merge(q.dtype), block, address, pieces, _SLOTS)
+    run_units(kernel, block, address, division.units, _SLOTS)
+    if division.splits > 1:
+        run_units(_merge(q.dtype), block, address, division.units // division.splits, _SLOTS)
+    del scratch  # until here the kernels wrote into it
     return o, lse
 
 
-def _chunk(others: int, kv_heads: int) -> int:
-    """KV heads that a unit does: all of them unless threads would stand idle."""
-    wanted = -(-torch.get_num_threads() // max(others, 1))
-    return max(1, kv_heads // wanted)
+class _Division(NamedTuple):
+    """How one attention is divided into units (cpu_rows.Unit)."""
+
+    group: int
+    kv_heads: int
+    tile_rows: int
+    tiles: int
+    splits: int
+    chunk: int
+    chunks: int
+    units: int
+    threads: int
+    states: int
+
+
+@functools.lru_cache(maxsize=1024)  # a decode step asks for the same in every layer
+def _divide(
+    sequences: int, kv_heads: int, group: int, longest: int, splits: int, threads: int
+) -> _Division:
+    """longest: rows of q of the longest sequence."""
+    rows = max(longest, 1) * group
+    tile_rows = min(TILE_ROWS, -(-rows // ROWS) * ROWS)
+    tiles = -(-rows // tile_rows)
+    chunk = 1
+    if tile_rows <= ROWS:
+        # All KV heads at once, unless threads would stand idle.
+        chunk = -(-kv_heads // -(-threads // (sequences * tiles * splits)))
+    chunks = -(-kv_heads // chunk)
+    units = sequences * chunks * tiles * splits
+    threads = min(threads, units)
+    states = threads * chunk if splits == 1 else sequences * kv_heads * tiles * splits
+    return _Division(
+        group, kv_heads, tile_rows, tiles, splits, chunk, chunks, units, threads, states
+    )
+
+
+def _place(block: array[int], layout: _Layout, division: _Division) -> Tensor:
+    """Memory for scratch and states; enters it and the division into the block."""
+    slot = layout.shared + division.chunk * layout.rows
+    threads = division.threads
+    scratch = torch.empty(threads * slot + division.states * layout.state, dtype=torch.uint8)
+    start = scratch.data_ptr()
+    for name in ("group", "kv_heads", "tiles", "splits", "chunk", "chunks", "units"):
+        block[INDEX[name]] = getattr(division, name)
+    block[INDEX["scratch"]], block[INDEX["slot"]] = start, slot
+    block[INDEX["states"]] = start + threads * slot
+    return scratch
 
 
 @functools.cache
@@ -144,7 +171,8 @@ def _layout(fmt: PageFormat, tile_rows: int) -> _Layout:
     state = state_bytes(tile_rows, fmt.padded_value_dim)
     values = {
         "key_dim": fmt.key_dim, "value_dim": fmt.value_dim, "stored_keys": stored,
-        "stored_values": fmt.padded_value_dim, "staged_keys": staged,
+        "stored_values": fmt.padded_value_dim, "record_end": fmt.record_bytes,
+        "staged_keys": staged,
         "tile_rows": tile_rows, "state": state, "at_rows": scratch.shared, "row_slot": scratch.rows,
         **{name: field.offset for name, field in fmt.fields.items()},
         **{f"at_{name}": offset for name, offset in scratch.offsets.items()},

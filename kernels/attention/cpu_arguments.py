@@ -39,7 +39,7 @@ FIELDS = (
     "records", "record_page", "record_head",
     "index", "index_page", "index_head",
     "keys", "keys_low", "values", "values_low",  # offsets in a record
-    "value_scales", "key_scales", "token_scales",
+    "value_scales", "key_scales", "token_scales", "record_end",
     "stored_keys", "stored_values",  # padded head dims
     "table", "starts", "counts", "table_row",  # addresses; bytes between sequences
     "page_counts", "lengths",

@@ -33,6 +33,7 @@ from lath.kernels.attention.cpu_rows import (
 from lath.kernels.attention.cpu_scores import corrections_of, float_scores, integer_scores
 from lath.kernels.attention.cpu_softmax import apply_options, reach_of, softmax
 from lath.kernels.attention.cpu_tile import (
+    VECTOR,
     KeyTile,
     stage_page_keys,
     stage_page_values,
@@ -129,19 +130,32 @@ def _attend_pages(c: Context, unit: Unit) -> None:
             next_head = e.add(h, AHEAD)
             inside = e.less(next_head, unit.heads)
             wrapped = e.smaller_of(e.subtract(next_head, unit.heads), e.subtract(unit.heads, 1))
-            upcoming = pages.place(
-                "records", "record", c.b.select(inside, page, following),
-                e.add(unit.first_head, c.b.select(inside, next_head, wrapped)),
-            )  # fmt: skip
+            next_page = c.b.select(inside, page, following)
+            next_head = e.add(unit.first_head, c.b.select(inside, next_head, wrapped))
             keys = KeyTile(
                 page=True,
                 start=start,
                 count=count,
                 record=pages.place("records", "record", page, tile.kv_head),
                 mean=pages.place("index", "index", page, tile.kv_head),
-                upcoming=upcoming,
+                upcoming=pages.place("records", "record", next_page, next_head),
             )
+            if c.kind.few:
+                mean = pages.place("index", "index", next_page, next_head)
+                _ask_for_sides(c, keys, mean)
             _attend_tile(c, tile, keys, functools.partial(_stage_page, c, tile, keys))
+
+
+def _ask_for_sides(c: Context, keys: KeyTile, mean: Any) -> None:
+    """Scales and mean of a page that will be read soon: a page waits for each of their lines."""
+    e, a = c.e, c.a
+    first, end = a["value_scales"], a["record_end"]
+    for address, nbytes in (
+        (e.add(keys.upcoming, first), e.subtract(end, first)),
+        (mean, e.multiply(a["stored_keys"], 2)),
+    ):
+        with e.loop(e.divide(e.add(nbytes, VECTOR - 1), VECTOR)) as i:
+            e.prefetch(e.offset(address, i, VECTOR))
 
 
 def _stage_page(c: Context, tile: RowTile, keys: KeyTile) -> None:

@@ -56,7 +56,7 @@ class Unit:
 
     def __init__(self, c: Context, thread: Any, unit: Any) -> None:
         e, a = c.e, c.a
-        self.c = c
+        self.c, self.thread = c, thread
         whole = e.divide(unit, a["splits"])
         self.split = e.subtract(unit, e.multiply(whole, a["splits"]))
         chunk_index = e.divide(whole, a["tiles"])
@@ -79,6 +79,9 @@ class Unit:
         index = e.add(e.multiply(self.sequence, a["kv_heads"]), head)
         index = e.add(e.multiply(index, a["tiles"]), self.tile)
         index = e.add(e.multiply(index, a["splits"]), self.split if split is None else split)
+        # States that nothing is merged with are the thread's own, used again for its next unit.
+        alone = e.builder.icmp_signed("==", a["splits"], e.integer(1))
+        index = e.builder.select(alone, e.add(e.multiply(self.thread, a["chunk"]), h), index)
         row_slot = e.add(self.slot, e.add(a["at_rows"], e.multiply(h, a["row_slot"])))
         return RowTile(
             self.sequence, head, self.first, self.rows, self.count, self.shift, self.slot,

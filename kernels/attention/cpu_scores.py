@@ -119,7 +119,7 @@ def multiply(c: Context, total: Any, left: Any, right: Any) -> Any:
     """total + left * right of a vector of floats that are multiplied: pairs of bf16, or fp32."""
     if c.kind.brain:
         return brain.dot_pairs(c.e, total, left, right)
-    return c.e.fma(*[c.b.bitcast(side, FLOATS) for side in (left, right)], total)
+    return c.e.fma(c.b.bitcast(left, FLOATS), c.b.bitcast(right, FLOATS), total)
 
 
 def _row_addresses(c: Context, base: Any, block: Any) -> list[Any]:

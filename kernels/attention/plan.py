@@ -50,6 +50,7 @@ class _Case(NamedTuple):
     query: QueryFormat
     precision: Precision
     busy: bool  # more than q·k, causality and P·V of one 8-bit product per score
+    crowded: bool  # a mask or a tree's words, or the sums of a second loop, are held beside a tile
     device: DeviceDescription
     backend: Backend
 
@@ -79,7 +80,8 @@ def plan_attention(
         device = INTERPRETED_DEVICE
     case = _Case(
         sequences, query_heads, kv_heads, queries, keys, fmt, dtype, options.causal,
-        options.window, options.query, options.precision, _is_busy(options), device, backend,
+        options.window, options.query, options.precision, _is_busy(options),
+        _is_crowded(options), device, backend,
     )  # fmt: skip
     return _plan(case)
 
@@ -89,6 +91,11 @@ def _is_busy(options: ScoreOptions) -> bool:
     given = any(tensor is not None for tensor in tensors)
     scored = given or options.softcap is not None
     return scored or options.scheme == "unified" or options.precision == "int16"
+
+
+def _is_crowded(options: ScoreOptions) -> bool:
+    given = options.mask is not None or options.tree is not None
+    return given or options.scheme == "unified"
 
 
 @functools.lru_cache(maxsize=4096)  # a decode step asks for the same plan in every layer
@@ -158,9 +165,11 @@ def _tile(draft: Plan, case: _Case) -> Plan:
         block_m = _power_of_two(case.queries * draft.pack, 16, PACKED_ROWS)
         if case.dtype == torch.float32 or widest > 128:
             block_m = min(block_m, 32)
+        # Unrounded or 16-bit weights beside those: up to 112 bytes more than two warps' registers.
+        spread = case.crowded and case.precision != "int8"
         if case.dtype == torch.float32:
             warps = 8
-        elif block_m == 16 and widest <= 128:
+        elif block_m == 16 and widest <= 128 and not spread:
             warps = 2  # a page is small work: more warps would repeat the softmax's reductions
         else:
             warps = 4 if block_m < 64 or widest <= 64 else 8
@@ -170,7 +179,11 @@ def _tile(draft: Plan, case: _Case) -> Plan:
         draft, block_m=block_m, block_n=PAGE, warps=warps,
         block_k=_power_of_two(fmt.padded_key_dim, 16, 1 << 30),
     )  # fmt: skip
-    stages = 2 if device.kind == "hip" else 3
+    # The pointers of a second page in flight take 8 to 16 bytes more than the registers: with few
+    # rows of head dims above 128, and where a lane holds 64 sums, except on sm_90 and sm_100.
+    full = block_m * widest >= 64 * 32 * warps and device.capability not in (90, 100)
+    two = device.kind == "hip" or full or (draft.dataflow == "decode" and widest > 128)
+    stages = 2 if two else 3
     while stages > 1 and shared_bytes(draft, stages, case.fmt) > device.shared_memory:
         stages -= 1
     return replace(draft, stages=stages)
@@ -189,12 +202,26 @@ def _prefill_tile(case: _Case, widest: int) -> tuple[int, int]:
     if widest <= 64:
         return (64, 4) if amd else (128, 8)
     decoded = "e4m3" in codecs and not multiplies_e4m3(device)  # to fp16
-    if case.precision == "float" and device.capability != 90:
-        return 64, 8  # each warp decodes all values for its own rows
     masked = case.window is not None or widest & (widest - 1) != 0
-    if amd or narrow or decoded or masked or "float" in codecs or device.capability >= 100:
-        return 64, 4 if amd and narrow else 8
-    return 128, 8
+    if narrow or decoded or masked or case.fmt.key.map == "float":
+        return 64, 4 if amd and narrow and case.precision != "float" else 8
+    # 128 rows take 219 to 255 of 255 registers where they fit, and half the instructions per score
+    # of 64 rows of as many warps, which each decode all values for their own rows.
+    float_values, weights = case.fmt.value.map == "float", case.precision
+    plain = "e4m3" not in codecs and (float_values or weights == "int8")
+    if amd:
+        fits = plain
+    elif device.capability >= 100:  # 16 bytes too many with codes; on sm_120 up to 72
+        fits = device.capability < 120 and float_values
+    elif device.capability == 90:
+        fits = True
+    else:  # 8 bytes too many: on all with float values, on sm_86 and sm_89 with int8 weights
+        fits = weights == ("int8" if device.capability == 80 else "e4m3")
+    if fits:
+        return 128, 8
+    # Half the warps: as many registers a lane, for two programs a unit (sm_120 with int8 weights
+    # would spill 8 to 40 bytes).
+    return 64, 4 if plain and (float_values or device.capability < 120) else 8
 
 
 def shared_bytes(plan: Plan, stages: int, fmt: PageFormat) -> int:

@@ -59,7 +59,7 @@ def _warps(fmt: PageFormat) -> int:
     """So many that a page's numbers stay in registers; more only replicate sums over tokens."""
     channels = max(fmt.padded_key_dim, fmt.padded_value_dim)
     e4m3 = "e4m3" in (fmt.key.name, fmt.value.name)  # rounded with integer arithmetic
-    return (4 if channels <= 128 else 8) * (2 if e4m3 and channels > 64 else 1)
+    return 8 if channels > (64 if e4m3 else 128) else 4
 
 
 @functools.lru_cache(maxsize=256)
@@ -74,7 +74,7 @@ def _settings(fmt: PageFormat) -> dict[str, Any]:
         size = fmt.float_bytes if codec.map == "float" else 1
         parts = 8 // codec.plane_bits if codec.map == "integer" else 1
         if codec.name == "e4m3" and channels > 128:
-            parts = 4  # pointers and codes of whole rows at once would not fit the registers
+            parts = 4  # rounding whole rows at once takes 288 bytes more than the registers
         low = fields[f"{name}_low"].offset if codec.planes == 2 else 0
         block = max(16, 1 << (channels // parts - 1).bit_length())
         at, record = fields[name].offset // size, fmt.record_bytes // size

@@ -17,11 +17,12 @@ from lath.kernels.simd.threads import call_getter, torch_team, worker_type
 
 
 class Slots(NamedTuple):
-    """Indices of the fields: address of the kernel, of the thread's number, of their count."""
+    """Indices of the fields: address of the kernel, of the functions that say a thread's number and
+    how many there are."""
 
     task: int
-    number: int
-    count: int
+    thread: int
+    threads: int
 
 
 def run_units(kernel: Any, block: Any, address: int, units: int, slots: Slots) -> None:
@@ -32,7 +33,7 @@ def run_units(kernel: Any, block: Any, address: int, units: int, slots: Slots) -
         _entry(kernel)(0, 1, address)
         return
     block[slots.task] = kernel.address
-    block[slots.number], block[slots.count] = team.number, team.size
+    block[slots.thread], block[slots.threads] = team.number, team.size
     _parallel(team.parallel)(_worker(slots).address, address, threads, 0)
 
 
