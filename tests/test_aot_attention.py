@@ -25,6 +25,11 @@ PHASES = ("prefill", "decode")
 # Codecs and precisions that every architecture is compiled for, at every head dim.
 COVER = ["int8/float {} fp16 float", "int8/int8 {} bf16 int8"]
 # The others, and everything that an option adds.
+VERBS = [
+    "int8/float {} bf16 float prefill causal parts",
+    "int8/int8 {} bf16 int8 prefill causal parts",
+    "int8/int8 {} bf16 int8 decode parts",
+]
 OTHERS = [
     "int8/int8 {} fp16 float",
     "int8/int8 {} bf16 int16",
@@ -126,6 +131,13 @@ def check_attend(text: str, architecture: str) -> Plan:
 
 @pytest.mark.parametrize(("text", "architecture"), cover())
 def test_quantised_keys_use_the_tensor_unit(architecture: str, text: str) -> None:
+    check_attend(text, architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("text", over(VERBS))
+def test_what_the_verbs_launch(text: str, architecture: str) -> None:
+    """The default attention, the one with int8 values, and decoding, with their float parts."""
     check_attend(text, architecture)
 
 

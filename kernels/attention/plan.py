@@ -171,8 +171,9 @@ def _tile(draft: Plan, case: _Case) -> Plan:
             warps = 8
         elif block_m == 16 and widest <= 128 and not spread:
             warps = 2  # a page is small work: more warps would repeat the softmax's reductions
-        else:
-            warps = 4 if block_m < 64 or widest <= 64 else 8
+        else:  # four warps would spill 8 bytes for head dims above 128 on sm_120
+            wide = block_m >= 64 or (widest > 128 and device.capability == 120)
+            warps = 8 if wide and widest > 64 else 4
     else:
         block_m, warps = _prefill_tile(case, widest)
     draft = replace(
@@ -182,11 +183,24 @@ def _tile(draft: Plan, case: _Case) -> Plan:
     # The pointers of a second page in flight take 8 to 16 bytes more than the registers: with few
     # rows of head dims above 128, and where a lane holds 64 sums, except on sm_90 and sm_100.
     full = block_m * widest >= 64 * 32 * warps and device.capability not in (90, 100)
-    two = device.kind == "hip" or full or (draft.dataflow == "decode" and widest > 128)
-    stages = 2 if two else 3
+    wide = widest > (64 if device.capability == 100 else 128)
+    two = device.kind == "hip" or full or (draft.dataflow == "decode" and wide)
+    stages = 1 if _is_unpipelined(case, block_m, warps, widest) else 2 if two else 3
     while stages > 1 and shared_bytes(draft, stages, case.fmt) > device.shared_memory:
         stages -= 1
     return replace(draft, stages=stages)
+
+
+def _is_unpipelined(case: _Case, block_m: int, warps: int, widest: int) -> bool:
+    """A tile of 64 sums a lane that has no register for a second page's pointers.
+
+    With them it spills 8 to 56 bytes, and tiles of fewer sums take up to 1.7 times the
+    instructions per score.
+    """
+    if block_m < 16 * warps or widest <= 64 or case.fmt.key.map != "integer":
+        return False
+    capability = case.device.capability
+    return capability in (86, 89) or (capability == 100 and case.fmt.value.map != "float")
 
 
 def _prefill_tile(case: _Case, widest: int) -> tuple[int, int]:
@@ -209,19 +223,20 @@ def _prefill_tile(case: _Case, widest: int) -> tuple[int, int]:
     # of 64 rows of as many warps, which each decode all values for their own rows.
     float_values, weights = case.fmt.value.map == "float", case.precision
     plain = "e4m3" not in codecs and (float_values or weights == "int8")
-    if amd:
-        fits = plain
+    if amd:  # gfx950 with codes beside float parts: 40 bytes too many
+        fits = plain and (float_values or device.architecture != "gfx950")
     elif device.capability >= 100:  # 16 bytes too many with codes; on sm_120 up to 72
         fits = device.capability < 120 and float_values
-    elif device.capability == 90:
-        fits = True
-    else:  # 8 bytes too many: on all with float values, on sm_86 and sm_89 with int8 weights
-        fits = weights == ("int8" if device.capability == 80 else "e4m3")
+    elif device.capability in (86, 89):
+        fits = plain or weights == "e4m3"
+    else:  # sm_80 with float values: 8 bytes too many
+        fits = device.capability == 90 or weights == "int8"
     if fits:
         return 128, 8
     # Half the warps: as many registers a lane, for two programs a unit (sm_120 with int8 weights
     # would spill 8 to 40 bytes).
-    return 64, 4 if plain and (float_values or device.capability < 120) else 8
+    halved = plain and (float_values or device.capability < 120) and not amd
+    return 64, 4 if halved else 8
 
 
 def shared_bytes(plan: Plan, stages: int, fmt: PageFormat) -> int:
