@@ -29,6 +29,7 @@ VERBS = [
     "int8/float {} bf16 float prefill causal parts",
     "int8/int8 {} bf16 int8 prefill causal parts",
     "int8/int8 {} bf16 int8 decode parts",
+    "int8/int8 {} fp16 float decode parts",
 ]
 OTHERS = [
     "int8/int8 {} fp16 float",

@@ -183,7 +183,9 @@ def _tile(draft: Plan, case: _Case) -> Plan:
     # The pointers of a second page in flight take 8 to 16 bytes more than the registers: with few
     # rows of head dims above 128, and where a lane holds 64 sums, except on sm_90 and sm_100.
     full = block_m * widest >= 64 * 32 * warps and device.capability not in (90, 100)
-    wide = widest > (64 if device.capability == 100 else 128)
+    # A decoding tile with integer values, unrounded weights on sm_90: 8 bytes too many as well.
+    decoded = device.capability == 90 and case.precision == "float" and case.fmt.value.bits <= 8
+    wide = widest > (64 if device.capability == 100 or decoded else 128)
     two = device.kind == "hip" or full or (draft.dataflow == "decode" and wide)
     stages = 1 if _is_unpipelined(case, block_m, warps, widest) else 2 if two else 3
     while stages > 1 and shared_bytes(draft, stages, case.fmt) > device.shared_memory:
