@@ -57,17 +57,23 @@ class PageView:
     """Keys and values of S sequences, as attention reads them.
 
     Positions of a sequence's keys: the first float part, then pages in the order of `table`, then
-    the last float part; `starts` says where each page begins.
+    the last float part; `starts` says where each page begins. Positions may have gaps, where pages
+    were not selected or were dropped.
 
     records: uint8 [N, Hkv, record_bytes]. index: uint8 [N, Hkv, index_bytes]. table: int32 [S, P],
     page numbers; starts: int32 [S, P], position of a page's first token; counts: int32 [S, P],
     tokens that count (1..64, the first of the page), 0 for an unused entry; unused entries come
-    last. page_counts: int32 [S], entries in use. lengths: int32 [S], keys of a sequence in all.
+    last. page_counts: int32 [S], entries in use. lengths: int32 [S], one more than the last
+    position of a sequence. After a selection these four are lists of each head: [S, H, P] and
+    page_counts [S, H], H = Hkv or Hq (every query head its own list; the head axis may have stride
+    0), entries in ascending positions. tokens: int64 [S, H, P], only with such lists: token t of
+    the page is read where bit t is set and t < count; None for all that count.
     first_keys, first_values: [S, Hkv, 64, D or E] of the caller's dtype, positions 0 ..
     first_lengths[s] - 1; last_keys, last_values: likewise, the last last_lengths[s] positions.
     Either may be None (no such part). Slots beyond a length may hold anything, NaN too.
     draft: read the upper planes of "int8-planes" alone.
-    longest: the largest of `lengths`, known to the host.
+    longest: the largest of `lengths`, known to the host. listed: where there are lists, the most keys
+    that one of them and the float parts hold, known to the host.
     """
 
     format: PageFormat
@@ -86,6 +92,8 @@ class PageView:
     last_values: Tensor | None = None
     last_lengths: Tensor | None = None
     draft: bool = False
+    tokens: Tensor | None = None
+    listed: int | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -94,6 +102,16 @@ class PageView:
     @property
     def num_kv_heads(self) -> int:
         return int(self.records.shape[1])
+
+    @property
+    def list_heads(self) -> int | None:
+        """Lists of a sequence, Hkv or Hq; None where all heads read one list, [S, P]."""
+        return int(self.table.shape[1]) if self.table.dim() == 3 else None
+
+    @property
+    def most_keys(self) -> int:
+        """How many keys a row reads at most: what a plan is made for."""
+        return self.longest if self.listed is None else self.listed
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class Options:
 class Tile:
     """Keys [n, D] and values [n, E] at the positions start, start + 1, … of one KV head.
 
-    key = key_codes * key_scales + mean; value = value_codes * value_scales.
+    key = key_codes * key_scales + mean; value = value_codes * value_scales. readable: bool [n],
+    which tokens a selection admits; None for all.
     """
 
     start: int
@@ -66,6 +67,7 @@ class Tile:
     mean: Array
     value_codes: Array
     value_scales: Array
+    readable: NDArray[np.bool_] | None = None
 
     @property
     def positions(self) -> slice:
@@ -81,12 +83,18 @@ def float_tile(start: int, keys: NDArray[np.float32], values: NDArray[np.float32
     )  # fmt: skip
 
 
-def page_tile(start: int, count: int, page: Page, fmt: PageFormat) -> Tile:
+def page_tile(
+    start: int,
+    count: int,
+    page: Page,
+    fmt: PageFormat,
+    readable: NDArray[np.bool_] | None = None,
+) -> Tile:
     """The first `count` tokens of a page."""
     return Tile(
         start, fmt.key.map, fmt.value.map, page.key_codes[:count],
         page.key_scales[:count].astype(np.float64), page.mean.astype(np.float64),
-        page.value_codes[:count], page.value_scales.astype(np.float64),
+        page.value_codes[:count], page.value_scales.astype(np.float64), readable,
     )  # fmt: skip
 
 
@@ -119,14 +127,17 @@ def raw_scores(q: NDArray[np.float32], tile: Tile, query: QueryFormat) -> Array:
 def scores(q: NDArray[np.float32], tiles: list[list[Tile]], length: int, options: Options) -> Array:
     """s [Hq, Lq, length] of one sequence in natural units, -inf where a key may not be read.
 
-    q: [Hq, Lq, D]. tiles: of each KV head, which together hold the positions 0 .. length - 1.
+    q: [Hq, Lq, D]. tiles: of each KV head, or of each query head, at positions 0 .. length - 1; a
+    position that no tile holds is not read.
     """
     heads, rows, _ = q.shape
     group = heads // max(len(tiles), 1)
     s = np.full((heads, rows, length), -np.inf)
+    held = np.zeros((heads, 1, length), np.bool_)
     for head in range(heads):
         for tile in tiles[head // group]:
             s[head, :, tile.positions] = options.scale * raw_scores(q[head], tile, options.query)
+            held[head, :, tile.positions] = True if tile.readable is None else tile.readable
     query_at = np.arange(rows)[:, None] + length - rows
     distance = query_at - np.arange(length)[None, :]
     with np.errstate(invalid="ignore"):
@@ -136,7 +147,7 @@ def scores(q: NDArray[np.float32], tiles: list[list[Tile]], length: int, options
             s = s + options.bias.astype(np.float64)
         if options.alibi is not None:
             s = s - options.alibi.astype(np.float64)[:, None, None] * distance
-    readable = np.broadcast_to(may_read(distance, options), s.shape)
+    readable = may_read(distance, options) & held
     if options.mask is not None:
         readable = readable & options.mask
     return np.where(readable, s, -np.inf)
@@ -225,22 +236,42 @@ class Cache:
     last_values: NDArray[np.float32] | None = None
     last_lengths: NDArray[np.int32] | None = None
     draft: bool = False
+    tokens: NDArray[np.int64] | None = None
 
-    def tiles(self, sequence: int, head: int) -> list[Tile]:
-        """The tiles of one sequence and KV head, in the order of their positions."""
+    @property
+    def heads(self) -> int:
+        """Lists of tiles of a sequence: KV heads, or query heads where each has its own list."""
+        return int(self.table.shape[1]) if self.table.ndim == 3 else int(self.records.shape[1])
+
+    def entries(self, sequence: int, head: int) -> list[tuple[int, int, int, Any]]:
+        """Page number, start, count and readable tokens of each page of a list."""
+        own = (sequence, head) if self.table.ndim == 3 else (sequence,)
+        entries = []
+        for i in range(int(self.page_counts[own])):
+            number, start, count = (
+                int(array[own][i]) for array in (self.table, self.starts, self.counts)
+            )
+            assert 0 < count <= PAGE
+            readable = None
+            if self.tokens is not None:
+                bits = int(self.tokens[own][i])
+                readable = np.array([bits >> t & 1 == 1 for t in range(count)])
+            entries.append((number, start, count, readable))
+        return entries
+
+    def tiles(self, sequence: int, list_head: int) -> list[Tile]:
+        """The tiles of one sequence and list, in the order of their positions."""
+        head = list_head // (self.heads // self.records.shape[1])
         tiles = []
         if self.first_keys is not None and self.first_lengths is not None:
             assert self.first_values is not None
             count = int(self.first_lengths[sequence])
             keys, values = self.first_keys[sequence, head], self.first_values[sequence, head]
             tiles.append(float_tile(0, keys[:count], values[:count]))
-        for i in range(int(self.page_counts[sequence])):
-            start, count = int(self.starts[sequence, i]), int(self.counts[sequence, i])
-            assert 0 < count <= PAGE
-            number = int(self.table[sequence, i])
+        for number, start, count, readable in self.entries(sequence, list_head):
             record, index = self.records[number, head], self.index[number, head]
             page = read_page(record, index, self.format, self.dtype, self.draft)
-            tiles.append(page_tile(start, count, page, self.format))
+            tiles.append(page_tile(start, count, page, self.format, readable))
         if self.last_keys is not None and self.last_lengths is not None:
             assert self.last_values is not None
             count = int(self.last_lengths[sequence])
@@ -262,11 +293,10 @@ def attend(
     sequences, heads, rows, _ = q.shape
     o = np.zeros((sequences, heads, rows, cache.format.value_dim))
     lse = np.full((sequences, heads, rows), -np.inf)
-    kv_heads = cache.records.shape[1]
     for s in range(sequences):
         count, length = int(query_lengths[s]), int(cache.lengths[s])
         own = sequence_options(options, s, count, length)
-        tiles = [cache.tiles(s, head) for head in range(kv_heads)]
+        tiles = [cache.tiles(s, head) for head in range(cache.heads)]
         if count and length:
             o[s, :, :count], lse[s, :, :count] = attend_sequence(
                 q[s, :, :count], tiles, length, own

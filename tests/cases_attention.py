@@ -33,7 +33,9 @@ class AttentionCase:
 
     causal, window=N, softcap=X, mask, bias, alibi, sink, tree, unified, e4m3 (the query), draft;
     parts (first and last float parts), holes (pages that are not full in the middle), ragged (rows
-    differ by sequence), packed (rows in one batch row), flat (equal keys, channels of zeros).
+    differ by sequence), packed (rows in one batch row), flat (equal keys, channels of zeros),
+    lists=kv, lists=query or lists=shared (about half of the pages, chosen by each KV head, each
+    query head, or by all together), tokens (about half of the tokens of a list's pages).
     """
 
     codecs: str = "int8/int8"
@@ -104,6 +106,22 @@ CATALOGUE = [
     AttentionCase("int8/int8", "2/1", "32/32", 3, "0,70", "bf16", "int8", "parts;sink"),
     AttentionCase("int8/int8", "2/1", "32/32", 2, "200", "fp16", "int8", "parts;flat"),
     AttentionCase("int8/float", "1/1", "256/256", 2, "130", "bf16", "float", "-"),
+    AttentionCase("int8/int8", "4/2", "64/64", 1, "900", "bf16", "int8", "parts;lists=kv"),
+    AttentionCase("int8/int8", "4/2", "32/48", 2, "700,300", "bf16", "int8",
+                  "parts;causal;lists=query"),
+    AttentionCase("int8/float", "8/2", "32/32", 3, "520", "fp16", "float",
+                  "parts;causal;lists=shared;holes"),
+    AttentionCase("int8/int8", "4/1", "64/64", 1, "700,64,130", "bf16", "float",
+                  "parts;lists=kv;tokens"),
+    AttentionCase("int4/int4", "4/2", "64/64", 5, "600", "bf16", "int8",
+                  "parts;causal;lists=query;tokens;softcap=5"),
+    AttentionCase("float/float", "4/4", "32/32", 1, "400", "fp32", "float", "lists=kv;tokens"),
+    AttentionCase("e4m3/e4m3", "4/2", "32/32", 2, "500", "bf16", "e4m3",
+                  "parts;e4m3;lists=query;mask"),
+    AttentionCase("int8-planes/int8-planes", "4/2", "64/64", 1, "500", "bf16", "int16",
+                  "parts;draft;lists=kv;tokens;sink"),
+    AttentionCase("int8/int8", "4/2", "32/32", 2, "700", "bf16", "int8",
+                  "parts;unified;causal;lists=kv"),
 ]  # fmt: skip
 
 
@@ -179,11 +197,39 @@ def make_pages(
             position += count
     parts = make_parts(case, sequences) if "parts" in case.words else {}
     lengths = [sequence.keys.shape[1] for sequence in sequences]
-    return PageView(
+    view = PageView(
         fmt, torch.from_numpy(records), torch.from_numpy(index), torch.from_numpy(table),
         torch.from_numpy(starts), torch.from_numpy(counts),
         integers([len(sequence.counts) for sequence in sequences]), integers(lengths),
         max(lengths), draft="draft" in case.words, **parts,
+    )  # fmt: skip
+    return make_lists(case, view, rng) if "lists" in case.words else view
+
+
+def make_lists(case: AttentionCase, view: PageView, rng: np.random.Generator) -> PageView:
+    """The view with lists of about half of the pages, ascending, some of them empty."""
+    query_heads, kv_heads = (int(number) for number in case.heads.split("/"))
+    heads = {"kv": kv_heads, "query": query_heads, "shared": 1}[case.words["lists"]]
+    sequences, width = view.table.shape
+    lists = torch.zeros((4, sequences, heads, width), dtype=torch.int64)
+    for s in range(sequences):
+        for head in range(heads):
+            chosen = np.flatnonzero(rng.random(int(view.page_counts[s])) < 0.5)
+            for source, target in zip((view.table, view.starts, view.counts), lists, strict=False):
+                target[s, head, : len(chosen)] = source[s, torch.from_numpy(chosen)]
+            lists[3, s, head] = torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, width))
+            lists[3, s, head, : min(len(chosen), 1)] = -1  # a whole page
+    table, starts, counts = (entries.to(torch.int32) for entries in lists[:3])
+    tokens, page_counts = lists[3], (counts > 0).sum(-1).to(torch.int32)
+    if heads == 1:
+        table, starts, counts, tokens = (
+            entries.expand(-1, kv_heads, -1) for entries in (table, starts, counts, tokens)
+        )
+        page_counts = page_counts.expand(-1, kv_heads)
+    return dataclasses.replace(
+        view, table=table, starts=starts, counts=counts, page_counts=page_counts,
+        tokens=tokens if "tokens" in case.words else None,
+        listed=int(counts.sum(-1).max()) + 2 * PAGE,
     )  # fmt: skip
 
 

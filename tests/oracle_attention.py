@@ -48,7 +48,7 @@ def definition(queries: Queries, pages: PageView, options: ScoreOptions) -> Answ
         if rows[s] == 0 or length == 0:
             continue
         own = reference.sequence_options(arrays, s, int(rows[s]), length)
-        tiles = [cache.tiles(s, head) for head in range(cache.records.shape[1])]
+        tiles = [cache.tiles(s, head) for head in range(cache.heads)]
         part = q[s, :, : rows[s]]
         bounds = sequence_bounds(part, tiles, length, own, queries.q.dtype, o[s], lse[s])
         o_bound[s, :, : rows[s]], lse_bound[s, :, : rows[s]] = bounds

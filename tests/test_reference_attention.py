@@ -151,7 +151,7 @@ def dense(case: AttentionCase) -> tuple[Array, Array]:
     o = np.zeros((sequences, heads, rows, case.format.value_dim))
     lse = np.full((sequences, heads, rows), -np.inf)
     for s, head in itertools.product(range(sequences), range(heads)):
-        tiles = cache.tiles(s, head * cache.records.shape[1] // heads)
+        tiles = cache.tiles(s, head * cache.heads // heads)
         length, own_rows = int(cache.lengths[s]), int(queries.lengths[s])
         for i in range(own_rows):
             scores, values = [], []
@@ -159,6 +159,8 @@ def dense(case: AttentionCase) -> tuple[Array, Array]:
                 row = q[s, head, i].astype(np.float64)
                 rounded = attention.round_query(q[s, head, i], given.query)
                 for t in range(len(tile.key_codes)):
+                    if tile.readable is not None and not tile.readable[t]:
+                        continue
                     key = tile.key_codes[t] * tile.key_scales[t]
                     product = (row if tile.key_map == "float" else rounded) @ key + row @ tile.mean
                     scores.append(
@@ -216,7 +218,7 @@ def test_definition_is_softmax_over_decoded_keys(case: AttentionCase) -> None:
     largest = max(
         np.abs(tile.value_codes * tile.value_scales).max(initial=0)
         for s in range(view.num_sequences)
-        for head in range(view.num_kv_heads)
+        for head in range(cache.heads)
         for tile in cache.tiles(s, head)
     )
     levels = {"int8": 127.0, "int16": 32512.0, "e4m3": 16.0}.get(case.precision, 1.0)
