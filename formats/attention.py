@@ -72,8 +72,8 @@ class PageView:
     first_lengths[s] - 1; last_keys, last_values: likewise, the last last_lengths[s] positions.
     Either may be None (no such part). Slots beyond a length may hold anything, NaN too.
     draft: read the upper planes of "int8-planes" alone.
-    longest: the largest of `lengths`, known to the host. listed: where there are lists, the most keys
-    that one of them and the float parts hold, known to the host.
+    longest: the largest of `lengths`, known to the host. listed: where there are lists, the most
+    keys that one of them and the float parts hold, known to the host.
     """
 
     format: PageFormat

@@ -17,9 +17,10 @@ d + 3D/4 (2 bits) into one byte, so that every part is a whole tile of units. "i
 the upper and the lower four bits apart, `keys` then `keys_low`, `values` then `values_low`: its
 draft view reads the first alone. Float codecs are stored [64, D] and [64, E], the mean not removed.
 
-Index row: mean bf16 [D], max int8 [D], min int8 [D], deviation uint8 [D], value_sum int16 [E].
-max and min are in index units, rounded outward, so that
-q·mean + unit (relu(q)·max - relu(-q)·min) is an upper bound of every score with decoded keys.
+Index row: mean bf16 [D], max int8 [D], min int8 [D], numbers fp32 [4] (index unit, tokens written,
+0, 0), deviation uint8 [D], value_mean bf16 [E]. Selection reads up to the numbers, repair all. max
+and min are in index units, rounded outward, so that q·mean + unit (relu(q)·max - relu(-q)·min) is
+an upper bound of every score with decoded keys; deviation is in half units.
 """
 
 from __future__ import annotations
@@ -170,14 +171,15 @@ class PageFormat:
                 "mean": 2 * keys,
                 "max": keys,
                 "min": keys,
+                "numbers": 16,
                 "deviation": keys,
-                "value_sum": 2 * values,
+                "value_mean": 2 * values,
             }
         )
 
     @property
     def index_bytes(self) -> int:
-        """7 D for equal head dims; a multiple of 16, because every padded head dim is."""
+        """7 D + 16 for equal head dims; a multiple of 16, because every padded head dim is."""
         return max(field.end for field in self.index_fields.values())
 
     @property

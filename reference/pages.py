@@ -121,11 +121,11 @@ def write_page(
             _put(record, fmt, "token_scales", padded)
         _put_codes(record, fmt, "keys", fmt.key, pad(codes, fmt.padded_key_dim, fmt.key), False)
     _put(record, fmt, "key_scales", np.array([key_scale, unit, 0, 0], np.float32))
-    value_scales, value_sum = _put_values(record, fmt, values, dtype)
+    value_scales, value_mean = _put_values(record, fmt, values, dtype)
     padded_scales = np.ones(fmt.padded_value_dim, np.float32)
     padded_scales[: fmt.value_dim] = value_scales
     _put(record, fmt, "value_scales", padded_scales)
-    return record, _index_row(fmt, mean, decoded, centred, unit, value_sum)
+    return record, _index_row(fmt, mean, decoded, centred, unit, value_mean)
 
 
 def index_unit(centred: FloatArray, codec: PageCodec) -> float:
@@ -141,17 +141,19 @@ def index_unit(centred: FloatArray, codec: PageCodec) -> float:
 
 def _put_values(
     record: NDArray[np.uint8], fmt: PageFormat, values: FloatArray, dtype: str
-) -> tuple[FloatArray, NDArray[np.float64]]:
-    """Store the values; their scales [E] and the sums of their codes [E]."""
+) -> tuple[FloatArray, FloatArray]:
+    """Store the values; their scales [E] and the means of what is stored [E], not rounded to
+    bfloat16 yet: (sum of codes * scale) / n in IEEE fp32, the sum of codes being exact."""
+    count = np.float32(len(values))
     if fmt.value.map == "float":
         _put_floats(record, fmt, "values", values, fmt.padded_value_dim, dtype)
-        scales = encode(values, PageCodec("int8"), 0)[1][0]  # only the unit of the sums
-        with np.errstate(invalid="ignore"):
-            sums = np.rint((values.astype(np.float64) / scales).sum(axis=0))
-        return scales, np.nan_to_num(sums, nan=0, posinf=0, neginf=0)
+        with np.errstate(invalid="ignore", over="ignore"):
+            sums = values.astype(np.float64).sum(axis=0).astype(np.float32)
+        return np.ones(fmt.value_dim, np.float32), sums / count
     codes, kept = encode(values, fmt.value, 0)
     _put_codes(record, fmt, "values", fmt.value, pad(codes, fmt.padded_value_dim, fmt.value), True)
-    return kept[0], np.rint(codes.sum(axis=0))
+    with np.errstate(over="ignore"):
+        return kept[0], codes.sum(axis=0).astype(np.float32) * kept[0] / count
 
 
 def _index_row(
@@ -160,7 +162,7 @@ def _index_row(
     decoded: NDArray[np.float64],
     centred: FloatArray,
     unit: float,
-    value_sum: NDArray[np.float64],
+    value_mean: FloatArray,
 ) -> NDArray[np.uint8]:
     row = np.zeros(fmt.index_bytes, np.uint8)
     step = unit if np.isfinite(unit) else 1.0
@@ -180,8 +182,13 @@ def _index_row(
         "mean": channels(floats.bfloat16_bits(mean), np.uint16, keys),
         "max": channels(largest, np.int8, keys),
         "min": channels(smallest, np.int8, keys),
+        "numbers": np.array([unit, len(centred), 0, 0], np.float32).view(np.uint8),
         "deviation": channels(np.minimum(255, np.rint(2 * spread / step)), np.uint8, keys),
-        "value_sum": channels(value_sum, np.int16, fmt.padded_value_dim),
+        "value_mean": channels(
+            floats.bfloat16_bits(floats.round_bfloat16(value_mean)),
+            np.uint16,
+            fmt.padded_value_dim,
+        ),
     }
     for name, field in fmt.index_fields.items():
         row[field.offset : field.end] = contents[name]

@@ -35,13 +35,14 @@ def plan_for(
 ) -> Plan:
     heads, kv_heads = (int(count) for count in case.heads.split("/"))
     decode = dataflow == "decode"
+    lists = heads if case.words.get("lists") == "query" else kv_heads
     if dot is None:
         dot = "e4m3" if "e4m3" in case.words else "int8"
         dot = case.dtype if case.codecs.startswith("float") else dot
     return Plan(
         "triton", dataflow, dot, "a test", 0, 0,  # type: ignore[arg-type]
         block_m=block_m or (16 if decode else 32), block_n=64, split_k=splits,
-        pack=pack or (heads // kv_heads if decode else 1), warps=4, stages=2,
+        pack=pack or (heads // lists if decode else 1), warps=4, stages=2,
     )  # fmt: skip
 
 
@@ -330,7 +331,7 @@ def test_offsets_of_64_bits() -> None:
         ({"dataflow": "tiled"}, "plan dataflow .* 'prefill' or 'decode', got 'tiled'"),
         ({"block_m": 24}, "plan block_m must be 16, 32, 64 or 128, got 24"),
         ({"block_n": 128}, "plan block_n must be a page, 64, got 128"),
-        ({"pack": 3}, "plan pack must divide the 2 query heads of a KV head, got 3"),
+        ({"pack": 3}, "plan pack must divide the 2 query heads of a list of pages, got 3"),
         ({"split_k": 0}, "plan split_k must be 1 or more, got 0"),
         ({"dot": "bf16"}, r"plan dot must be one of \['int8'\] here, got 'bf16'"),
     ],

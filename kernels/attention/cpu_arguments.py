@@ -25,6 +25,9 @@ PART_FIELDS = (
     "values", "value_batch", "value_head", "value_row", "lengths",
 )  # fmt: skip
 
+# What a page list holds: int32 entries (tokens: int64), and int32 how many of them count.
+LIST_FIELDS = ("table", "starts", "counts", "tokens", "page_counts")
+
 FIELDS = (
     # what is computed
     "q", "q_batch", "q_head", "q_row",
@@ -33,16 +36,20 @@ FIELDS = (
     "query_lengths",  # int32 [S]
     "offsets",  # int32 [S]; 0: rows of sequence s are those of q[s]
     "row_limit",  # rows of q that exist for a sequence, computed or not; 0: its length
-    "group",  # query heads of a KV head
-    "kv_heads", "key_dim", "value_dim",
+    # Heads that pages are read for: KV heads, or query heads where each has its own list.
+    "heads",
+    "group",  # query heads of each
+    "repeat",  # how many of them read the pages of one KV head
+    "key_dim", "value_dim",
     # pages
     "records", "record_page", "record_head",
     "index", "index_page", "index_head",
     "keys", "keys_low", "values", "values_low",  # offsets in a record
     "value_scales", "key_scales", "token_scales", "record_end",
     "stored_keys", "stored_values",  # padded head dims
-    "table", "starts", "counts", "table_row",  # addresses; bytes between sequences
-    "page_counts", "lengths",
+    # addresses (tokens: 0 for none); bytes between sequences and between heads
+    *(f"{name}{stride}" for name in LIST_FIELDS for stride in ("", "_sequence", "_head")),
+    "lengths",  # int32 [S]
     *(f"{part}_{name}" for part in PARTS for name in PART_FIELDS),
     # scores; floats as their bits
     "scale",  # in units of log2
@@ -55,7 +62,7 @@ FIELDS = (
     "tree", "tree_batch", "tree_row",
     # how the work is divided
     "units", "splits", "tiles",
-    "chunk", "chunks",  # neighbouring KV heads that a unit does, and how many such there are
+    "chunk", "chunks",  # neighbouring heads that a unit does, and how many such there are
     "tile_rows",  # a multiple of ROWS
     "scratch", "slot",  # of a thread: address, bytes
     "at_rows", "row_slot",  # in a slot: offset of the tiles' pieces, bytes of one tile's
@@ -64,6 +71,7 @@ FIELDS = (
     *(f"at_{piece}" for piece in (*SHARED_PIECES, *ROW_PIECES)),
     # for a team of threads
     "task", "thread_number", "thread_count",
+    "traffic",  # int64 [threads, 8]: what each has read (Traffic), a line of its own; 0: not counted
 )  # fmt: skip
 INDEX = {name: index for index, name in enumerate(FIELDS)}
 
@@ -151,6 +159,7 @@ class Context:
         self.e, self.a, self.kind = e, a, kind
         self.b = e.builder
         self.tail = e.buffer(1)  # for what is less than a vector
+        self.true = ir.Constant(ir.IntType(1), 1)
 
     def real(self, value: float) -> Any:
         return ir.Constant(F32, value)

@@ -20,6 +20,7 @@ from lath.kernels.attention.cpu_arguments import (
     Context,
     Kind,
 )
+from lath.kernels.attention.cpu_pages import PageList
 from lath.kernels.attention.cpu_rows import (
     RowTile,
     Unit,
@@ -31,7 +32,7 @@ from lath.kernels.attention.cpu_rows import (
     prepare_rows,
 )
 from lath.kernels.attention.cpu_scores import corrections_of, float_scores, integer_scores
-from lath.kernels.attention.cpu_softmax import apply_options, reach_of, softmax
+from lath.kernels.attention.cpu_softmax import apply_options, exclude_tokens, reach_of, softmax
 from lath.kernels.attention.cpu_tile import (
     VECTOR,
     KeyTile,
@@ -42,10 +43,6 @@ from lath.kernels.attention.cpu_tile import (
 )
 from lath.kernels.attention.cpu_values import channel_values, integer_values, token_values
 from lath.kernels.simd.emitter import I32, I64, Emitter
-
-# Records between the one that is read and the one that is asked for.
-AHEAD = 2
-
 
 def emit_attend(
     e: Emitter, thread: Any, threads: Any, arguments: Any,
@@ -93,76 +90,33 @@ def _rows_to_write(c: Context, unit: Unit) -> Any:
     return e.clip(e.subtract(rows, unit.first), a["tile_rows"])
 
 
-class _PageList:
-    """The pages of one sequence."""
-
-    def __init__(self, c: Context, sequence: Any) -> None:
-        self.c = c
-        self._row = c.e.multiply(sequence, c.a["table_row"])
-
-    def entry(self, name: str, i: Any) -> Any:
-        e = self.c.e
-        value = e.load(e.offset(e.add(self.c.a[name], self._row), i, 4), I32)
-        return e.builder.sext(value, I64)
-
-    def place(self, base: str, prefix: str, page: Any, head: Any) -> Any:
-        """The address of a page's record or index row of a KV head."""
-        e, a = self.c.e, self.c.a
-        address = e.add(a[base], e.multiply(page, a[f"{prefix}_page"]))
-        return e.add(address, e.multiply(head, a[f"{prefix}_head"]))
-
-
 def _attend_pages(c: Context, unit: Unit) -> None:
     """The pages of one split, a run of the list: each for all heads of the unit."""
-    e, a = c.e, c.a
-    number = a.integer("page_counts", unit.sequence)
-    begin = e.divide(e.multiply(number, unit.split), a["splits"])
-    end = e.divide(e.multiply(number, e.add(unit.split, 1)), a["splits"])
-    pages = _PageList(c, unit.sequence)
+    e = c.e
+    pages = PageList(c, unit)
+    begin, end = pages.run()
     with e.loop(e.subtract(end, begin)) as i:
-        at = e.add(begin, i)
-        page = pages.entry("table", at)
-        following = pages.entry("table", e.smaller_of(e.add(at, 1), e.subtract(end, 1)))
-        start, count = pages.entry("starts", at), pages.entry("counts", at)
-        with e.loop(unit.heads) as h:
+        entry = pages.entry(e.add(begin, i), end)
+        with e.when(entry.read), e.loop(unit.heads) as h:
             tile = unit.tile_of(h)
-            # Records follow each other by head, then by page.
-            next_head = e.add(h, AHEAD)
-            inside = e.less(next_head, unit.heads)
-            wrapped = e.smaller_of(e.subtract(next_head, unit.heads), e.subtract(unit.heads, 1))
-            next_page = c.b.select(inside, page, following)
-            next_head = e.add(unit.first_head, c.b.select(inside, next_head, wrapped))
-            keys = KeyTile(
-                page=True,
-                start=start,
-                count=count,
-                record=pages.place("records", "record", page, tile.kv_head),
-                mean=pages.place("index", "index", page, tile.kv_head),
-                upcoming=pages.place("records", "record", next_page, next_head),
-            )
-            if c.kind.few:
-                mean = pages.place("index", "index", next_page, next_head)
-                _ask_for_sides(c, keys, mean)
-            _attend_tile(c, tile, keys, functools.partial(_stage_page, c, tile, keys))
+            keys = pages.tile(entry, tile, h)
+            _attend_tile(c, tile, keys, functools.partial(_stage_page, c, unit, tile, keys))
 
 
-def _ask_for_sides(c: Context, keys: KeyTile, mean: Any) -> None:
-    """Scales and mean of a page that will be read soon: a page waits for each of their lines."""
-    e, a = c.e, c.a
-    first, end = a["value_scales"], a["record_end"]
-    for address, nbytes in (
-        (e.add(keys.upcoming, first), e.subtract(end, first)),
-        (mean, e.multiply(a["stored_keys"], 2)),
-    ):
-        with e.loop(e.divide(e.add(nbytes, VECTOR - 1), VECTOR)) as i:
-            e.prefetch(e.offset(address, i, VECTOR))
-
-
-def _stage_page(c: Context, tile: RowTile, keys: KeyTile) -> None:
+def _stage_page(c: Context, unit: Unit, tile: RowTile, keys: KeyTile) -> None:
+    _count(c, unit)
     if not c.kind.integer_scores:
         stage_page_keys(c, tile, keys)
     if not c.kind.integer_values:
         stage_page_values(c, tile, keys)
+
+
+def _count(c: Context, unit: Unit) -> None:
+    """One more page that the thread has read for a head, where that is asked for."""
+    e, counts = c.e, c.a["traffic"]
+    with e.when(c.b.icmp_signed("!=", counts, e.integer(0))):
+        own = e.offset(counts, unit.thread, VECTOR)
+        e.store(own, e.add(e.load(own, I64), 1))
 
 
 def _attend_parts(c: Context, unit: Unit, tile: RowTile) -> None:
@@ -226,6 +180,9 @@ def _attend_block(
         special = c.b.icmp_signed("!=", a["special"], e.integer(0))
         with e.when(c.b.or_(reach.crossed, special)):
             apply_options(c, tile, keys, block)
+        if keys.missing is not None:
+            with e.when(c.b.icmp_signed("!=", keys.missing, e.integer(0))):
+                exclude_tokens(c, tile, keys.missing)
         weights = softmax(c, tile, keys, block)
         _values(c, tile, keys, block, weights, reach.limit)
 

@@ -1,7 +1,8 @@
 """Rows of q: which they are, how they are prepared, and what is written for them.
 
-Row n of a KV head is query head `n % group` of the group at token `n // group`: the heads that read
-the same keys stand together, and neighbours see nearly the same keys.
+Row n of a head (a KV head, or a query head that has its own page list) is query head `n % group` of
+its group at token `n // group`: the query heads that read the same keys stand together, and
+neighbours see nearly the same keys.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ _E4M3_LARGEST = 448.0
 
 @dataclass(frozen=True)
 class RowTile:
-    """A tile of rows of one KV head of one sequence; all fields are values in the kernel."""
+    """A tile of rows of one head of one sequence; all fields are values in the kernel."""
 
     sequence: Any
-    kv_head: Any
+    head: Any
+    kv_head: Any  # whose keys and values it reads
     first: Any  # its first row
-    rows: Any  # rows of the sequence and KV head, from 0
+    rows: Any  # rows of the sequence and head, from 0
     count: Any  # rows of the tile
     shift: Any  # position of row 0's token: keys - queries
     slot: Any  # address of the thread's scratch
@@ -47,11 +49,11 @@ class RowTile:
 
 
 class Unit:
-    """A piece of work: a tile of rows, the same of each of a few neighbouring KV heads, and one
-    split of the pages. Units go over splits, row tiles, chunks of heads, sequences, in this order.
+    """A piece of work: a tile of rows, the same of each of a few neighbouring heads, and one split
+    of the pages. Units go over splits, row tiles, chunks of heads, sequences, in this order.
 
-    Several heads, because their records lie side by side: few rows are read for at the speed of
-    memory only where addresses ascend for long.
+    Several heads where they share a page list, because their records lie side by side: few rows are
+    read for at the speed of memory only where addresses ascend for long.
     """
 
     def __init__(self, c: Context, thread: Any, unit: Any) -> None:
@@ -64,7 +66,7 @@ class Unit:
         self.sequence = e.divide(chunk_index, a["chunks"])
         chunk = e.subtract(chunk_index, e.multiply(self.sequence, a["chunks"]))
         self.first_head = e.multiply(chunk, a["chunk"])
-        self.heads = e.clip(e.subtract(a["kv_heads"], self.first_head), a["chunk"])
+        self.heads = e.clip(e.subtract(a["heads"], self.first_head), a["chunk"])
         queries = a.integer("query_lengths", self.sequence)
         self.rows = e.multiply(queries, a["group"])
         self.first = e.multiply(self.tile, a["tile_rows"])
@@ -76,7 +78,7 @@ class Unit:
         """The tile of head number h of the unit. split: whose state, the unit's own if None."""
         e, a = self.c.e, self.c.a
         head = e.add(self.first_head, h)
-        index = e.add(e.multiply(self.sequence, a["kv_heads"]), head)
+        index = e.add(e.multiply(self.sequence, a["heads"]), head)
         index = e.add(e.multiply(index, a["tiles"]), self.tile)
         index = e.add(e.multiply(index, a["splits"]), self.split if split is None else split)
         # States that nothing is merged with are the thread's own, used again for its next unit.
@@ -84,8 +86,8 @@ class Unit:
         index = e.builder.select(alone, e.add(e.multiply(self.thread, a["chunk"]), h), index)
         row_slot = e.add(self.slot, e.add(a["at_rows"], e.multiply(h, a["row_slot"])))
         return RowTile(
-            self.sequence, head, self.first, self.rows, self.count, self.shift, self.slot,
-            row_slot, e.add(a["states"], e.multiply(index, a["state"])),
+            self.sequence, head, e.divide(head, a["repeat"]), self.first, self.rows, self.count,
+            self.shift, self.slot, row_slot, e.add(a["states"], e.multiply(index, a["state"])),
         )  # fmt: skip
 
 
@@ -124,11 +126,11 @@ def copy_floats(
 
 
 def token_and_head(c: Context, tile: RowTile, row: Any) -> tuple[Any, Any]:
-    """Token of the sequence and query head of a row of the KV head."""
+    """Token of the sequence and query head of a row."""
     e, group = c.e, c.a["group"]
     token = e.divide(row, group)
     within = e.subtract(row, e.multiply(token, group))
-    return token, e.add(e.multiply(tile.kv_head, group), within)
+    return token, e.add(e.multiply(tile.head, group), within)
 
 
 def batch_and_row(c: Context, tile: RowTile, token: Any) -> tuple[Any, Any]:

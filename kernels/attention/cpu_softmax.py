@@ -21,7 +21,7 @@ from lath.kernels.attention.cpu_rows import (
 )
 from lath.kernels.attention.cpu_tile import VECTOR, KeyTile
 from lath.kernels.simd import brain, lanes, mathematics
-from lath.kernels.simd.emitter import BYTES, F32, FLOATS, I8, I32, INTS, LANES
+from lath.kernels.simd.emitter import BYTES, F32, FLOATS, I8, I16, I32, INTS, LANES
 
 GROUPS = PAGE // LANES
 _LOWEST = float("-inf")
@@ -76,6 +76,18 @@ def apply_options(c: Context, tile: RowTile, keys: KeyTile, block: Any) -> None:
                 score.value = where.adjusted(score.value, key, distance)
                 valid.value = where.allowed(valid.value, key)
             e.store(place, b.select(valid.value, score.value, e.floats(_LOWEST)))
+
+
+def exclude_tokens(c: Context, tile: RowTile, missing: Any) -> None:
+    """-inf in place of the scores in scratch of the tokens whose bits are set."""
+    e, b = c.e, c.b
+    for group in range(GROUPS):
+        bits = b.trunc(b.lshr(missing, e.integer(LANES * group)), I16)
+        excluded = b.bitcast(bits, ir.VectorType(ir.IntType(1), LANES))
+        for r in range(ROWS):
+            place = e.add(piece(c, tile, "scores"), 4 * (PAGE * r + LANES * group))
+            score = e.load(place, FLOATS)
+            e.store(place, b.select(excluded, e.floats(_LOWEST), score))
 
 
 def _in_order(c: Context, keys: KeyTile, slots: Any, distance: Any) -> Any:

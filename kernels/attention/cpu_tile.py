@@ -26,13 +26,15 @@ VECTOR = 64
 class KeyTile:
     """Keys of a page or float part.
 
-    start: position of the first. count: how many. record, mean: addresses (of a page). upcoming:
-    the record of a page that will be read soon. page: whether it is one.
+    start: position of the first. count: how many. missing: bits of those that are not read (of a
+    page). record, mean: addresses (of a page). upcoming: the record of a page that will be read
+    soon. page: whether it is one.
     """
 
     page: bool
     start: Any
     count: Any
+    missing: Any = None
     record: Any = None
     mean: Any = None
     upcoming: Any = None

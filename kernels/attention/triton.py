@@ -23,7 +23,12 @@ from lath.formats.pages import PageCodec, PageFormat
 from lath.formats.plan import Plan
 from lath.kernels.attention import triton_attend as loop
 from lath.kernels.attention import triton_corrections as before
-from lath.kernels.attention.triton_arguments import check, float_parts, score_tensors
+from lath.kernels.attention.triton_arguments import (
+    check,
+    float_parts,
+    page_lists,
+    score_tensors,
+)
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # Bytes that q·mean may take at once.
@@ -104,15 +109,14 @@ def _attend(
     settings: _Settings,
 ) -> None:
     """Launch the loop into o and lse, or into pieces of both."""
-    q, sequences, width = queries.q, pages.num_sequences, pages.table.shape[1]
+    q, sequences, width = queries.q, pages.num_sequences, pages.table.shape[-1]
     batch, heads, rows, _ = q.shape
     blocks = heads // plan.pack
     per_token = 4 * sequences * heads * max(width, 1) * (2 if options.scheme == "unified" else 1)
     run = max(_MOST_CORRECTIONS // per_token // plan.block_m, 1) * plan.block_m
     dtypes = (settings.key_dtype, settings.value_dtype, torch.float32)
     records = tuple(pages.records.view(dtype) for dtype in dtypes)
-    lists = tuple(t.contiguous() for t in (pages.table, pages.starts, pages.counts))
-    lists = (*lists, pages.page_counts)
+    lists = page_lists(pages, heads)
     rows_of_q = (q, *q.stride()[:3])
     parts, extras = float_parts(pages, q), score_tensors(options, queries, pages)
     factor, cap = options.scale * LOG2E, 0.0
@@ -125,7 +129,7 @@ def _attend(
     for first in range(0, last, run):
         tiles = triton.cdiv(min(run, last - first) * plan.pack, plan.block_m)
         padded = tiles * plan.block_m
-        made = _prepare(queries, pages, plan, settings, first, padded, records[2], lists[0])
+        made = _prepare(queries, pages, plan, settings, first, padded, records[2], lists)
         loop.attend_kernel[(tiles, blocks, sequences * plan.split_k)](
             rows_of_q, made, records, lists, lengths, *parts, *extras, (o, lse, batch, rows),
             heads, pages.num_kv_heads, width, padded, first, plan.split_k,
@@ -142,10 +146,10 @@ def _prepare(
     first: int,
     padded: int,
     numbers: Tensor,
-    table: Tensor,
+    lists: tuple[Any, ...],
 ) -> _Prepared:
     """Codes, scales, q·mean and bounds of the rows from token `first` on."""
-    q, sequences, width = queries.q, pages.num_sequences, table.shape[1]
+    q, sequences, width = queries.q, pages.num_sequences, pages.table.shape[-1]
     heads = q.shape[1]
     bounds_needed = settings.prepare["BOUNDS"]
     if settings.query == "float" and not bounds_needed:
@@ -173,7 +177,7 @@ def _prepare(
     grid = (padded // block, heads // plan.pack, sequences * max(1, triton.cdiv(width, pages_each)))
     before.prepare_kernel[grid](
         q, queries.lengths, offsets, pages.index.view(torch.bfloat16),
-        pages.index.view(torch.int8), numbers, table, pages.page_counts,
+        pages.index.view(torch.int8), numbers, lists,
         *made, *q.stride()[:3], heads, pages.num_kv_heads, width, padded, first,
         **settings.prepare, BLOCK_R=block, num_warps=8 if settings.prepare_rows == 16 else 4,
         enable_fp_fusion=False,
@@ -189,6 +193,7 @@ def _switches(queries: Queries, pages: PageView, options: ScoreOptions) -> tuple
     scores = (
         causal, window, options.softcap is not None, options.mask is not None,
         options.bias is not None, options.alibi is not None, options.tree is not None,
+        pages.tokens is not None,
     )  # fmt: skip
     parts = (pages.first_keys is not None, pages.last_keys is not None)
     unified = options.scheme == "unified"
@@ -239,7 +244,7 @@ def _settings(
         "PACKED": packed,
         "PARTIAL": plan.split_k > 1,
         "BOUNDED": scores[1] > 0 or (scores[0] and plan.dataflow == "prefill"),
-        "CLEAN": plan.dataflow == "prefill" and not scores[3],
+        "CLEAN": plan.dataflow == "prefill" and not (scores[3] or scores[7]),
         "P_TYPE": _TYPES[dtype],
         "FLOAT_BLOCK": max(16, _power_of_two(fmt.key_dim)),
         "PACK": plan.pack,

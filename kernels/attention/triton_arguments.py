@@ -36,14 +36,63 @@ def check(queries: Queries, pages: PageView, options: ScoreOptions, plan: Plan) 
             raise ValueError(f"pages {name} must be contiguous, got strides {tensor.stride()}")
     if q.stride(3) != 1 and q.shape[3] > 1:
         raise ValueError(f"q must have last stride 1, got strides {q.stride()}")
+    _check_lists(pages, q.shape[1])
     dots = {"int8"} if options.query == "int8" else {"e4m3", "fp16"}
     if fmt.key.map == "float":
         dots = {_DOTS[q.dtype]}
-    _check_plan(plan, q.shape[1] // max(pages.num_kv_heads, 1), dots)
+    _check_plan(plan, q.shape[1] // max(lists_of_heads(pages), 1), dots)
+
+
+def _check_lists(pages: PageView, query_heads: int) -> None:
+    if pages.list_heads not in (None, pages.num_kv_heads, query_heads):
+        raise ValueError(
+            f"pages table must hold a list for each of the {pages.num_kv_heads} KV heads or of the "
+            f"{query_heads} query heads, got shape {tuple(pages.table.shape)}"
+        )
+    for name in ("starts", "counts", "tokens"):
+        entries = getattr(pages, name)
+        if entries is not None and entries.shape != pages.table.shape:
+            raise ValueError(
+                f"pages {name} must have the table's shape {tuple(pages.table.shape)}, "
+                f"got {tuple(entries.shape)}"
+            )
+    if pages.tokens is not None and pages.list_heads is None:
+        raise ValueError(
+            f"pages tokens need lists of heads [S, H, P], got a table {tuple(pages.table.shape)}"
+        )
+    if pages.page_counts.shape != pages.table.shape[:-1]:
+        raise ValueError(
+            f"pages page_counts must be {tuple(pages.table.shape[:-1])} as the table's lists, "
+            f"got {tuple(pages.page_counts.shape)}"
+        )
+
+
+def lists_of_heads(pages: PageView) -> int:
+    """Lists of a sequence: as many as KV heads (perhaps one list for all), or as query heads."""
+    return pages.num_kv_heads if pages.list_heads is None else pages.list_heads
+
+
+def page_lists(pages: PageView, query_heads: int) -> tuple[Any, ...]:
+    """The lists as the kernels take them: (table, starts, counts, page_counts, tokens, strides of
+    sequence and of head, those of page_counts, query heads of a list). Strides of head are 0 where
+    all heads read one list; tokens is a placeholder where there are none."""
+    lists = [pages.table, pages.starts, pages.counts]
+    if pages.tokens is not None:
+        lists.append(pages.tokens)
+    strides = lists[0].stride()
+    if strides[-1] != 1 or any(entries.stride() != strides for entries in lists):
+        lists = [entries.contiguous() for entries in lists]
+        strides = lists[0].stride()
+    counts = pages.page_counts
+    of_head, counts_of_head = (0, 0) if pages.list_heads is None else (strides[1], counts.stride(1))
+    return (
+        *lists[:3], counts, lists[-1], strides[0], of_head, counts.stride(0), counts_of_head,
+        query_heads // max(lists_of_heads(pages), 1),
+    )  # fmt: skip
 
 
 def _check_plan(plan: Plan, group: int, dots: set[str]) -> None:
-    """group: query heads of a KV head. dots: types that q·k may be multiplied in."""
+    """group: query heads that read one list of pages. dots: types that q·k may be multiplied in."""
     if plan.dataflow not in ("prefill", "decode"):
         raise ValueError(
             f"plan dataflow for attention must be 'prefill' or 'decode', got {plan.dataflow!r}"
@@ -54,7 +103,7 @@ def _check_plan(plan: Plan, group: int, dots: set[str]) -> None:
         raise ValueError(f"plan block_n must be a page, {PAGE}, got {plan.block_n}")
     if plan.pack < 1 or group % plan.pack:
         raise ValueError(
-            f"plan pack must divide the {group} query heads of a KV head, got {plan.pack}"
+            f"plan pack must divide the {group} query heads of a list of pages, got {plan.pack}"
         )
     if plan.split_k < 1:
         raise ValueError(f"plan split_k must be 1 or more, got {plan.split_k}")

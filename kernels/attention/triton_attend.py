@@ -228,8 +228,7 @@ def attend_kernel(
 
     q: [B, Hq, L, D] and three strides. prepared: codes, scales, corrections, bounds, of
     `prepare_kernel`, for the rows from token first_token on. records: through pointers for keys,
-    values, fp32. lists: table, starts, counts [S, table_width], page_counts [S]. lengths: of keys,
-    of queries, offsets of queries. first_part, last_part: keys, values, lengths, strides of each;
+    values, fp32. lists: of `page_lists`. lengths: of keys, of queries, offsets of queries. first_part, last_part: keys, values, lengths, strides of each;
     PARTS says whether they are there. mask, bias: [S, Hq, Lq, Lk] and four strides; tree: and two.
     output: o [pieces, B, Hq, L, E], lse [pieces, B, Hq, L], B, L; in units of log 2 where PARTIAL.
     factor: scale * log2(e), or with a softcap 2 scale * log2(e) / softcap and cap = softcap *
@@ -255,10 +254,12 @@ def attend_kernel(
 
     wide = sequence.to(tl.int64)
     kv_head = block * PACK // (heads // kv_heads)
-    entry = wide * table_width
+    own_list = (block * PACK // lists[9]).to(tl.int64)
+    entry = wide * lists[5] + own_list * lists[6]
     starts, counts = lists[1] + entry, lists[2] + entry
     view = (
         records[0], records[1], records[2], lists[0] + entry, starts, counts, kv_heads, kv_head,
+        lists[4] + entry,
     )  # fmt: skip
     extras = (
         window, cap, mask[0] + wide * mask[1], mask[2], mask[3], mask[4],
@@ -274,7 +275,7 @@ def attend_kernel(
     at = own * table_width * padded_rows + tile * BLOCK_M
     query = (tiles, scale * factor, prepared[2] + at, padded_rows, factor)
 
-    pages = tl.where(some, tl.load(lists[3] + sequence), 0)
+    pages = tl.where(some, tl.load(lists[3] + wide * lists[7] + own_list * lists[8]), 0)
     span = span_of_pages(
         starts, counts, pages, piece, pieces, reach, length, rows, window, BOUNDED, CLEAN, OPTIONS
     )

@@ -57,8 +57,7 @@ def prepare_kernel(
     means,
     extremes,
     numbers,
-    table,
-    page_counts,
+    lists,
     codes,
     scales,
     corrections,
@@ -85,7 +84,7 @@ def prepare_kernel(
 ):
     """Grid: tiles of rows, heads / PACK, sequences * tiles of pages. Without fused multiply-add.
 
-    q [B, Hq, L, DIM] with strides. means bf16*, extremes int8*: the index; numbers fp32*: the
+    q [B, Hq, L, DIM] with strides. lists: of `page_lists`. means bf16*, extremes int8*: the index; numbers fp32*: the
     records. INDEX: elements of an index row through either pointer, where max and min begin, fp32
     of a record, where its index unit is. codes [S, Hq/PACK, padded_rows, PADDED], scales [S,
     Hq/PACK, padded_rows] (where q is rounded: QUERY "int8", "e4m3" or "e4m3-fp16"). corrections:
@@ -95,7 +94,9 @@ def prepare_kernel(
     block = tl.program_id(1)
     page_tiles = tl.cdiv(table_width, BLOCK_P)
     sequence, page_tile = tl.program_id(2) // page_tiles, tl.program_id(2) % page_tiles
-    rows, pages = tl.load(query_lengths + sequence), tl.load(page_counts + sequence)
+    wide, own_list = sequence.to(tl.int64), (block * PACK // lists[9]).to(tl.int64)
+    rows = tl.load(query_lengths + sequence)
+    pages = tl.load(lists[3] + wide * lists[7] + own_list * lists[8])
     offset, batch_row = sequence * 0, sequence
     if PACKED:
         offset, batch_row = tl.load(query_offsets + sequence), sequence * 0
@@ -106,7 +107,7 @@ def prepare_kernel(
     at = head.to(tl.int64) * q_stride_h + token.to(tl.int64) * q_stride_l
     inside = (token < rows)[:, None] & (channel < DIM)[None, :]
     x = tl.load(base + at[:, None] + channel[None, :], mask=inside, other=0.0)
-    prepared = sequence.to(tl.int64) * (heads // PACK) + block
+    prepared = wide * (heads // PACK) + block
     lane = lane.to(tl.int64)
     rounded, scale = x.to(tl.float32), tl.full((BLOCK_R,), 1.0, tl.float32)
     if QUERY != "float":
@@ -119,7 +120,8 @@ def prepare_kernel(
             tl.store(scales + own, scale, mask=lane < padded_rows)
 
     page = page_tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    number = tl.load(table + sequence.to(tl.int64) * table_width + page, mask=page < pages, other=0)
+    table = lists[0] + wide * lists[5] + own_list * lists[6]
+    number = tl.load(table + page, mask=page < pages, other=0)
     record = number.to(tl.int64) * kv_heads + block * PACK // (heads // kv_heads)
     there = (page < pages)[None, :] & (channel < DIM)[:, None]
     pointers = means + record[None, :] * INDEX[0] + channel[:, None]

@@ -23,6 +23,7 @@ from lath.kernels.attention.triton_scores import (
     clean_pages,
     readable,
     readable_pages,
+    selected,
     soft,
 )
 from lath.kernels.attention.triton_softmax import add_tile
@@ -71,10 +72,10 @@ def _add_page(
     OPTIONS: tl.constexpr,
     P_TYPE: tl.constexpr,
 ):
-    """The state after page `page` of the sequence's list.
+    """The state after page `page` of the list.
 
     query: (tiles, scale [BM], corrections, its stride, factor). view: (keys, values, numbers,
-    table, starts, counts, kv_heads, kv_head); the lists already at the sequence.
+    table, starts, counts, kv_heads, kv_head, tokens); the lists already at their own.
     """
     record = tl.load(view[3] + page).to(tl.int64) * view[6] + view[7]
     start = tl.load(view[4] + page)
@@ -104,6 +105,8 @@ def _add_page(
         scores = adjust(scores, start, count, row, extras, OPTIONS)
     if MASKED:
         allowed = readable(start, count, row, extras, OPTIONS)
+        if OPTIONS[7]:
+            allowed &= selected(tl.load(view[8] + page))[None, :]
         scores = tl.where(allowed, scores, float("-inf"))
     scales = ()
     if VALUES[0] == "float":

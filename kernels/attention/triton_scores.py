@@ -3,8 +3,8 @@
 `row` is the tuple (position, token, head, present) of a tile's rows, each [BM]. `extras` holds what
 the options need at run time: (window, softcap * log2(e), mask, its row and key strides, bias, its
 row and key strides, alibi, tree, its row stride, position of the first query); tensors already at
-the sequence. OPTIONS is the constexpr tuple (causal, window, softcap, mask, bias, alibi, tree), all
-flags but window: 0 none, 1 backwards, 2 both ways. Scores are in units of log 2.
+the sequence. OPTIONS is the constexpr tuple (causal, window, softcap, mask, bias, alibi, tree,
+tokens), all flags but window: 0 none, 1 backwards, 2 both ways; tokens matters to pages alone. Scores are in units of log 2.
 """
 
 from __future__ import annotations
@@ -63,6 +63,14 @@ def readable(start, count, row, extras, OPTIONS: tl.constexpr):
         words = tl.load(extras[11] + at, mask=allowed & (node >= 0), other=0)
         allowed &= (node < 0) | (((words >> (node % 32)) & 1) != 0)
     return allowed
+
+
+@triton.jit
+def selected(tokens):
+    """bool [64]: bits of an int64, the lowest first. Words of 32 bits: no lane shifts 64."""
+    slot = tl.arange(0, 64)
+    word = tl.where(slot < 32, tokens.to(tl.int32), (tokens >> 32).to(tl.int32))
+    return ((word >> (slot % 32)) & 1) != 0
 
 
 @triton.jit
