@@ -3,13 +3,14 @@
 A sequence is, in the order of its positions: a first float part (at most 64 tokens, the attention
 sinks), pages, and a last float part (fewer than 64 tokens, the tail). A page is written once, when
 the tail fills, and never again: what shortens a sequence lowers the number of a page's tokens that
-count, for that sequence alone. Stores that come from one another by `fork` share a pool.
+count, for that sequence alone. Positions may have gaps, where tokens were dropped: the length of a
+sequence is one more than its last position, whatever it holds. Stores that come from one another by
+`fork` share a pool.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,30 +18,8 @@ from torch import Tensor
 
 from lath.formats.attention import PageView
 from lath.formats.page_pool import PagePool
+from lath.formats.page_span import Positions, Span, Structure, as_positions, joined
 from lath.formats.pages import PAGE, PageFormat
-
-
-@dataclass
-class Span:
-    """What one sequence holds: tokens of the first part, pages with counts, tokens of the last."""
-
-    first: int = 0
-    pages: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    paged: int = 0  # the sum of counts
-    last: int = 0
-
-    @property
-    def length(self) -> int:
-        return self.first + self.paged + self.last
-
-    def add_page(self, page: int, count: int) -> None:
-        self.pages.append(page)
-        self.counts.append(count)
-        self.paged += count
-
-    def copy(self) -> Span:
-        return Span(self.first, list(self.pages), list(self.counts), self.paged, self.last)
 
 
 class _Copy(NamedTuple):
@@ -75,7 +54,7 @@ class PageStore:
         self.spans = [Span() for _ in range(batch)]
         self.first_keys, self.first_values = self._float_part(batch if keep_first else 0)
         self.last_keys, self.last_values = self._float_part(batch)
-        self._structure: _Structure | None = None
+        self._structure: Structure | None = None
 
     def _float_part(self, batch: int) -> tuple[Tensor, Tensor]:
         shape = (batch, self.num_kv_heads, PAGE)
@@ -103,11 +82,33 @@ class PageStore:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
+        """One more than the last position of each sequence, dropped tokens counted."""
         return [span.length for span in self.spans]
 
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens that each sequence holds."""
+        return [span.tokens for span in self.spans]
+
+    @property
+    def page_counts(self) -> list[int]:
+        """Entries in the page table of each sequence."""
+        return [len(span.pages) for span in self.spans]
+
+    @property
+    def exact_from(self) -> list[int]:
+        """From this position on (0: everywhere) attention knows where each token of a sequence
+        stands. Of earlier ones it knows the order, and that they are earlier."""
+        return list(self._current().exact_from)
+
+    @property
+    def exact_positions(self) -> bool:
+        """Whether attention knows the position of every token: what windows, alibi, bias and masks
+        by position need. A page whose tokens do not stand one after another ends it."""
+        return not any(self._current().exact_from)
+
     def __len__(self) -> int:
-        """Tokens of the longest sequence."""
+        """The largest of `lengths`."""
         return max(self.lengths, default=0)
 
     def __bool__(self) -> bool:
@@ -133,9 +134,7 @@ class PageStore:
 
         draft: read the upper planes of "int8-planes" alone.
         """
-        if self._structure is None:
-            self._structure = _Structure.build(self.spans, self.device)
-        s = self._structure
+        s = self._current()
         kept = self.keep_first
         return PageView(
             self.format, self.pool.records, self.pool.index,
@@ -146,16 +145,31 @@ class PageStore:
             self.last_keys, self.last_values, s.last_lengths, draft,
         )  # fmt: skip
 
+    def _current(self) -> Structure:
+        if self._structure is None:
+            self._structure = Structure.build(self.spans, self.device)
+        return self._structure
+
     # Adding
 
-    def append_tokens(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> None:
+    def append_tokens(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        counts: Sequence[int],
+        places: Sequence[Positions] | None = None,
+    ) -> None:
         """Add the first counts[s] tokens of keys [B, Hkv, L, D] and values [B, Hkv, L, E].
 
-        Both of the store's dtype and device, last stride 1, already checked.
+        Both of the store's dtype and device, last stride 1, already checked. places: ascending
+        positions of those tokens from the sequence's length on; None: they follow one another.
         """
-        if self._append_in_step(keys, values, counts):
-            return
-        heads = [self._first_copy(span, n) for span, n in zip(self.spans, counts, strict=True)]
+        if places is None:
+            if self._append_in_step(keys, values, counts):
+                return
+            ends = [span.length + n for span, n in zip(self.spans, counts, strict=True)]
+            places = [range(span.length, end) for span, end in zip(self.spans, ends, strict=True)]
+        heads = [self._first_copy(*pair) for pair in zip(self.spans, places, strict=True)]
         fills: list[_Copy] = []
         rests: list[_Copy] = []
         from_tail: list[tuple[int, int]] = []
@@ -185,7 +199,7 @@ class PageStore:
             self.pool.release(pages)  # nothing was entered yet: the store is as it was
             raise
         self._copy_in(self.last_keys, self.last_values, keys, values, rests)
-        self._account(heads, fills, rests, from_tail + from_input, pages)
+        self._account(places, heads, [s for s, _ in from_tail + from_input], pages)
 
     def _append_in_step(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> bool:
         """Lengthen every tail alike, as decoding does; False where a sequence needs more."""
@@ -195,36 +209,48 @@ class PageStore:
         if last + count >= PAGE:
             return False
         for span, n in zip(self.spans, counts, strict=True):
-            if n != count or span.last != last or self._first_copy(span, n).tokens:
+            if n != count or span.last != last or self._first_is_open(span):
                 return False
         self.last_keys.narrow(2, last, count).copy_(keys.narrow(2, 0, count))
         self.last_values.narrow(2, last, count).copy_(values.narrow(2, 0, count))
         for span in self.spans:
-            span.last += count
+            end = span.length + count
+            span.last_at = joined(span.last_at, range(span.length, end))
+            span.length = end
         if self._structure is not None:
             self._structure.lengthen(count)
         return True
 
-    def _first_copy(self, span: Span, count: int) -> _Copy:
-        open_end = self.keep_first and not span.pages and not span.last
-        return _Copy(span.first, 0, min(count, PAGE - span.first) if open_end else 0)
+    def _first_is_open(self, span: Span) -> bool:
+        return self.keep_first and span.length == span.first < PAGE
+
+    def _first_copy(self, span: Span, places: Positions) -> _Copy:
+        """The tokens that follow the first part without a gap, while it is not full."""
+        taken = 0
+        if self._first_is_open(span):
+            room = min(len(places), PAGE - span.first)
+            while taken < room and places[taken] == span.first + taken:
+                taken += 1
+        return _Copy(span.first, 0, taken)
 
     def _account(
         self,
+        places: Sequence[Positions],
         heads: list[_Copy],
-        fills: list[_Copy],
-        rests: list[_Copy],
-        jobs: list[tuple[int, int]],
+        owners: list[int],
         pages: list[int],
     ) -> None:
-        """Enter what was written into the spans."""
-        for span, head, fill in zip(self.spans, heads, fills, strict=True):
-            span.first += head.tokens
-            span.last += fill.tokens
-        for (s, _), page in zip(jobs, pages, strict=True):
-            span = self.spans[s]
-            span.add_page(page, PAGE)
-            span.last = rests[s].tokens
+        """Enter what was written into the spans. owners: the sequence of each page, in order."""
+        for s, (span, own, head) in enumerate(zip(self.spans, places, heads, strict=True)):
+            if not own:
+                continue
+            span.length = own[-1] + 1
+            span.first_at = range(span.first + head.tokens) if head.tokens else span.first_at
+            held = joined(span.last_at, as_positions(own[head.tokens :]))
+            for page in [page for page, owner in zip(pages, owners, strict=True) if owner == s]:
+                span.add_page(page, as_positions(held[:PAGE]))
+                held = held[PAGE:]
+            span.last_at = as_positions(held)
         self._structure = None
 
     def _copy_in(
@@ -260,24 +286,30 @@ class PageStore:
     # Taking away, and rearranging
 
     def cut(self, lengths: Sequence[int]) -> None:
-        """Shorten sequence s to lengths[s] tokens, 0 <= lengths[s] <= its length."""
+        """Shorten sequence s to the positions 0 .. lengths[s] - 1, 0 <= lengths[s] <= its length.
+
+        Where that ends in a gap, what is appended afterwards still stands at lengths[s].
+        """
         for span, length in zip(self.spans, lengths, strict=True):
-            excess = span.length - length
-            if excess == 0:
-                continue
-            self._structure = None
-            dropped = min(excess, span.last)
-            span.last -= dropped
-            excess -= dropped
-            while excess and span.pages:
-                dropped = min(excess, span.counts[-1])
-                span.counts[-1] -= dropped
-                span.paged -= dropped
-                excess -= dropped
-                if span.counts[-1] == 0:
-                    span.counts.pop()
-                    self.pool.release([span.pages.pop()])
-            span.first -= excess
+            if length != span.length:
+                self._structure = None
+                self.pool.release(span.cut(length))
+
+    def skip(self, counts: Sequence[int]) -> None:
+        """Lengthen sequence s by counts[s] positions that hold nothing."""
+        for span, count in zip(self.spans, counts, strict=True):
+            span.length += count
+        self._structure = None
+
+    def drop_entries(self, s: int, entries: Iterable[int]) -> None:
+        """Forget some entries of the page table of sequence s, and the positions of none."""
+        gone = set(entries)
+        span = self.spans[s]
+        kept = [
+            pair for i, pair in enumerate(zip(span.pages, span.pages_at, strict=True))
+            if i not in gone
+        ]  # fmt: skip
+        self.replace_pages(s, kept)
 
     def take_sequences(self, indices: Sequence[int]) -> None:
         """Make sequence i what sequence indices[i] was; the batch becomes len(indices)."""
@@ -295,14 +327,14 @@ class PageStore:
         self.last_values = self.last_values.index_select(0, rows)
         self._structure = None
 
-    def replace_pages(self, s: int, pages: Iterable[tuple[int, int]]) -> None:
-        """Make (page number, count) pairs the pages of sequence s; new ones are taken already."""
+    def replace_pages(self, s: int, pages: Iterable[tuple[int, Positions]]) -> None:
+        """Give sequence s these pages, each with its tokens' positions; new ones are taken."""
         span, pairs = self.spans[s], list(pages)
-        kept = set(span.pages) & {page for page, _ in pairs}
+        kept = {page for page, _ in pairs}
         self.pool.release([page for page in span.pages if page not in kept])
-        span.pages, span.counts, span.paged = [], [], 0
-        for page, count in pairs:
-            span.add_page(page, count)
+        span.pages, span.pages_at = [], []
+        for page, places in pairs:
+            span.add_page(page, places)
         self._structure = None
 
     def changed(self) -> None:
@@ -344,48 +376,3 @@ class PageStore:
         # Pages shared with a fork go back to the pool when their last holder does.
         for span in getattr(self, "spans", ()):
             self.pool.release(span.pages)
-
-
-@dataclass
-class _Structure:
-    """The integer tensors of a `PageView`, slices of one buffer: one transfer builds them."""
-
-    buffer: Tensor
-    table: Tensor
-    starts: Tensor
-    counts: Tensor
-    page_counts: Tensor
-    lengths: Tensor
-    first_lengths: Tensor
-    last_lengths: Tensor
-
-    @staticmethod
-    def build(spans: list[Span], device: torch.device) -> _Structure:
-        width = max((len(span.pages) for span in spans), default=0) or 1
-        batch = len(spans)
-        table, starts, counts = [], [], []
-        for span in spans:
-            unused = [0] * (width - len(span.pages))
-            table += span.pages + unused
-            counts += span.counts + unused
-            position = span.first
-            for count in span.counts:
-                starts.append(position)
-                position += count
-            starts += unused
-        rows = [len(span.pages) for span in spans] + [span.length for span in spans]
-        rows += [span.first for span in spans] + [span.last for span in spans]
-        buffer = torch.tensor(table + starts + counts + rows, dtype=torch.int32).to(device)
-        wide, narrow = buffer[: 3 * batch * width], buffer[3 * batch * width :]
-        return _Structure(
-            buffer, *wide.view(3, batch, width).unbind(), *narrow.view(4, batch).unbind()
-        )
-
-    @property
-    def nbytes(self) -> int:
-        return self.buffer.nbytes
-
-    def lengthen(self, count: int) -> None:
-        """Every sequence's tail grew by `count` tokens."""
-        self.lengths.add_(count)
-        self.last_lengths.add_(count)

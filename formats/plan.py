@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Backend = Literal["triton", "cpu", "reference"]
-Dataflow = Literal["gemv", "flat", "tiled", "decode_matmul", "prefill", "decode", "definition"]
+Dataflow = Literal[
+    "gemv", "flat", "tiled", "decode_matmul", "prefill", "decode", "select", "definition"
+]
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,8 @@ class Plan:
     backend: who computes. dataflow: "gemv" (no dot instruction), "flat" (few tokens, K split with
     an ordered reduction), "tiled", "decode_matmul" (decode, then a library matmul) or "definition"
     (NumPy); of attention "prefill" (many rows of one head) or "decode" (few rows, the heads of a
-    group together). dot: the type that is multiplied, "int8", "e4m3", "fp16", "bf16" or "fp32".
+    group together); "select" (scores of pages or tokens, the largest of them, repair). dot: the
+    type that is multiplied, "int8", "e4m3", "fp16", "bf16" or "fp32".
     block_m tokens by block_n rows of the weight: tile of y; block_k: columns per step; split_k:
     pieces of K; swap: the weight is the left operand of the dot; warps, stages, threads: as the
     backend understands them (0 where it does not).

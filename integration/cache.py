@@ -27,12 +27,17 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
+from lath.formats.selection import IndexList
 from lath.integration.attention import Readable, Scores, attend_tensors, resolve
 from lath.integration.attention_mask import Mask
+from lath.integration.handle import Handle, NewTokens
 from lath.integration.kv_codecs import KVCodecs, kv_codecs
+from lath.integration.misses import Audit, MissReport
 from lath.integration.ragged import Packing
+from lath.integration.selecting import check_config, dense_layers, select_options
 from lath.verbs.decode import decode_attention
 from lath.verbs.paged_kv import PagedKV
+from lath.verbs.selection import Selecting, Selection
 
 # Layers that hold no keys and values; by name, for not every version has them.
 _KEPT = ("LinearAttentionLayer", "DummyLayer")
@@ -40,37 +45,55 @@ _KEPT = ("LinearAttentionLayer", "DummyLayer")
 
 @dataclass
 class Reading:
-    """What all layers of a cache share: codecs, backend and whether the draft view is read."""
+    """What all layers of a cache share: codecs, backend, whether the draft view is read, which
+    pages a layer reads unless it is a dense one, and into what it is measured."""
 
     codecs: KVCodecs
     backend: str
     draft: bool = False
+    selection: Selection | None = None
+    audit: Audit | None = None
 
 
 class LathCache(Cache):  # type: ignore[misc]
     """A `transformers.Cache` of pages.
 
     config: the model's config. kv: as for `lath.patch`: a page codec for keys and values, or
-    "k8v4". backend: as for `lath.attention`.
+    "k8v4". backend: as for `lath.attention`. select, repair, audit: as for `lath.patch`.
 
     Layers with a sliding window keep the pages of all tokens, and read those in the window. Layers
     that hold no keys and values (linear attention) keep transformers' own class.
     """
 
-    def __init__(self, config: Any, kv: str | KVCodecs = "int8", *, backend: str = "auto") -> None:
-        self.reading = Reading(kv_codecs(kv), backend)
-        layers: list[Any] = []
-        for stock in DynamicCache(config=config.get_text_config(decoder=True)).layers:
-            if type(stock) in (DynamicLayer, DynamicSlidingWindowLayer):
-                layers.append(PagedLayer(self.reading))
-            elif type(stock).__name__ in _KEPT:
-                layers.append(stock)
-            else:
-                raise NotImplementedError(
-                    f"LathCache has no layer in place of transformers' {type(stock).__name__}; it "
-                    "replaces DynamicLayer and DynamicSlidingWindowLayer"
-                )
+    def __init__(
+        self,
+        config: Any,
+        kv: str | KVCodecs = "int8",
+        *,
+        backend: str = "auto",
+        select: str | Selection | None = None,
+        repair: bool | str | None = None,
+        audit: float | Audit | None = None,
+    ) -> None:
+        selection, measured = select_options(select, repair, audit, kv)
+        self.reading = Reading(kv_codecs(kv), backend, selection=selection, audit=measured)
+        decoder = config.get_text_config(decoder=True)
+        stocks = DynamicCache(config=decoder).layers
+        windows = [_has_window(stock) for stock in stocks]
+        self.dense_layers: dict[int, str] = {}
+        if selection is not None:
+            self.dense_layers = dense_layers(selection, windows)
+            check_config(selection, measured, decoder)
+        layers: list[Any] = [
+            stock if window is None else PagedLayer(self.reading, number, window)
+            for number, (stock, window) in enumerate(zip(stocks, windows, strict=True))
+        ]
         super().__init__(layers=layers)
+
+    @property
+    def misses(self) -> MissReport | None:
+        """What the selection missed; None without audit."""
+        return None if self.reading.audit is None else self.reading.audit.report
 
     @property
     def nbytes(self) -> int:
@@ -98,6 +121,18 @@ class LathCache(Cache):  # type: ignore[misc]
             self.reading.draft = False
 
 
+def _has_window(stock: Any) -> bool | None:
+    """Whether a layer of transformers' cache has a sliding window; None where it stays as it is."""
+    if type(stock) in (DynamicLayer, DynamicSlidingWindowLayer):
+        return type(stock) is DynamicSlidingWindowLayer
+    if type(stock).__name__ in _KEPT:
+        return None
+    raise NotImplementedError(
+        f"LathCache has no layer in place of transformers' {type(stock).__name__}; it replaces "
+        "DynamicLayer and DynamicSlidingWindowLayer"
+    )
+
+
 def cache_argument(model: Any) -> str:
     """The name of the cache in `model`'s forward: it was `past_key_values` before 5.24."""
     parameters = inspect.signature(type(model).forward).parameters
@@ -107,21 +142,31 @@ def cache_argument(model: Any) -> str:
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values.
 
-    pages: None until the first token. slots: columns of the padded batch so far. valid: bool
-    [B, slots], which of them hold a token; None if all do.
+    number: which layer of the model's. windowed: whether it has a sliding window. pages: None until
+    the first token. slots: columns of the padded batch so far. valid: bool [B, slots], which of
+    them hold a token; None if all do. selecting: makes the lists that it reads; None: it reads
+    everything.
     """
 
     is_sliding = False
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: Reading, number: int = 0, windowed: bool = False) -> None:
         super().__init__()
         self.reading = reading
+        self.number, self.windowed = number, windowed
+        self.selecting: Selecting | None = None
+        self._forget_lists()
         self.pages: PagedKV | None = None
         self.slots = 0
         self.valid: Tensor | None = None
-        self.pending: _New | None = None
+        self.pending: NewTokens | None = None
+
+    def _forget_lists(self) -> None:
+        """Begin without a list of earlier steps: the pages are others now."""
+        if self.reading.selection is not None and not self.windowed:
+            self.selecting = Selecting(self.reading.selection, self.number)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, width = key_states.shape
@@ -156,7 +201,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"the cache holds a batch of {self.batch_size}, got key states of a batch of "
                 f"{key_states.shape[0]}"
             )
-        self.pending = _New(key_states, value_states)
+        self.pending = NewTokens(key_states, value_states)
         self.slots += key_states.shape[2]
         return Handle(self, key_states), Handle(self, value_states)
 
@@ -181,6 +226,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.pages, self.valid, self.pending = None, None, None
         self.slots = 0
         self.is_initialized = False
+        self._forget_lists()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last slots: -n drops n; a positive number is what is kept, as it once was."""
@@ -199,6 +245,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.valid = self.valid[:, : self.slots - removed]
         self.pages.crop([length - gone for length, gone in zip(lengths, dropped, strict=True)])
         self.slots -= removed
+        self._forget_lists()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.pages is None:
@@ -207,6 +254,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.batch_size = int(beam_idx.shape[0])
         if self.valid is not None:
             self.valid = self.valid.index_select(0, beam_idx.to(self.valid.device))
+        self._forget_lists()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.pages is not None:
@@ -271,16 +319,47 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         if packing is not None:
             query = packing.pack(query)
         assert self.pages is not None
+        given: dict[str, Any] = {
+            "query_lengths": None if packing is None else packing.counts,
+            "backend": self.reading.backend,
+        }
+        lists = None
+        if self.selecting is not None and before and readable.window is None:
+            lists = self.selecting.lists(query, self.pages, scale=scores.scale, **given)
+        if lists is not None:
+            self._measure(query, lists, readable, scores, given)
+            given.update(pages=lists, repair=self.selecting.selection.repair)
         output = decode_attention(
-            query,
-            self.pages,
-            **readable.arguments,
-            **scores.arguments,
-            query_lengths=None if packing is None else packing.counts,
+            query, self.pages, **readable.arguments, **scores.arguments, **given,
             draft=self.reading.draft,
-            backend=self.reading.backend,
-        )
+        )  # fmt: skip
         return output if packing is None else packing.unpack(output)
+
+    def _measure(
+        self,
+        query: Tensor,
+        lists: IndexList,
+        readable: Readable,
+        scores: Scores,
+        given: dict[str, Any],
+    ) -> None:
+        """What `lists` miss, where that is wanted; a draft's steps are no steps of the text."""
+        audit = self.reading.audit
+        if audit is None or self.reading.draft:
+            return
+        for name, present in (
+            ("mask", readable.mask is not None),
+            ("bias", readable.bias is not None),
+            ("softcap", scores.softcap is not None),
+            ("causal=False", not readable.causal and query.shape[2] > 1),
+        ):
+            if present:
+                raise NotImplementedError(
+                    f"audit={audit.threshold} cannot be combined with {name}: "
+                    "lath.captured_mass measures causal scores as they are"
+                )
+        assert self.pages is not None
+        audit.measure(self.number, query, self.pages, lists, scale=scores.scale, **given)
 
     def _readable(
         self,
@@ -348,41 +427,4 @@ def _same(old: Tensor | None, new: Tensor | None, slots: int) -> bool:
     everything = known.new_ones(known.shape[0], slots)
     return torch.equal(
         everything if old is None else old, everything if new is None else new[:, :slots]
-    )
-
-
-@dataclass(frozen=True)
-class _New:
-    keys: Tensor
-    values: Tensor
-
-
-class Handle:
-    """Keys or values in the pages of a layer, in the place of a tensor."""
-
-    def __init__(self, layer: PagedLayer, new: Tensor) -> None:
-        batch, heads, _, width = new.shape
-        self.layer = layer
-        self.shape = torch.Size((batch, heads, layer.slots, width))
-        self.dtype, self.device = new.dtype, new.device
-
-    def attend(
-        self, query: Tensor, mask: Mask | Tensor | None, scores: Scores, *, kind: str
-    ) -> Tensor:
-        return self.layer.attend(query, mask, scores, kind=kind)
-
-    def __getitem__(self, index: Any) -> Any:
-        raise _not_a_tensor(f"[{index!r}]")
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise _not_a_tensor(f".{name}")
-
-
-def _not_a_tensor(wanted: str) -> TypeError:
-    return TypeError(
-        f"keys and values of a LathCache are pages, not tensors (asked for {wanted}): only "
-        "attn_implementation='lath' reads them; call lath.patch(model, kv=...) or "
-        "model.set_attn_implementation('lath')"
     )

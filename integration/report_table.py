@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from lath.formats.activations import LARGEST_CODE, activation_format
+from lath.integration.text_table import align
 
 if TYPE_CHECKING:
     from lath.integration.report import AttentionRow, PatchReport, PatchRow
@@ -21,7 +22,7 @@ def report_table(report: PatchReport) -> str:
         lines = [f"lath.patch {_verb(report)} no linear layers (weights=None)"]
     cells = [_cells(list(group)) for group in _groups(report.rows)]
     if cells:
-        lines += _align([_HEADER, *cells])
+        lines += align([_HEADER, *cells], _LEFT)
     before, after = report.bytes_before, report.bytes_after
     ratio = f" ({before / after:.2f} times smaller)" if 0 < after < before else ""
     lines += [_attention_line(row) for row in report.attention]
@@ -95,15 +96,3 @@ def _cells(group: list[PatchRow]) -> tuple[str, ...]:
         f"{sum(r.bytes_before for r in group) / 1e6:.2f}",
         f"{sum(r.bytes_after for r in group) / 1e6:.2f}",
     )
-
-
-def _align(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(width) if left else cell.rjust(width)
-            for cell, width, left in zip(row, widths, _LEFT, strict=True)
-        ).rstrip()
-        for row in rows
-    ]

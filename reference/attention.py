@@ -177,7 +177,7 @@ def attend_sequence(
     """q [Hq, Lq, D] → o [Hq, Lq, E], lse [Hq, Lq], of one sequence."""
     heads, rows, _ = q.shape
     group = heads // max(len(tiles), 1)
-    width = tiles[0][0].value_codes.shape[1] if length else 0
+    width = next((t.value_codes.shape[1] for own in tiles for t in own), 0)
     s = scores(q, tiles, length, options)
     sink = np.full(heads, -np.inf) if options.sink is None else options.sink.astype(np.float64)
     sinks = np.broadcast_to(sink[:, None], (heads, rows))
@@ -297,7 +297,7 @@ def attend(
         count, length = int(query_lengths[s]), int(cache.lengths[s])
         own = sequence_options(options, s, count, length)
         tiles = [cache.tiles(s, head) for head in range(cache.heads)]
-        if count and length:
+        if count and any(tiles):
             o[s, :, :count], lse[s, :, :count] = attend_sequence(
                 q[s, :, :count], tiles, length, own
             )

@@ -190,7 +190,7 @@ def write_labels(
 def pack_labels(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
     """Labels of 4 bits int8 [C, 64] → uint8 [C, 32]: tokens t (low half) and t + 32 in one byte."""
     halves = codes.view(np.uint8) & 15
-    packed: NDArray[np.uint8] = halves[:, :32] | (halves[:, 32:] << 4)
+    packed: NDArray[np.uint8] = (halves[:, :32] | (halves[:, 32:] << 4)).astype(np.uint8)
     return packed
 
 
@@ -231,22 +231,26 @@ def label_scores(
     return scores.reshape(sequences, heads, rows, width * PAGE)
 
 
-def pool(scores: Array, heads: int) -> Array:
+def pool(scores: Array, heads: int, extra: Array | None = None) -> Array:
     """Scores [S, Hq, L, P] → [S, heads, P], one list each: Σ over its rows of softmax(scores).
 
     The rows of a list are the tokens of the query heads that share it (a soft vote: TokenSelect
-    2411.02886). A single row keeps its scores. Entries that no row can read stay -inf; a NaN makes
-    its entry NaN.
+    2411.02886). extra: [S, Hq, L], log Σ exp of the scores of what is read in any case; it joins
+    the denominators. A single row keeps its scores. Entries that no row can read stay -inf; a NaN
+    makes its entry NaN.
     """
     sequences, query_heads, rows, width = scores.shape
     grouped = scores.reshape(sequences, heads, query_heads // heads * rows, width)
     if grouped.shape[2] == 1:
         return grouped[:, :, 0]
-    largest = np.nanmax(np.where(np.isneginf(grouped), -np.inf, grouped), axis=-1, initial=-np.inf)
-    shift = np.where(np.isneginf(largest), 0, largest)[..., None]
-    weights = np.exp(grouped - shift)
-    total = np.nansum(weights, axis=-1, keepdims=True)
-    votes = (weights / np.where(total == 0, 1, total)).sum(axis=2)
+    known = np.where(np.isnan(grouped), -np.inf, grouped)
+    others = np.full(grouped.shape[:3], -np.inf)
+    if extra is not None:
+        others = extra.reshape(grouped.shape[:3])
+    largest = np.maximum(known.max(axis=-1, initial=-np.inf), others)[..., None]
+    shift = np.where(np.isneginf(largest), 0, largest)
+    total = np.exp(known - shift).sum(axis=-1, keepdims=True) + np.exp(others[..., None] - shift)
+    votes = (np.exp(grouped - shift) / np.where(total == 0, 1, total)).sum(axis=2)
     return np.where(np.isneginf(grouped).all(axis=2), -np.inf, votes)
 
 
@@ -293,7 +297,10 @@ def choose(cache: Cache, indices: NDArray[np.int32], granularity: Granularity) -
         lists = {name: np.repeat(array, kv_heads, axis=1) for name, array in lists.items()}
         tokens, page_counts = (np.repeat(a, kv_heads, axis=1) for a in (tokens, page_counts))
     chosen = tokens if granularity == "token" else None
-    return replace(cache, page_counts=page_counts, tokens=chosen, **lists)
+    return replace(
+        cache, table=lists["table"], starts=lists["starts"], counts=lists["counts"],
+        page_counts=page_counts, tokens=chosen,
+    )  # fmt: skip
 
 
 def unread_quantile(read: NDArray[np.int64], count: NDArray[np.int64]) -> Array:

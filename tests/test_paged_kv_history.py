@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -102,6 +103,10 @@ def test_bad_edits() -> None:
         (kv.reorder, (torch.zeros(2, 2, dtype=torch.int64),), ValueError, "one-dimensional"),
         (kv.repeat_interleave, (-1,), ValueError, "repeats"),
         (kv.compact, ([[0]],), ValueError, "keep must be"),
+        (kv.compact, ([[0], []], 0), TypeError, "renumber"),
+        (kv.advance, (-1,), ValueError, "tokens must be 0 or more"),
+        (kv.advance, ([1],), ValueError, "tokens must have one entry"),
+        (kv.positions, (2,), ValueError, "sequence"),
         (kv.compact, ([[0], [3, 2]],), ValueError, r"keep\[1\]"),
         (kv.compact, ([[0], [5]],), ValueError, r"keep\[1\]"),
         (kv.compact, ([[-1], []],), ValueError, r"keep\[0\]"),
@@ -120,7 +125,8 @@ def test_bad_edits() -> None:
 class Caches(RuleBasedStateMachine):
     """Caches with float codecs against lists of token numbers: equal, exactly, after any history.
 
-    Token t's key and value are row t of two tables; all caches here share one pool.
+    Token t's key and value are row t of two tables; None is a position that holds nothing. All
+    caches here share one pool.
     """
 
     @initialize(keep_first=st.booleans())
@@ -129,13 +135,17 @@ class Caches(RuleBasedStateMachine):
         self.keys, self.values = k[0], v[0]
         self.next = 0
         self.caches = [cache("float", 2, keep_first=keep_first)]
-        self.models: list[list[list[int]]] = [[[], []]]
+        self.models: list[list[list[int | None]]] = [[[], []]]
 
     def _pick(self, data: st.DataObject) -> int:
         return data.draw(st.integers(0, len(self.caches) - 1))
 
-    @rule(data=st.data(), longest=st.sampled_from([0, 1, 2, 63, 64, 65, 150]))
-    def append(self, data: st.DataObject, longest: int) -> None:
+    @rule(
+        data=st.data(),
+        longest=st.sampled_from([0, 1, 2, 63, 64, 65, 150]),
+        every=st.sampled_from([None, None, 1, 2, 100]),
+    )
+    def append(self, data: st.DataObject, longest: int, every: int | None) -> None:
         i = self._pick(data)
         kv, model = self.caches[i], self.models[i]
         counts = [data.draw(st.integers(0, longest)) for _ in model]
@@ -147,9 +157,48 @@ class Caches(RuleBasedStateMachine):
         k = self.keys[:, numbers.reshape(-1)].reshape(HEADS, len(model), longest, DIM)
         v = self.values[:, numbers.reshape(-1)].reshape(HEADS, len(model), longest, VALUE_DIM)
         assert k.transpose(0, 1).shape[:3] == shape
-        kv.append(k.transpose(0, 1), v.transpose(0, 1), counts)
+        keep = None if every is None else [list(range(0, count, every)) for count in counts]
+        kv.append(k.transpose(0, 1), v.transpose(0, 1), counts, keep)
         for sequence, row, count in zip(model, numbers.tolist(), counts, strict=True):
-            sequence += row[:count]
+            sequence += [x if every is None or j % every == 0 else None for j, x in enumerate(row)][
+                :count
+            ]
+
+    @rule(data=st.data())
+    def advance(self, data: st.DataObject) -> None:
+        i = self._pick(data)
+        counts = [data.draw(st.integers(0, 70)) for _ in self.models[i]]
+        self.caches[i].advance(counts)
+        for sequence, count in zip(self.models[i], counts, strict=True):
+            sequence += [None] * count
+
+    @rule(data=st.data())
+    def drop_pages(self, data: st.DataObject) -> None:
+        i = self._pick(data)
+        kv, model = self.caches[i], self.models[i]
+        entries = []
+        for span, sequence in zip(kv.spans, model, strict=True):
+            own = [n for n in range(len(span.pages)) if data.draw(st.booleans())]
+            for n in own:
+                for position in span.pages_at[n]:
+                    sequence[position] = None
+            entries.append(own)
+        kv.drop_pages(entries)
+
+    @rule(data=st.data(), step=st.integers(2, 3))
+    def thin_out(self, data: st.DataObject, step: int) -> None:
+        """Compaction in which every token keeps its position."""
+        i = self._pick(data)
+        keep = []
+        for sequence in self.models[i]:
+            start = data.draw(st.integers(0, len(sequence)))
+            end = data.draw(st.integers(start, len(sequence)))
+            keep.append([*range(start), *range(start, end, step), *range(end, len(sequence))])
+        self.caches[i].compact(keep, renumber=False)
+        self.models[i] = [
+            [x if n in set(k) else None for n, x in enumerate(s)]
+            for s, k in zip(self.models[i], keep, strict=True)
+        ]
 
     @rule(data=st.data())
     def crop(self, data: st.DataObject) -> None:
@@ -201,8 +250,13 @@ class Caches(RuleBasedStateMachine):
             assert view.lengths.tolist() == kv.lengths
             for s, (sequence, span) in enumerate(zip(model, kv.spans, strict=True)):
                 keys, values = kv.dequantize(s)
-                assert torch.equal(keys, self.keys[:, sequence].float())
-                assert torch.equal(values, self.values[:, sequence].float())
+                held = [n for n, token in enumerate(sequence) if token is not None]
+                assert kv.positions(s) == held
+                assert kv.tokens[s] == len(held)
+                numbers = [sequence[n] for n in held]
+                assert torch.equal(keys, self.keys[:, numbers].float())
+                assert torch.equal(values, self.values[:, numbers].float())
+                self.check_places(kv, s, held)
                 used = int(view.page_counts[s])
                 assert view.table[s, :used].tolist() == span.pages
                 assert view.counts[s].tolist() == span.counts + [0] * (view.table.shape[1] - used)
@@ -210,6 +264,21 @@ class Caches(RuleBasedStateMachine):
                 for page in span.pages:
                     holders[page] += 1
         assert holders == self.caches[0].pool.references
+
+    def check_places(self, kv: lath.PagedKV, s: int, held: list[int]) -> None:
+        """Attention keeps the order of positions, and those from `exact_from` on as they are."""
+        view = kv.view()
+        tail = int(view.last_lengths[s])
+        placed = list(range(int(view.first_lengths[s]) if view.first_lengths is not None else 0))
+        for start, count in zip(view.starts[s].tolist(), view.counts[s].tolist(), strict=True):
+            placed += range(start, start + count)
+        placed += range(kv.lengths[s] - tail, kv.lengths[s])
+        limit = kv.exact_from[s]
+        assert all(a < b for a, b in pairwise(placed))
+        assert [n for n in placed if n >= limit] == [n for n in held if n >= limit]
+        assert kv.exact_positions == (not any(kv.exact_from))
+        wrong = [max(a, b) for a, b in zip(placed, held, strict=True) if a != b]
+        assert limit == max(wrong, default=-1) + 1
 
 
 TestCaches = Caches.TestCase

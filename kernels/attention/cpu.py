@@ -140,9 +140,7 @@ class _Division(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)  # a decode step asks for the same in every layer
-def _divide(
-    sequences: int, lists: Lists, longest: int, splits: int, threads: int
-) -> _Division:
+def _divide(sequences: int, lists: Lists, longest: int, splits: int, threads: int) -> _Division:
     """longest: rows of q of the longest sequence."""
     heads = lists.heads
     rows = max(longest, 1) * lists.group

@@ -71,7 +71,7 @@ FIELDS = (
     *(f"at_{piece}" for piece in (*SHARED_PIECES, *ROW_PIECES)),
     # for a team of threads
     "task", "thread_number", "thread_count",
-    "traffic",  # int64 [threads, 8]: what each has read (Traffic), a line of its own; 0: not counted
+    "traffic",  # int64 [threads, 8]: in each thread's first, pages read for a head; 0: not counted
 )  # fmt: skip
 INDEX = {name: index for index, name in enumerate(FIELDS)}
 

@@ -15,6 +15,9 @@ from torch import Tensor
 from lath.formats.attention import LOG2E, PageView, Queries, ScoreOptions
 from lath.kernels.attention.cpu_arguments import FAR, INDEX, LIST_FIELDS
 
+# Name, place in the block, bytes of an entry.
+_LISTS = [(name, INDEX[name], 8 if name == "tokens" else 4) for name in LIST_FIELDS]
+
 
 class Lists(NamedTuple):
     """heads: those that pages are read for, each with `group` query heads; `repeat` of them read
@@ -29,22 +32,29 @@ class Lists(NamedTuple):
 def lists_of(pages: PageView, query_heads: int) -> Lists:
     """ValueError for lists of other heads than KV or query heads, and for masks without lists."""
     kv_heads, heads = pages.num_kv_heads, pages.list_heads
-    dense = Lists(kv_heads, query_heads // kv_heads, 1, True)
-    tensors = [getattr(pages, name) for name in LIST_FIELDS]
-    tensors = [tensor for tensor in tensors if tensor is not None]
     if heads is None:
         if pages.tokens is not None:
             raise ValueError("tokens must come with lists: table is [S, P], it must be [S, H, P]")
-        return dense
+        return _one_list(kv_heads, query_heads)
     if heads not in (kv_heads, query_heads):
         raise ValueError(
             f"table must hold lists of {kv_heads} KV or {query_heads} query heads, got {heads}"
         )
-    if any(tensor.dim() == 3 and tensor.stride(2) != 1 for tensor in tensors):
-        raise ValueError("table, starts, counts and tokens must be contiguous in their last axis")
-    if heads == 1 or all(tensor.stride(1) == 0 for tensor in tensors):
-        return dense
+    tensors = [getattr(pages, name) for name in LIST_FIELDS]
+    strides = [tensor.stride() for tensor in tensors if tensor is not None]
+    if pages.table.shape[2] > 1 and any(stride[2:] not in ((), (1,)) for stride in strides):
+        raise ValueError(
+            "table, starts, counts and tokens must have stride 1 in their last axis, got strides "
+            f"{strides}"
+        )
+    if heads == 1 or not any(stride[1] for stride in strides):
+        return _one_list(kv_heads, query_heads)
     return Lists(heads, query_heads // heads, heads // kv_heads, False)
+
+
+@functools.lru_cache(maxsize=64)
+def _one_list(kv_heads: int, query_heads: int) -> Lists:
+    return Lists(kv_heads, query_heads // kv_heads, 1, True)
 
 
 def fill_rows(block: array[int], queries: Queries, o: Tensor, lse: Tensor) -> None:
@@ -66,14 +76,13 @@ def fill_pages(block: array[int], pages: PageView, lists: Lists) -> None:
         at = INDEX[name]
         page, head, _ = tensor.stride()
         block[at], block[at + 1], block[at + 2] = tensor.data_ptr(), page, head
-    for name in LIST_FIELDS:
+    for name, at, size in _LISTS:
         tensor = getattr(pages, name)
-        if tensor is None:
-            continue
-        at, size = INDEX[name], tensor.element_size()
-        block[at], block[at + 1] = tensor.data_ptr(), size * tensor.stride(0)
-        if not lists.shared:
-            block[at + 2] = size * tensor.stride(1)
+        if tensor is not None:
+            stride = tensor.stride()
+            block[at], block[at + 1] = tensor.data_ptr(), size * stride[0]
+            if not lists.shared:
+                block[at + 2] = size * stride[1]
     block[INDEX["lengths"]] = pages.lengths.data_ptr()
     for name, keys, values, lengths in (
         ("first", pages.first_keys, pages.first_values, pages.first_lengths),

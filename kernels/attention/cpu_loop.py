@@ -44,6 +44,7 @@ from lath.kernels.attention.cpu_tile import (
 from lath.kernels.attention.cpu_values import channel_values, integer_values, token_values
 from lath.kernels.simd.emitter import I32, I64, Emitter
 
+
 def emit_attend(
     e: Emitter, thread: Any, threads: Any, arguments: Any,
     key: str, value: str, precision: str, query: str, dtype: int, brain: bool, few: bool,

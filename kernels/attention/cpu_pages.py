@@ -1,4 +1,4 @@
-"""The pages of one list as the CPU kernels walk over them: what is next, what is asked for early."""
+"""Page lists as the CPU kernels walk over them: an entry, and what is asked for before its turn."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class PageList:
         return e.add(address, e.multiply(head, a[f"{prefix}_head"]))
 
     def _ask_for_sides(self, keys: KeyTile, mean: Any) -> None:
-        """Scales and mean of a page that will be read soon: a page waits for each of their lines."""
+        """Scales and mean of a page that will be read soon: it would wait for each line of them."""
         e, a = self.c.e, self.c.a
         first, end = a["value_scales"], a["record_end"]
         for address, nbytes in (

@@ -41,14 +41,18 @@ class _Case(NamedTuple):
     sequences: int
     query_heads: int
     kv_heads: int
+    lists: int  # of a sequence: of its KV heads, or of its query heads
     queries: int
     keys: int
+    float_keys: int
     fmt: PageFormat
+    draft: bool
     dtype: torch.dtype
     causal: bool
     window: int | None
     query: QueryFormat
     precision: Precision
+    unified: bool
     busy: bool  # more than q·k, causality and P·V of one 8-bit product per score
     crowded: bool  # a mask or a tree's words, or the sums of a second loop, are held beside a tile
     device: DeviceDescription
@@ -56,7 +60,8 @@ class _Case(NamedTuple):
 
     @property
     def group(self) -> int:
-        return max(1, self.query_heads // max(self.kv_heads, 1))
+        """Query heads that read the same list of pages."""
+        return max(1, self.query_heads // max(self.lists, 1))
 
 
 def plan_attention(
@@ -71,17 +76,42 @@ def plan_attention(
     options: ScoreOptions,
     device: DeviceDescription,
     backend: Backend,
+    lists: int | None = None,
+    float_keys: int = 0,
+    draft: bool = False,
 ) -> Plan:
-    """The plan of one attention. queries, keys: of the longest sequence; dtype: of q.
+    """The plan of one attention.
 
-    device: where it runs; a CPU under backend "triton" is the interpreter.
+    queries: rows of the longest sequence. keys: that a row reads at most, in the pages of its list
+    and in the float parts (`PageView.most_keys`); float_keys: those of the float parts. dtype: of
+    q. device: where it runs; a CPU under backend "triton" is the interpreter. lists: lists of pages
+    of a sequence, `PageView.list_heads`: kv_heads, or query_heads (every query head its own: no
+    page is shared); None where all heads read one list. draft: as in `PageView`. ValueError for
+    another number of lists.
+
+    `Plan.bytes_moved` counts, for each list of each sequence (a KV head's, or a query head's):
+
+        each page of the list, record_bytes (draft_bytes for a draft)
+        the mean of its index row, 2 key_dim bytes, where keys are quantised or the scheme is
+        unified; with the latter max, min and unit too, 2 key_dim + 4 bytes
+        float_keys keys and values as they are
+
+    and q and o once, with splits the pieces of o and lse (fp32, written and read). Pages of a list
+    are ceil((keys - float_keys) / 64): those of full pages. A record counts whole: a kernel leaves
+    out its padding and the index unit. Each counts once, however many tiles of rows read it. Not
+    counted: tables, masks, and what launches hand to each other (codes of q, q·mean). A window
+    counts as the pages that its keys and rows fill.
     """
+    if lists not in (None, kv_heads, query_heads):
+        raise ValueError(
+            f"lists must be None, kv_heads, {kv_heads}, or query_heads, {query_heads}, got {lists}"
+        )
     if backend == "triton" and device.kind == "cpu":
         device = INTERPRETED_DEVICE
     case = _Case(
-        sequences, query_heads, kv_heads, queries, keys, fmt, dtype, options.causal,
-        options.window, options.query, options.precision, _is_busy(options),
-        _is_crowded(options), device, backend,
+        sequences, query_heads, kv_heads, lists or kv_heads, queries, keys, float_keys, fmt, draft,
+        dtype, options.causal, options.window, options.query, options.precision,
+        options.scheme == "unified", _is_busy(options), _is_crowded(options), device, backend,
     )  # fmt: skip
     return _plan(case)
 
@@ -114,6 +144,8 @@ def _plan(case: _Case) -> Plan:
     if case.queries <= 1 or rows <= PACKED_ROWS:
         draft = replace(draft, dataflow="decode", pack=case.group)
         why = f"{rows} row(s) per KV head: its {case.group} query head(s) share each page"
+        if case.lists != case.kv_heads:
+            why = f"{rows} row(s) per query head, which has its own list of pages"
     else:
         draft = replace(draft, dataflow="prefill")
         why = f"{case.queries} queries fill tiles of one head"
@@ -126,14 +158,15 @@ def _plan(case: _Case) -> Plan:
 
 def _plan_cpu(draft: Plan, case: _Case, why: str) -> Plan:
     """Pieces of the pages of few KV heads, so that every thread has some."""
-    threads, tasks = case.device.threads, max(1, case.sequences * case.kv_heads)
+    threads, tasks = case.device.threads, max(1, case.sequences * case.lists)
     split = 1
     if draft.dataflow == "decode" and tasks < threads:
         wanted = min(-(-threads // tasks), _pages(case))
         split = max(_distinct(range(1, wanted + 1), _pages(case)), default=1)
     reasons = [why, f"{threads} thread(s)"]
     if split > 1:
-        reasons.append(f"{tasks} KV head(s): {_pages(case)} pages in {split} pieces")
+        kind = "KV" if case.lists == case.kv_heads else "query"
+        reasons.append(f"{tasks} {kind} head(s): {_pages(case)} pages in {split} pieces")
     dot = "fp32" if case.fmt.key.map == "float" or case.query != "int8" else "int8"
     return replace(
         draft, dot=dot, block_n=PAGE, split_k=split, threads=threads, reason="; ".join(reasons)
@@ -256,10 +289,16 @@ def shared_bytes(plan: Plan, stages: int, fmt: PageFormat) -> int:
 
 
 def _bytes_moved(case: _Case) -> int:
-    """Each page once for the tiles that share it; q and o once."""
-    pages = case.sequences * case.kv_heads * _pages(case) * case.fmt.record_bytes
+    """As `plan_attention` says, without the pieces of splits."""
+    fmt, token = case.fmt, (case.fmt.key_dim + case.fmt.value_dim) * case.dtype.itemsize
+    page = fmt.draft_bytes if case.draft else fmt.record_bytes
+    if fmt.key.map != "float" or case.unified:
+        page += 2 * fmt.key_dim
+    if case.unified:
+        page += 2 * fmt.key_dim + 4
+    of_a_list = _pages(case) * page + _keys(case)[1] * token
     rows = case.sequences * case.query_heads * case.queries
-    return pages + rows * (case.fmt.key_dim + case.fmt.value_dim) * case.dtype.itemsize
+    return case.sequences * case.lists * of_a_list + rows * token
 
 
 def _operations(case: _Case) -> int:
@@ -272,12 +311,19 @@ def _operations(case: _Case) -> int:
     return 2 * heads * pairs * (case.fmt.key_dim + case.fmt.value_dim)
 
 
-def _pages(case: _Case) -> int:
-    """Pages that the rows of a sequence can read."""
-    keys = case.keys
+def _keys(case: _Case) -> tuple[int, int]:
+    """Keys in pages and in float parts that the rows of a sequence can read."""
+    floats = min(case.float_keys, case.keys)
     if case.window is not None:
-        keys = min(keys, case.queries + case.window * (1 if case.causal else 2))
-    return -(-keys // PAGE)
+        reach = case.queries + case.window * (1 if case.causal else 2)
+        if reach < case.keys:  # they may lie in pages, all of them
+            return reach, 0
+    return case.keys - floats, floats
+
+
+def _pages(case: _Case) -> int:
+    """Pages of a list that the rows of a sequence can read."""
+    return -(-_keys(case)[0] // PAGE)
 
 
 def _split(draft: Plan, case: _Case, reasons: list[str]) -> Plan:

@@ -26,6 +26,7 @@ from lath.kernels.attention import triton_corrections as before
 from lath.kernels.attention.triton_arguments import (
     check,
     float_parts,
+    list_mode,
     page_lists,
     score_tensors,
 )
@@ -116,7 +117,7 @@ def _attend(
     run = max(_MOST_CORRECTIONS // per_token // plan.block_m, 1) * plan.block_m
     dtypes = (settings.key_dtype, settings.value_dtype, torch.float32)
     records = tuple(pages.records.view(dtype) for dtype in dtypes)
-    lists = page_lists(pages, heads)
+    lists = page_lists(pages)
     rows_of_q = (q, *q.stride()[:3])
     parts, extras = float_parts(pages, q), score_tensors(options, queries, pages)
     factor, cap = options.scale * LOG2E, 0.0
@@ -177,7 +178,7 @@ def _prepare(
     grid = (padded // block, heads // plan.pack, sequences * max(1, triton.cdiv(width, pages_each)))
     before.prepare_kernel[grid](
         q, queries.lengths, offsets, pages.index.view(torch.bfloat16),
-        pages.index.view(torch.int8), numbers, lists,
+        pages.index.view(torch.int8), pages.index.view(torch.float32), lists,
         *made, *q.stride()[:3], heads, pages.num_kv_heads, width, padded, first,
         **settings.prepare, BLOCK_R=block, num_warps=8 if settings.prepare_rows == 16 else 4,
         enable_fp_fusion=False,
@@ -196,9 +197,10 @@ def _switches(queries: Queries, pages: PageView, options: ScoreOptions) -> tuple
         pages.tokens is not None,
     )  # fmt: skip
     parts = (pages.first_keys is not None, pages.last_keys is not None)
+    lists = list_mode(pages)
     unified = options.scheme == "unified"
     return (
-        scores, parts, options.sink is not None, queries.offsets is not None, options.query,
+        scores, parts, lists, options.sink is not None, queries.offsets is not None, options.query,
         options.precision, unified,
     )  # fmt: skip
 
@@ -212,7 +214,7 @@ def _settings(
     plan: Plan,
     target: str,
 ) -> _Settings:
-    scores, parts, sink, packed, query, precision, unified = switches
+    scores, parts, lists, sink, packed, query, precision, unified = switches
     native = has_e4m3(target) and not (plan.dot == "fp16" and query == "e4m3")
     query = "float" if fmt.key.map == "float" else query
     query = "e4m3-fp16" if query == "e4m3" and not native else query
@@ -240,6 +242,7 @@ def _settings(
         "MATH": (query, precision, unified, _fp32_dot(target)),
         "OPTIONS": scores,
         "PARTS": parts,
+        "LISTS": lists,
         "SINK": sink,
         "PACKED": packed,
         "PARTIAL": plan.split_k > 1,
@@ -255,13 +258,14 @@ def _settings(
         "QUERY": query,
         "INDEX": (
             fmt.index_bytes // 2, fmt.index_bytes, index["max"].offset, index["min"].offset,
-            fmt.record_bytes // 4, fields["key_scales"].offset // 4 + 1,
+            fmt.index_bytes // 4, index["numbers"].offset // 4,
         ),
         "DIM": fmt.key_dim,
         "PADDED": width,
         "BLOCK_D": max(16, _power_of_two(width)),
         "BLOCK_P": prepare_rows,
         "BOUNDS": unified,
+        "LISTS": lists,
         "PACKED": packed,
         "PACK": plan.pack,
         "SMALLEST": SMALLEST_ABSMAX,

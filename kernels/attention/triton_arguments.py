@@ -72,10 +72,10 @@ def lists_of_heads(pages: PageView) -> int:
     return pages.num_kv_heads if pages.list_heads is None else pages.list_heads
 
 
-def page_lists(pages: PageView, query_heads: int) -> tuple[Any, ...]:
-    """The lists as the kernels take them: (table, starts, counts, page_counts, tokens, strides of
-    sequence and of head, those of page_counts, query heads of a list). Strides of head are 0 where
-    all heads read one list; tokens is a placeholder where there are none."""
+def page_lists(pages: PageView) -> tuple[Any, ...]:
+    """The lists as the kernels take them: (table, starts, counts, tokens, page_counts, strides of
+    sequence and of head of the first four, of page_counts). tokens is a placeholder where there
+    are none. Heads that read one list have stride 0."""
     lists = [pages.table, pages.starts, pages.counts]
     if pages.tokens is not None:
         lists.append(pages.tokens)
@@ -86,9 +86,15 @@ def page_lists(pages: PageView, query_heads: int) -> tuple[Any, ...]:
     counts = pages.page_counts
     of_head, counts_of_head = (0, 0) if pages.list_heads is None else (strides[1], counts.stride(1))
     return (
-        *lists[:3], counts, lists[-1], strides[0], of_head, counts.stride(0), counts_of_head,
-        query_heads // max(lists_of_heads(pages), 1),
+        *lists[:3], lists[-1], counts, strides[0], of_head, counts.stride(0), counts_of_head,
     )  # fmt: skip
+
+
+def list_mode(pages: PageView) -> int:
+    """0: one list for all heads; 1: of each KV head; 2: of each query head."""
+    if pages.list_heads is None:
+        return 0
+    return 1 if pages.list_heads == pages.num_kv_heads else 2
 
 
 def _check_plan(plan: Plan, group: int, dots: set[str]) -> None:

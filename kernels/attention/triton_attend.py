@@ -10,7 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lath.kernels.attention.triton_pages import add_floats, add_pages, span_of_pages, upper_bound
+from lath.kernels.attention.triton_pages import (
+    add_floats,
+    add_pages,
+    place_of_list,
+    span_of_pages,
+    upper_bound,
+)
 from lath.kernels.attention.triton_softmax import fresh_state, renormalised, with_sink
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -213,6 +219,7 @@ def attend_kernel(
     MATH: tl.constexpr,
     OPTIONS: tl.constexpr,
     PARTS: tl.constexpr,
+    LISTS: tl.constexpr,
     SINK: tl.constexpr,
     PACKED: tl.constexpr,
     PARTIAL: tl.constexpr,
@@ -229,7 +236,7 @@ def attend_kernel(
     q: [B, Hq, L, D] and three strides. prepared: codes, scales, corrections, bounds, of
     `prepare_kernel`, for the rows from token first_token on. records: through pointers for keys,
     values, fp32. lists: of `page_lists`. lengths: of keys, of queries, offsets of queries. first_part, last_part: keys, values, lengths, strides of each;
-    PARTS says whether they are there. mask, bias: [S, Hq, Lq, Lk] and four strides; tree: and two.
+    PARTS says whether they are there; LISTS is of `list_mode`. mask, bias: [S, Hq, Lq, Lk] and four strides; tree: and two.
     output: o [pieces, B, Hq, L, E], lse [pieces, B, Hq, L], B, L; in units of log 2 where PARTIAL.
     factor: scale * log2(e), or with a softcap 2 scale * log2(e) / softcap and cap = softcap *
     log2(e). FLOAT_BLOCK: channels of a row of q, padded. PACKED: B is 1. BOUNDED: some pages may be
@@ -254,12 +261,11 @@ def attend_kernel(
 
     wide = sequence.to(tl.int64)
     kv_head = block * PACK // (heads // kv_heads)
-    own_list = (block * PACK // lists[9]).to(tl.int64)
-    entry = wide * lists[5] + own_list * lists[6]
+    entry, count_at = place_of_list(lists, wide, kv_head, block, LISTS)
     starts, counts = lists[1] + entry, lists[2] + entry
     view = (
         records[0], records[1], records[2], lists[0] + entry, starts, counts, kv_heads, kv_head,
-        lists[4] + entry,
+        lists[3] + entry,
     )  # fmt: skip
     extras = (
         window, cap, mask[0] + wide * mask[1], mask[2], mask[3], mask[4],
@@ -275,7 +281,7 @@ def attend_kernel(
     at = own * table_width * padded_rows + tile * BLOCK_M
     query = (tiles, scale * factor, prepared[2] + at, padded_rows, factor)
 
-    pages = tl.where(some, tl.load(lists[3] + wide * lists[7] + own_list * lists[8]), 0)
+    pages = tl.where(some, tl.load(lists[4] + count_at), 0)
     span = span_of_pages(
         starts, counts, pages, piece, pieces, reach, length, rows, window, BOUNDED, CLEAN, OPTIONS
     )

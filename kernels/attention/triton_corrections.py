@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lath.kernels.attention.triton_pages import place_of_list
 from lath.kernels.pages.triton_numbers import rint, round_e4m3
 
 
@@ -78,15 +79,16 @@ def prepare_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BOUNDS: tl.constexpr,
+    LISTS: tl.constexpr,
     PACKED: tl.constexpr,
     PACK: tl.constexpr,
     SMALLEST: tl.constexpr,
 ):
     """Grid: tiles of rows, heads / PACK, sequences * tiles of pages. Without fused multiply-add.
 
-    q [B, Hq, L, DIM] with strides. lists: of `page_lists`. means bf16*, extremes int8*: the index; numbers fp32*: the
-    records. INDEX: elements of an index row through either pointer, where max and min begin, fp32
-    of a record, where its index unit is. codes [S, Hq/PACK, padded_rows, PADDED], scales [S,
+    q [B, Hq, L, DIM] with strides. lists: of `page_lists`. means bf16*, extremes int8*,
+    numbers fp32*: the index. INDEX: elements of an index row through the first two, where max and
+    min begin, fp32 of a row, where its unit is. codes [S, Hq/PACK, padded_rows, PADDED], scales [S,
     Hq/PACK, padded_rows] (where q is rounded: QUERY "int8", "e4m3" or "e4m3-fp16"). corrections:
     q·mean, fp32 [S, Hq/PACK, table_width, padded_rows]. bounds: where BOUNDS, likewise, upper
     bounds of q·k; -inf for pages that have none.
@@ -94,9 +96,9 @@ def prepare_kernel(
     block = tl.program_id(1)
     page_tiles = tl.cdiv(table_width, BLOCK_P)
     sequence, page_tile = tl.program_id(2) // page_tiles, tl.program_id(2) % page_tiles
-    wide, own_list = sequence.to(tl.int64), (block * PACK // lists[9]).to(tl.int64)
-    rows = tl.load(query_lengths + sequence)
-    pages = tl.load(lists[3] + wide * lists[7] + own_list * lists[8])
+    wide, kv_head = sequence.to(tl.int64), block * PACK // (heads // kv_heads)
+    entry, count_at = place_of_list(lists, wide, kv_head, block, LISTS)
+    rows, pages = tl.load(query_lengths + sequence), tl.load(lists[4] + count_at)
     offset, batch_row = sequence * 0, sequence
     if PACKED:
         offset, batch_row = tl.load(query_offsets + sequence), sequence * 0
@@ -120,9 +122,8 @@ def prepare_kernel(
             tl.store(scales + own, scale, mask=lane < padded_rows)
 
     page = page_tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    table = lists[0] + wide * lists[5] + own_list * lists[6]
-    number = tl.load(table + page, mask=page < pages, other=0)
-    record = number.to(tl.int64) * kv_heads + block * PACK // (heads // kv_heads)
+    number = tl.load(lists[0] + entry + page, mask=page < pages, other=0)
+    record = number.to(tl.int64) * kv_heads + kv_head
     there = (page < pages)[None, :] & (channel < DIM)[:, None]
     pointers = means + record[None, :] * INDEX[0] + channel[:, None]
     product = _times_mean(x, tl.load(pointers, mask=there, other=0.0))

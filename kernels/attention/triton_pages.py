@@ -223,6 +223,21 @@ def upper_bound(bounds, stride, span, factor, extras, SOFTCAP: tl.constexpr, BLO
 
 
 @triton.jit
+def place_of_list(lists, sequence, kv_head, query_head, LISTS: tl.constexpr):
+    """Where the list of a program begins, and its count. lists: of `page_lists`; sequence: int64.
+
+    A head whose list is that of all adds nothing to the address: not even a product with 0, which
+    costs registers that the fullest tiles do not have.
+    """
+    entry, count = sequence * lists[5], sequence * lists[7]
+    if LISTS == 1:
+        entry, count = entry + kv_head * lists[6], count + kv_head * lists[8]
+    elif LISTS == 2:  # tiles of one head
+        entry, count = entry + query_head * lists[6], count + query_head * lists[8]
+    return entry, count
+
+
+@triton.jit
 def span_of_pages(
     starts,
     counts,

@@ -16,7 +16,7 @@ FIELDS = (
     "key_dim", "value_dim", "stored_keys", "stored_values",
     # offsets in a record and in an index row
     "keys", "keys_low", "values", "values_low", "value_scales", "key_scales", "token_scales",
-    "mean", "max", "min", "deviation", "value_sum",
+    "mean", "max", "min", "numbers", "deviation", "value_mean",
     # of a thread: fp32 [64, channels]; fp32 [64] inverse scales
     "scratch", "slot", "at_inverse",
     "task", "thread_number", "thread_count",

@@ -22,7 +22,6 @@ from lath.kernels.simd.emitter import (
     INTS,
     ITEM_BYTES,
     LANES,
-    SHORTS,
     Emitter,
 )
 
@@ -133,9 +132,8 @@ class _KeyWriter:
         else:
             by = numbers.scaling(e, bits, self.codec)
             scale = by.scale
-        sides = e.shuffle(scale, unit, [0, LANES])
-        e.store(e.add(p.record, a["key_scales"]), sides)
-        p.clear(e.add(p.record, e.add(a["key_scales"], 8)), e.integer(8))
+        self._store_pair(e.add(p.record, a["key_scales"]), scale, unit)
+        self._store_pair(e.add(p.index, a["numbers"]), unit, p.float_count())
         step = self.b.select(self.b.fcmp_unordered("uno", unit, unit), e.floats(1.0), unit)
         if self.codec.map == "float":
             with e.loop(e.divide(self.stored, LANES)) as i:
@@ -147,6 +145,12 @@ class _KeyWriter:
         with e.loop(e.divide(self.stored, LANES)) as i:
             self._deviation(e.multiply(i, LANES), step)
         self._clear_padding()
+
+    def _store_pair(self, address: Any, first: Any, second: Any) -> None:
+        """fp32 [4]: a lane of each, 0, 0."""
+        e = self.e
+        pair = e.shuffle(first, second, [0, LANES])
+        e.store(address, e.shuffle(pair, ir.Constant(pair.type, None), [0, 1, 2, 3]))
 
     def _centre(self, channel: Any) -> Any:
         """Mean of 16 channels, taken away from them; the largest magnitude that is left."""
@@ -312,33 +316,35 @@ class _ValueWriter:
         with e.loop(e.subtract(self.stored, a["value_dim"])) as i:
             place = e.offset(scales, e.add(a["value_dim"], i), 4)
             e.store(place, ir.Constant(F32, 1.0))
-        sums = e.add(p.index, a["value_sum"])
-        p.clear_channels(sums, a["value_dim"], self.stored, 2)
+        means = e.add(p.index, a["value_mean"])
+        p.clear_channels(means, a["value_dim"], self.stored, 2)
 
-    def _scaling(self, channel: Any, codec: PageCodec) -> numbers.Scaling:
+    def _scaling(self, channel: Any) -> numbers.Scaling:
         """Of 16 channels over the tokens; their scales are stored."""
         e, p = self.e, self.p
         top = e.variable(e.constant(0))
         with e.loop(p.count) as token:
             value = e.load(p.number(token, channel, self.stored), FLOATS)
             top.value = e.larger(top.value, numbers.magnitude_bits(e, value))
-        by = numbers.scaling(e, top.value, codec)
+        by = numbers.scaling(e, top.value, self.codec)
         e.store(e.offset(e.add(p.record, self.a["value_scales"]), channel, 4), by.scale)
         return by
 
-    def _store_sum(self, channel: Any, total: Any) -> None:
-        e = self.e
-        place = e.offset(e.add(self.p.index, self.a["value_sum"]), channel, 2)
-        e.store(place, self.b.trunc(e.nearest(total), SHORTS))
+    def _store_mean(self, channel: Any, total: Any) -> None:
+        """total: of 16 channels, in real units."""
+        e, p = self.e, self.p
+        place = e.offset(e.add(p.index, self.a["value_mean"]), channel, 2)
+        e.store(place, e.round_floats(self.b.fdiv(total, p.float_count()), BF16))
 
     def _float_side(self, channel: Any) -> None:
-        e, b, p = self.e, self.b, self.p
-        by = self._scaling(channel, PageCodec("int8"))
+        e, p = self.e, self.p
+        scales = e.offset(e.add(p.record, self.a["value_scales"]), channel, 4)
+        e.store(scales, e.floats(1.0))
         total = e.variable(e.floats(0.0))
         with e.loop(p.count) as token:
             value = e.load(p.number(token, channel, self.stored), FLOATS)
-            total.value = b.fadd(total.value, b.fdiv(value, by.scale))
-        self._store_sum(channel, numbers.finite_or_zero(e, total.value))
+            total.value = self.b.fadd(total.value, value)
+        self._store_mean(channel, total.value)
 
     def _write_codes(self) -> None:
         e, p = self.e, self.p
@@ -348,7 +354,7 @@ class _ValueWriter:
             channels = [
                 e.add(e.multiply(width, part), e.multiply(block, LANES)) for part in range(parts)
             ]
-            scalings = [self._scaling(channel, self.codec) for channel in channels]
+            scalings = [self._scaling(channel) for channel in channels]
             totals = [e.variable(e.floats(0.0)) for _ in channels]
             with e.loop(e.integer(PAGE // SUBPAGE)) as subpage:
                 self._encode_subpage(subpage, channels, scalings, totals)
@@ -357,8 +363,8 @@ class _ValueWriter:
                     if name == "values" or self.codec.planes == 2:
                         target = e.add(e.add(p.record, self.a[name]), e.multiply(at, SUBPAGE))
                         self._transpose(buffer, target)
-            for channel, total in zip(channels, totals, strict=True):
-                self._store_sum(channel, total.value)
+            for channel, by, total in zip(channels, scalings, totals, strict=True):
+                self._store_mean(channel, self.b.fmul(total.value, by.scale))
 
     def _encode_subpage(
         self, subpage: Any, channels: list[Any], scalings: list[numbers.Scaling], totals: list[Any]

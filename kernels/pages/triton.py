@@ -45,7 +45,7 @@ def write_pages(
         kernels.write_kernel[(jobs.shape[0], keys.shape[1])](
             keys, values, jobs.contiguous(), _records_as(records, fmt.key, keys.dtype),
             _records_as(records, fmt.value, keys.dtype), records.view(torch.float32),
-            index.view(torch.bfloat16), index.view(torch.int8), index.view(torch.int16),
+            index.view(torch.bfloat16), index.view(torch.int8), index.view(torch.float32),
             *keys.stride()[:3], *values.stride()[:3], **arguments,
             num_warps=_warps(fmt), enable_fp_fusion=False,
         )  # fmt: skip
@@ -89,7 +89,7 @@ def _settings(fmt: PageFormat) -> dict[str, Any]:
         ),
         "INDEX": (
             fmt.index_bytes, index["max"].offset, index["min"].offset, index["deviation"].offset,
-            index["value_sum"].offset // 2,
+            index["numbers"].offset // 4, index["value_mean"].offset // 2,
         ),
         "KEY_DIM": fmt.key_dim,
         "VALUE_DIM": fmt.value_dim,

@@ -128,13 +128,14 @@ def _write_keys(
     numbers,
     means,
     extremes,
+    index_numbers,
     LAYOUT: tl.constexpr,
     RECORD: tl.constexpr,
     INDEX: tl.constexpr,
     DIM: tl.constexpr,
     SMALLEST: tl.constexpr,
 ):
-    """Keys, their scales, and the first four fields of the index row."""
+    """Keys, their scales, and of the index row all but the mean of the values."""
     BYTES: tl.constexpr = LAYOUT[0] == "int8" or LAYOUT[0] == "e4m3"
     TOKEN: tl.constexpr = LAYOUT[0] == "int4" or LAYOUT[0] == "int2"
     token = tl.arange(0, 64)
@@ -171,6 +172,8 @@ def _write_keys(
     slot = tl.arange(0, 4)
     sides = tl.where(slot == 0, key_scale, tl.where(slot == 1, unit, 0.0))
     tl.store(numbers + RECORD[2] + slot, sides)
+    sides = tl.where(slot == 0, unit, tl.where(slot == 1, tokens, 0.0))
+    tl.store(index_numbers + INDEX[4] + slot, sides)
     step = tl.where(unit == unit, unit, 1.0)[:, None]
     stored = ()
     for part in tl.static_range(LAYOUT[1]):
@@ -214,14 +217,15 @@ def _write_values(
     count,
     pointer,
     numbers,
-    sums,
+    means,
     LAYOUT: tl.constexpr,
     RECORD: tl.constexpr,
     INDEX: tl.constexpr,
     DIM: tl.constexpr,
     SMALLEST: tl.constexpr,
 ):
-    """Values, their scales and the sums of their codes."""
+    """Values, their scales and the mean of what the codes stand for."""
+    tokens = tl.zeros((1,), tl.float32) + count
     kept = (tl.arange(0, 64) < count)[:, None]
     BYTES: tl.constexpr = LAYOUT[0] == "int8" or LAYOUT[0] == "e4m3"
     MIDRISE: tl.constexpr = LAYOUT[0] == "int4" or LAYOUT[0] == "int2"
@@ -235,8 +239,8 @@ def _write_values(
         scale, usable, safe = _scale(amax, broken, LARGEST, BLANK, SMALLEST)
         if LAYOUT[0] == "float":
             _place_floats(pointer + LAYOUT[4], x, LAYOUT)
-            total = tl.div_rn(tl.sum(x, 0), scale)
-            total = tl.where(tl.abs(total) < float("inf"), total, 0.0)
+            scale = tl.zeros_like(scale) + 1.0
+            total = tl.sum(x, 0)
         else:
             codes, number = _codes(x, safe[None, :], usable[None, :], LAYOUT[0])
             if BYTES:
@@ -244,13 +248,15 @@ def _write_values(
                 _place(pointer + LAYOUT[4], whole, LAYOUT, True, part, LAYOUT[1])
             else:
                 stored = _append(stored, codes)
+            # Codes are multiples of 2**-9 below 512: their sum is exact.
             total = tl.sum(tl.where(kept, number, 0.0), 0)
+        mean = tl.div_rn(total * scale, tl.zeros_like(scale) + tokens).to(tl.bfloat16)
         inside = tl.arange(0, LAYOUT[3])
         channel = part * LAYOUT[2] + inside
         scale = tl.where(channel < DIM, scale, 1.0)
         tl.store(numbers + RECORD[1] + channel, scale, mask=inside < LAYOUT[2])
-        rounded = tl.where(channel < DIM, rint(total), 0).to(tl.int16)
-        tl.store(sums + INDEX[4] + channel, rounded, mask=inside < LAYOUT[2])
+        mean = tl.where(channel < DIM, mean, 0.0)
+        tl.store(means + INDEX[5] + channel, mean, mask=inside < LAYOUT[2])
     if LAYOUT[0] != "float" and not BYTES:
         _place_codes(pointer, stored, kept, LAYOUT, True)
 
@@ -265,7 +271,7 @@ def write_kernel(
     numbers,
     means,
     extremes,
-    sums,
+    index_numbers,
     key_stride_b,
     key_stride_h,
     key_stride_l,
@@ -283,10 +289,10 @@ def write_kernel(
     """Grid: jobs, KV heads. Without fused multiply-add.
 
     keys, values: [B, Hkv, L, D or E] with strides. jobs: int32 [J, 4]. key_records, value_records,
-    numbers (fp32*): the records; means (bf16*), extremes (int8*), sums (int16*): the index. RECORD:
-    fp32 of a record, where scales of values, of keys and of tokens begin. INDEX: bytes of a row,
-    where max, min and deviation begin, and sums (in int16). What a record holds between its fields
-    is not written.
+    numbers (fp32*): the records; means (bf16*), extremes (int8*), index_numbers (fp32*): the index.
+    RECORD: fp32 of a record, where scales of values, of keys and of tokens begin. INDEX: bytes of
+    a row, where max, min and deviation begin, numbers (in fp32) and the mean of values (in bf16).
+    What a record holds between its fields is not written.
     """
     job = jobs + tl.program_id(0).to(tl.int64) * 4
     head = tl.program_id(1).to(tl.int64)
@@ -297,10 +303,11 @@ def write_kernel(
     _write_keys(
         keys + row * key_stride_b + head * key_stride_h + first * key_stride_l, key_stride_l, count,
         key_records + record * KEYS[6], numbers, means + record * (INDEX[0] // 2),
-        extremes + record * INDEX[0], KEYS, RECORD, INDEX, KEY_DIM, SMALLEST,
+        extremes + record * INDEX[0], index_numbers + record * (INDEX[0] // 4), KEYS, RECORD, INDEX,
+        KEY_DIM, SMALLEST,
     )  # fmt: skip
     _write_values(
         values + row * value_stride_b + head * value_stride_h + first * value_stride_l,
         value_stride_l, count, value_records + record * VALUES[6], numbers,
-        sums + record * (INDEX[0] // 2), VALUES, RECORD, INDEX, VALUE_DIM, SMALLEST,
+        means + record * (INDEX[0] // 2), VALUES, RECORD, INDEX, VALUE_DIM, SMALLEST,
     )  # fmt: skip

@@ -6,6 +6,8 @@
     kv = lath.PagedKV(num_kv_heads, head_dim)   # a quantised cache
     kv.append(k, v)
     o = lath.decode_attention(q, kv)
+    ids = lath.select(q, kv, "quest", budget=1024)
+    o = lath.decode_attention(q, kv, pages=ids, repair=True)
     with lath.patch(model, weights="int4-g64") as report:
         model.generate(...)
 
@@ -24,15 +26,22 @@ from lath.formats.device import DeviceDescription
 from lath.formats.pages import PageCodec
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
+from lath.formats.selection import IndexList
+from lath.selectors import Selector, double_sparsity_channels, selector
 from lath.verbs.attention import attention
+from lath.verbs.budgets import TopMass
 from lath.verbs.channel_scales import key_channel_scales
 from lath.verbs.decode import decode_attention
+from lath.verbs.index_lists import index_list
 from lath.verbs.linear import linear
 from lath.verbs.merge import merge
+from lath.verbs.misses import captured_mass, recall
 from lath.verbs.paged_kv import PagedKV
 from lath.verbs.planning import describe_device, plan, plan_attention
 from lath.verbs.quantize import quantize
 from lath.verbs.sdpa import scaled_dot_product_attention
+from lath.verbs.select import select
+from lath.verbs.selection import Selection
 
 if TYPE_CHECKING:
     from lath.integration.cache import LathCache
@@ -45,16 +54,23 @@ __all__ = [
     "ActivationFormat",
     "Codec",
     "DeviceDescription",
+    "IndexList",
     "LathCache",
     "PageCodec",
     "PagedKV",
     "PatchReport",
     "Plan",
     "QTensor",
+    "Selection",
+    "Selector",
+    "TopMass",
     "attention",
+    "captured_mass",
     "codec",
     "decode_attention",
     "describe_device",
+    "double_sparsity_channels",
+    "index_list",
     "key_channel_scales",
     "linear",
     "merge",
@@ -62,7 +78,10 @@ __all__ = [
     "plan",
     "plan_attention",
     "quantize",
+    "recall",
     "scaled_dot_product_attention",
+    "select",
+    "selector",
 ]
 
 logging.getLogger("lath").addHandler(logging.NullHandler())

@@ -26,12 +26,14 @@ def attend_with(backend: str) -> Callable[[Queries, PageView, ScoreOptions], Ten
             query_heads=queries.q.shape[1],
             kv_heads=pages.num_kv_heads,
             queries=queries.longest,
-            keys=pages.longest,
+            keys=pages.most_keys,
             fmt=pages.format,
             dtype=queries.q.dtype,
             options=options,
             device=device,
             backend=backend,
+            lists=pages.list_heads,
+            draft=pages.draft,
         )
         o: Tensor = kernels.attend(queries, pages, options, plan)[0]
         return o

@@ -9,6 +9,7 @@ query heads on 2) or "decode" (one row over 8192 keys, 32 query heads on 8), the
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SHAPES = {"prefill": (1024, 1024, 8, 2), "decode": (1, 8192, 32, 8)}
 FEATURES = (
     "causal", "window", "softcap", "mask", "bias", "alibi", "sink", "tree", "parts", "unified",
-    "draft", "q-e4m3",
+    "draft", "q-e4m3", "lists", "query-lists", "tokens",
 )  # fmt: skip
 
 
@@ -55,12 +56,14 @@ def record_attend(text: str, architecture: str) -> Launched:
     dtype = DTYPES[dtype_name]
     fmt = page_format(codecs, int(dim), dtype)
     view = _view(fmt, keys, kv_heads, dtype, features)
+    view = _listed(view, heads if "query-lists" in features else kv_heads, features)
     queries = Queries(torch.zeros(1, heads, rows, int(dim), dtype=dtype), _one(rows), rows)
     options = _options(int(dim), heads, rows, keys, precision, features)
     device = known_device(architecture)
     plan = plan_attention(
         sequences=1, query_heads=heads, kv_heads=kv_heads, queries=rows, keys=keys, fmt=fmt,
-        dtype=dtype, options=options, device=device, backend="triton",
+        dtype=dtype, options=options, device=device, backend="triton", lists=view.list_heads,
+        float_keys=2 * PAGE if "parts" in features else 0, draft=view.draft,
     )  # fmt: skip
     with fake_gpu(device) as recording:
         attention.attend(queries, view, options, plan)
@@ -111,6 +114,20 @@ def _view(
         draft="draft" in features,
         **parts,
     )
+
+
+def _listed(view: PageView, heads: int, features: list[str]) -> PageView:
+    """The view with a list of every page for each of the heads, where the features ask for it."""
+    if not {"lists", "query-lists", "tokens"} & set(features):
+        return view
+    table, starts, counts, page_counts = (
+        entries.unsqueeze(1).repeat(1, heads, *(1,) * (entries.dim() - 1))
+        for entries in (view.table, view.starts, view.counts, view.page_counts)
+    )
+    return dataclasses.replace(
+        view, table=table, starts=starts, counts=counts, page_counts=page_counts,
+        tokens=torch.full(table.shape, -1) if "tokens" in features else None, listed=view.longest,
+    )  # fmt: skip
 
 
 def _options(

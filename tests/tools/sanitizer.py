@@ -16,12 +16,14 @@ import contextlib
 import dataclasses
 import math
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import triton.language as tl
 
+from tools.loads import Loads, Watch
 from tools.narrow_floats import Array, spoiling_value
 from tools.sanitizer_memory import Accesses, ArgumentSpans, FreshMemory
 
@@ -48,6 +50,7 @@ class Report:
     uninitialised_reads: read from a `torch.empty` of this block before anything wrote there.
     overflows: integer add, subtract, multiply beyond their type.
     examples: the first occurrence of each kind of fault in each kernel, in words.
+    loads: of the tensors that `sanitize` was to watch, by their names.
     """
 
     out_of_bounds_reads: int = 0
@@ -59,6 +62,7 @@ class Report:
     launches: int = 0
     programs: int = 0
     examples: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    loads: dict[str, Loads] = dataclasses.field(default_factory=dict)
 
     def bad(self) -> dict[str, int]:
         """Fault name -> count, only those that occurred; empty if clean."""
@@ -101,6 +105,7 @@ def sanitize(
     overflow: bool = True,
     races: bool = True,
     bounds: Literal["view", "storage"] = "view",
+    watch: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[Report]:
     """Check every interpreted launch in this block; everything is restored at its end.
 
@@ -113,23 +118,25 @@ def sanitize(
     races: compare the stores and loads of different programs.
     bounds: what an argument lets the kernel touch: the extent of the tensor itself, gaps between
         its strides included ("view"), or the whole storage behind it ("storage").
+    watch: contiguous tensors by name, whose loads `Report.loads` counts.
     """
     from triton.runtime import interpreter
 
-    report = Report()
-    watch = _Watch(interpreter, report, poison, memory, races, bounds)
+    counter = Watch(watch or {})
+    report = Report(loads=counter.loads)
+    hooks = _Hooks(interpreter, report, poison, memory, races, bounds, counter)
     builder = interpreter.interpreter_builder
     kind = type(builder)
     with contextlib.ExitStack() as undo:
-        undo.enter_context(watch.fresh)
+        undo.enter_context(hooks.fresh)
         for owner, name, replacement in (
-            (interpreter.GridExecutor, "_init_args_hst", watch.init_arguments()),
-            (interpreter.GridExecutor, "__call__", watch.launch()),
-            (interpreter, "_implicit_cvt", watch.convert_argument()),
-            (kind, "create_masked_load", watch.masked_load()),
-            (kind, "create_masked_store", watch.masked_store()),
-            (kind, "create_atomic_rmw", watch.atomic_rmw()),
-            (kind, "create_atomic_cas", watch.atomic_cas()),
+            (interpreter.GridExecutor, "_init_args_hst", hooks.init_arguments()),
+            (interpreter.GridExecutor, "__call__", hooks.launch()),
+            (interpreter, "_implicit_cvt", hooks.convert_argument()),
+            (kind, "create_masked_load", hooks.masked_load()),
+            (kind, "create_masked_store", hooks.masked_store()),
+            (kind, "create_atomic_rmw", hooks.atomic_rmw()),
+            (kind, "create_atomic_cas", hooks.atomic_cas()),
             (kind, "set_grid_dim", _counting_grid(kind, report)),
         ):
             _replace(undo, owner, name, replacement)
@@ -138,7 +145,7 @@ def sanitize(
         if overflow:
             checked = dataclasses.replace(builder.options, debug=True, sanitize_overflow=True)
             _replace(undo, builder, "options", checked)
-            _replace(undo, kind, "create_assert", watch.assertion())
+            _replace(undo, kind, "create_assert", hooks.assertion())
         yield report
 
 
@@ -181,7 +188,7 @@ def _reordered_index(kind: Any, order: int | Literal["reverse"]) -> Any:
     return set_grid_idx
 
 
-class _Watch:
+class _Hooks:
     """The replacements of the interpreter's memory operations, and the state of one launch."""
 
     def __init__(
@@ -192,11 +199,13 @@ class _Watch:
         memory: bool,
         races: bool,
         bounds: Literal["view", "storage"],
+        counter: Watch,
     ) -> None:
         self.interpreter = interpreter
         self.report = report
         self.poison, self.memory, self.races, self.bounds = poison, memory, races, bounds
         self.fresh = FreshMemory(fill=poison, track=memory)
+        self.counter = counter
         self.kernel = "?"
         self.spans = ArgumentSpans(bounds)
         self.accesses = Accesses()
@@ -272,15 +281,16 @@ class _Watch:
             builder: Any, pointers: Any, mask: Any, other: Any, *rest: Any
         ) -> Any:
             pointers, lanes = self.allowed("out_of_bounds_reads", builder, pointers, mask.data)
-            addresses = pointers.data[lanes]
+            addresses, size = pointers.data[lanes], self.element_size(pointers)
+            self.counter.load((self.report.launches, builder.grid_idx), addresses, size)
             if self.memory:
                 unwritten = self.fresh.unwritten(addresses)
                 if unwritten.size:
-                    place = self.spans.locate(int(unwritten[0]), self.element_size(pointers))
+                    place = self.spans.locate(int(unwritten[0]), size)
                     text = f"read of uninitialised {place} in program {builder.grid_idx}"
                     self.report.add("uninitialised_reads", unwritten.size, self.kernel, text)
             if self.races:
-                self.accesses.load(builder.grid_idx, addresses, self.element_size(pointers))
+                self.accesses.load(builder.grid_idx, addresses, size)
             result = stock(builder, pointers, self.handle(lanes, tl.int1), other, *rest)
             wanted = np.broadcast_to(mask.data, pointers.data.shape)
             if other is None and not wanted.all():

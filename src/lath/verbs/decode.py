@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lath.formats.attention import PageView, Queries, ScoreOptions
+from lath.formats.attention import PageView, ScoreOptions
 from lath.formats.plan import Backend
+from lath.formats.selection import IndexList
 from lath.verbs.attention_options import (
     Shape,
     check_choice,
     check_device,
-    check_heads,
     check_lengths,
     check_scores,
     choose_precision,
@@ -22,8 +21,11 @@ from lath.verbs.attention_options import (
 )
 from lath.verbs.backends import resolve_backend
 from lath.verbs.checks import check_flag, check_size, check_tensor
+from lath.verbs.index_lists import check_lists
 from lath.verbs.page_operators import attend
 from lath.verbs.paged_kv import PagedKV
+from lath.verbs.queries import check_query, queries_of, scaled_query
+from lath.verbs.sparse import Sparse, check_repair, run_sparse
 
 BITS = 32  # of a word of ScoreOptions.tree
 
@@ -46,6 +48,8 @@ def decode_attention(
     precision: str = "auto",
     scheme: str = "online",
     draft: bool = False,
+    pages: IndexList | None = None,
+    repair: bool | str = False,
     splits: int | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -70,15 +74,19 @@ def decode_attention(
     integer values, "e4m3" or "float" for e4m3, "float" for float values; "auto": the first that the
     values admit of "int8", "e4m3", "float". scheme: "online", or "unified" (one maximum from the
     pages' bounds, FlashDecoding++; same result; no CPU kernel). draft: read the draft view
-    (`PagedKV.draft`). splits: pieces of the key list, None for the plan's choice. backend: "auto"
-    is the cache's.
+    (`PagedKV.draft`). pages: read only these pages or tokens (`lath.select`, `lath.index_list`) and
+    the cache's float parts. repair: False; True: add what the index rows of the pages say of the
+    tokens that were not read (`lath.formats.selection`), not with window, mask, bias, alibi or
+    softcap; "mean": mix in the mean of all values by the mass that the list claims to hold (SparQ;
+    lists of "sparq", "tokenselect" and "hgca" claim one). splits: pieces of the key list, None for
+    the plan's choice. backend: "auto" is the cache's.
 
     Returns o [B, Hq, Lq, E] of q's dtype; with return_lse also lse fp32 [B, Hq, Lq], natural log. A
     row that reads nothing is 0 with lse -inf (or the sink). backward raises NotImplementedError.
     """
     if not isinstance(kv, PagedKV):
         raise TypeError(f"kv must be a lath.PagedKV, got {type(kv).__name__}")
-    q = _check_query(q, kv)
+    q = check_query(q, kv)
     batch, heads, rows, _ = q.shape
     shape = Shape(batch, heads, rows, len(kv), q.device)
     given = {
@@ -99,15 +107,31 @@ def decode_attention(
     lengths = check_lengths("query_lengths", query_lengths, batch, rows)
     view = kv.view(check_flag("draft", draft))
     check_scheme(options, view)
-    if kv.key_channel_scales is not None:
-        group = heads // kv.num_kv_heads
-        scales = kv.key_channel_scales.repeat_interleave(group, dim=0)[:, None]
-        q = (q.float() * scales).to(q.dtype)
+    check_positions(kv, given)
+    row = scaled_query(q, kv)
     chosen = resolve_backend(kv.backend if backend == "auto" else backend, q.device)
-    o, lse = run_decode(q, view, options, lengths, splits, chosen)
+    if pages is None:
+        if repair is not False:
+            raise ValueError(f"repair={repair!r} needs pages: there is nothing to repair")
+        o, lse = run_decode(row, view, options, lengths, splits, chosen)
+    else:
+        selection = Sparse(check_lists(pages, view, heads), check_repair(repair, options, pages))
+        o, lse = run_sparse(row, kv, view, selection, options, lengths, splits, chosen)
     if q.requires_grad and torch.is_grad_enabled():
         o = _NoBackward.apply(o, q)  # type: ignore[no-untyped-call]
     return (o, lse) if check_flag("return_lse", return_lse) else o
+
+
+def check_positions(kv: PagedKV, given: dict[str, Any]) -> None:
+    """Positions must be known to those options that count by them."""
+    if kv.exact_positions:
+        return
+    for name in ("window", "mask", "bias", "alibi"):
+        if given[name] is not None:
+            raise NotImplementedError(
+                f"{name} goes by positions, and this cache was compacted with renumber=False: it "
+                "does not know the positions of its tokens any more"
+            )
 
 
 def run_decode(
@@ -122,30 +146,7 @@ def run_decode(
 
     q: already multiplied by the cache's key channel scales.
     """
-    batch, _, rows, _ = q.shape
-    counts = (rows,) * batch if query_lengths is None else tuple(query_lengths)
-    q = q.detach() if q.stride(3) == 1 else q.detach().contiguous()
-    queries = Queries(q, _row_counts(counts, q.device), max(counts, default=0))
-    return attend(queries, view, options, backend, splits)
-
-
-@functools.lru_cache(maxsize=64)  # every layer of every step asks for the same few numbers
-def _row_counts(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(counts, dtype=torch.int32, device=device)
-
-
-def _check_query(given: Any, kv: PagedKV) -> Tensor:
-    q = check_tensor("q", given)
-    check_heads(q, kv.num_kv_heads, kv.format.key_dim, "the cache")
-    if q.shape[0] != kv.batch:
-        raise ValueError(f"q must have the cache's batch, {kv.batch}, got shape {[*q.shape]}")
-    if q.dtype != kv.dtype:
-        raise TypeError(
-            f"q must be {str(kv.dtype).removeprefix('torch.')} like the cache, got "
-            f"{str(q.dtype).removeprefix('torch.')}"
-        )
-    check_device("q", q, kv.device)
-    return q
+    return attend(queries_of(q, query_lengths), view, options, backend, splits)
 
 
 class _NoBackward(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lath.formats.attention import PageView, Queries, ScoreOptions
-from lath.formats.pages import PageFormat
+from lath.formats.pages import PAGE, PageFormat
 from lath.formats.plan import Backend
 from lath.reference import attention as reference
 from lath.reference import pages as reference_pages
@@ -54,7 +54,7 @@ def _write_reference(
     keys: Tensor, values: Tensor, fmt: PageFormat, records: Tensor, index: Tensor, jobs: Tensor
 ) -> None:
     dtype = _DTYPE_NAMES[keys.dtype]
-    k, v = _array(keys), _array(values)
+    k, v = as_array(keys), as_array(values)
     for row, first, count, page in jobs.tolist():
         tokens = slice(first, first + count)
         for head in range(k.shape[1]):
@@ -85,13 +85,20 @@ def attend(
 
     plan = plan_attention(
         sequences=pages.num_sequences, query_heads=q.shape[1], kv_heads=pages.num_kv_heads,
-        queries=queries.longest, keys=pages.longest, fmt=pages.format, dtype=q.dtype,
+        queries=queries.longest, keys=pages.most_keys, fmt=pages.format, dtype=q.dtype,
         options=options, device=describe_device(q.device), backend=backend,
+        lists=pages.list_heads, float_keys=_float_keys(pages), draft=pages.draft,
     )  # fmt: skip
     if splits is not None:
         plan = dataclasses.replace(plan, split_k=splits)
     o, lse = _attender(backend)(queries, pages, options, plan)
     return o, lse
+
+
+def _float_keys(pages: PageView) -> int:
+    """Keys that the float parts of the longest sequence hold, where its pages are full."""
+    first = min(pages.longest, PAGE) if pages.first_keys is not None else 0
+    return first + ((pages.longest - first) % PAGE if pages.last_keys is not None else 0)
 
 
 def _attender(backend: Backend) -> Any:
@@ -131,14 +138,14 @@ def _attend_reference(
 ) -> tuple[Tensor, Tensor]:
     """The NumPy definition, rounded once to q's dtype."""
     q = queries.q
-    lengths = _array(queries.lengths)
-    offsets = None if queries.offsets is None else _array(queries.offsets)
-    rows = _array(q)
+    lengths = as_array(queries.lengths)
+    offsets = None if queries.offsets is None else as_array(queries.offsets)
+    rows = as_array(q)
     if offsets is not None:
         rows = np.zeros((len(lengths), q.shape[1], queries.longest, q.shape[3]), np.float32)
         for s, (offset, count) in enumerate(zip(offsets, lengths, strict=True)):
-            rows[s, :, :count] = _array(q[0, :, offset : offset + count])
-    o, lse = reference.attend(rows, lengths, _cache(pages, q.dtype), _options(options))
+            rows[s, :, :count] = as_array(q[0, :, offset : offset + count])
+    o, lse = reference.attend(rows, lengths, as_cache(pages, q.dtype), _options(options))
     if offsets is not None:
         packed_o = np.zeros((1, q.shape[1], q.shape[2], o.shape[3]))
         packed_lse = np.full((1, q.shape[1], q.shape[2]), -np.inf)
@@ -152,9 +159,9 @@ def _attend_reference(
     )
 
 
-def _cache(pages: PageView, dtype: torch.dtype) -> reference.Cache:
+def as_cache(pages: PageView, dtype: torch.dtype) -> reference.Cache:
     arrays = {
-        field.name: _array(getattr(pages, field.name))
+        field.name: as_array(getattr(pages, field.name))
         for field in dataclasses.fields(reference.Cache)
         if field.name not in ("format", "dtype", "draft")
     }
@@ -165,7 +172,7 @@ def _cache(pages: PageView, dtype: torch.dtype) -> reference.Cache:
 
 def _options(options: ScoreOptions) -> reference.Options:
     arrays = {
-        name: _array(getattr(options, name)) for name in ("mask", "bias", "alibi", "sink", "tree")
+        name: as_array(getattr(options, name)) for name in ("mask", "bias", "alibi", "sink", "tree")
     }
     return reference.Options(
         scale=options.scale, causal=options.causal, window=options.window, softcap=options.softcap,
@@ -173,7 +180,7 @@ def _options(options: ScoreOptions) -> reference.Options:
     )  # fmt: skip
 
 
-def _array(tensor: Tensor | None) -> Any:
+def as_array(tensor: Tensor | None) -> Any:
     """A NumPy array; floats as fp32."""
     if tensor is None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lath.formats.pages import PAGE, SUBPAGE, UNIT, PageCodec, PageFormat
+from lath.formats.pages import PAGE, SUBPAGE, UNIT, Field, PageCodec, PageFormat
 
 
 def decode_pages(
@@ -72,3 +72,8 @@ def _split(stored: Tensor, bits: int) -> Tensor:
     """Codes of `bits` bits: the channels' parts, the first in the low bits, side by side."""
     mask = 2**bits - 1
     return torch.cat([(stored >> (bits * i)) & mask for i in range(8 // bits)], dim=-1)
+
+
+def read_field(rows: Tensor, field: Field, dtype: torch.dtype) -> Tensor:
+    """A field of records or index rows uint8 [..., bytes] as numbers of `dtype`."""
+    return rows[..., field.offset : field.end].contiguous().view(dtype)

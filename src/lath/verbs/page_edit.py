@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lath.formats.page_span import Positions, as_positions, joined
 from lath.formats.pages import PAGE
 from lath.verbs.page_decode import decode_pages
 
 if TYPE_CHECKING:
-    from lath.verbs.paged_kv import PagedKV
+    from lath.verbs.store_operations import StoreOperations
 
 
-def dequantize(kv: PagedKV, s: int) -> tuple[Tensor, Tensor]:
+def dequantize(kv: StoreOperations, s: int) -> tuple[Tensor, Tensor]:
     """Keys [Hkv, n, D] and values [Hkv, n, E] of sequence s, fp32, channel scales multiplied in."""
     span = kv.spans[s]
     keys, values = _decoded(kv, s)
@@ -33,73 +34,128 @@ def dequantize(kv: PagedKV, s: int) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def _decoded(kv: PagedKV, s: int) -> tuple[Tensor, Tensor]:
+def _decoded(kv: StoreOperations, s: int) -> tuple[Tensor, Tensor]:
     """fp64 [pages, Hkv, 64, D] and [pages, Hkv, 64, E] as stored (divided by channel scales)."""
-    pages = torch.tensor(kv.spans[s].pages, dtype=torch.int64, device=kv.device)
-    return decode_pages(kv.pool.records[pages], kv.pool.index[pages], kv.format, kv.dtype)
+    return decode_numbered(kv, kv.spans[s].pages)
 
 
-def _quantise(kv: PagedKV, keys: Tensor, values: Tensor) -> list[tuple[int, int]]:
-    """Tokens [Hkv, n, D] and [Hkv, n, E] of `_working`'s dtype as new pages: (number, count)."""
+def decode_numbered(kv: StoreOperations, pages: list[int]) -> tuple[Tensor, Tensor]:
+    """Likewise, of pages of the pool."""
+    numbers = torch.tensor(pages, dtype=torch.int64, device=kv.device)
+    return decode_pages(kv.pool.records[numbers], kv.pool.index[numbers], kv.format, kv.dtype)
+
+
+def quantise(kv: StoreOperations, keys: Tensor, values: Tensor) -> list[int]:
+    """Tokens [Hkv, n, D] and [Hkv, n, E] of `working`'s dtype as new pages, the last not full."""
     starts = range(0, keys.shape[1], PAGE)
-    counts = [min(PAGE, keys.shape[1] - start) for start in starts]
-    pages = kv.pool.take(len(counts))
-    if pages:
-        jobs = [(0, *job) for job in zip(starts, counts, pages, strict=True)]
+    jobs = [(0, start, min(PAGE, keys.shape[1] - start)) for start in starts]
+    return _write_new(kv, keys[None], values[None], jobs)
+
+
+def rewrite_keys(kv: StoreOperations, pages: list[int], keys: Tensor) -> list[int]:
+    """Copies of pages with other keys [n, Hkv, 64, D], their values bit for bit."""
+    if not pages:
+        return []
+    old = torch.tensor(pages, dtype=torch.int64, device=kv.device)
+    span = kv.format.index_fields["numbers"]
+    numbers = kv.pool.index[old, 0, span.offset : span.end].contiguous().view(torch.float32)
+    jobs = [(row, 0, int(count)) for row, count in enumerate(numbers[:, 1].tolist())]
+    unused = keys.new_zeros((*keys.shape[:3], kv.format.value_dim))
+    written = _write_new(kv, keys, unused, jobs)
+    new = torch.tensor(written, dtype=torch.int64, device=kv.device)
+    for rows, fields in (
+        (kv.pool.records, kv.format.fields),
+        (kv.pool.index, kv.format.index_fields),
+    ):
+        for name, field in fields.items():
+            if name.startswith("value"):
+                rows[new, :, field.offset : field.end] = rows[old, :, field.offset : field.end]
+    return written
+
+
+def _write_new(
+    kv: StoreOperations, keys: Tensor, values: Tensor, jobs: list[tuple[int, int, int]]
+) -> list[int]:
+    """Pages of keys and values [B, Hkv, L, ...]; jobs: row, first token and count of each."""
+    if not jobs:
+        return []
+    pages = kv.pool.take(len(jobs))
+    rows = [(*job, page) for job, page in zip(jobs, pages, strict=True)]
+    try:
         kv.write_pages(
-            keys[None].contiguous(),
-            values[None].contiguous(),
-            torch.tensor(jobs, dtype=torch.int32, device=kv.device),
+            keys.contiguous(),
+            values.contiguous(),
+            torch.tensor(rows, dtype=torch.int32, device=kv.device),
         )
-    return list(zip(pages, counts, strict=True))
+    except BaseException:
+        kv.pool.release(pages)
+        raise
+    return pages
 
 
-def compact(kv: PagedKV, s: int, keep: list[int]) -> None:
-    """Keep the ascending positions `keep` of sequence s."""
+class _Loose(NamedTuple):
+    """Decoded tokens [Hkv, n, ...] that no page holds any more, and where they stand."""
+
+    keys: Tensor
+    values: Tensor
+    places: Positions
+
+    @staticmethod
+    def together(parts: list[_Loose]) -> _Loose:
+        places: Positions = parts[0].places
+        for part in parts[1:]:
+            places = joined(places, part.places)
+        keys = torch.cat([part.keys for part in parts], dim=1)
+        return _Loose(keys, torch.cat([part.values for part in parts], dim=1), places)
+
+
+def compact(kv: StoreOperations, s: int, keep: list[int], renumber: bool) -> None:
+    """Keep the ascending positions `keep` of sequence s; position keep[i] becomes i where
+    `renumber`."""
     span = kv.spans[s]
-    if len(keep) == span.length:
+    becomes = {position: i if renumber else position for i, position in enumerate(keep)}
+    nothing_goes = all(position in becomes for position in span.positions)
+    if nothing_goes and (not renumber or len(keep) == span.length):
         return
-    tail_at = span.first + span.paged
-    head = [position for position in keep if position < span.first]
-    tail = [position - tail_at for position in keep if position >= tail_at]
-    inside = keep[len(head) : len(keep) - len(tail)]
-    pages: list[tuple[int, int]] = []
-    loose: list[tuple[Tensor, Tensor]] = []
-    for page, slots in _kept_slots(kv, s, inside):
+    head, head_at = _kept(span.first_at, becomes)
+    tail, tail_at = _kept(span.last_at, becomes)
+    pages: list[tuple[int, Positions]] = []
+    loose: list[_Loose] = []
+    for page, places in zip(span.pages, span.pages_at, strict=True):
+        slots, places = _kept(places, becomes)
         whole = _prefix(slots)
         if whole:
             pages += _quantise_loose(kv, loose)
-            pages.append((page, whole))
+            pages.append((page, as_positions(places[:whole])))
         if len(slots) > whole:
-            loose.append(_tokens(kv, page, slots[whole:]))
-    moved = sum(keys.shape[1] for keys, _ in loose)
-    if moved + len(tail) >= PAGE:
+            loose.append(_tokens(kv, page, slots[whole:], as_positions(places[whole:])))
+    joins = _Loose.together(loose) if loose and _joins(loose, tail_at) else None
+    if joins is None:
         pages += _quantise_loose(kv, loose)
-        moved = 0
     kv.replace_pages(s, pages)
     if kv.keep_first:
         _gather(kv.first_keys, kv.first_values, s, head, 0)
+    moved = 0 if joins is None else len(joins.places)
     _gather(kv.last_keys, kv.last_values, s, tail, moved)
-    if moved:
-        for part, side in ((kv.last_keys, 0), (kv.last_values, 1)):
-            part[s, :, :moved] = torch.cat([tokens[side] for tokens in loose], dim=1).to(kv.dtype)
-    span.first, span.last = len(head), moved + len(tail)
+    if joins is not None:
+        kv.last_keys[s, :, :moved] = joins.keys.to(kv.dtype)
+        kv.last_values[s, :, :moved] = joins.values.to(kv.dtype)
+        tail_at = joined(joins.places, tail_at)
+    span.first_at, span.last_at = head_at, tail_at
+    span.length = len(keep) if renumber else span.length
     kv.changed()
 
 
-def _kept_slots(kv: PagedKV, s: int, positions: list[int]) -> list[tuple[int, list[int]]]:
-    """(page, the slots of it that are kept) for each page of sequence s that keeps any."""
-    span = kv.spans[s]
-    kept, start, at = [], span.first, 0
-    for page, count in zip(span.pages, span.counts, strict=True):
-        slots = []
-        while at < len(positions) and positions[at] < start + count:
-            slots.append(positions[at] - start)
-            at += 1
-        start += count
-        if slots:
-            kept.append((page, slots))
-    return kept
+def _kept(places: Positions, becomes: dict[int, int]) -> tuple[list[int], Positions]:
+    """Which slots of a part are kept, and where they stand then."""
+    slots = [slot for slot, position in enumerate(places) if position in becomes]
+    return slots, as_positions([becomes[places[slot]] for slot in slots])
+
+
+def _joins(loose: list[_Loose], tail_at: Positions) -> bool:
+    """Whether decoded tokens go to the tail: it has room, and no position becomes inexact by it."""
+    places = _Loose.together(loose).places
+    return len(places) + len(tail_at) < PAGE and (not tail_at or tail_at[0] == places[-1] + 1)
 
 
 def _prefix(slots: list[int]) -> int:
@@ -111,22 +167,23 @@ def _prefix(slots: list[int]) -> int:
     return run if run == len(slots) or run >= PAGE // 2 else 0
 
 
-def _quantise_loose(kv: PagedKV, loose: list[tuple[Tensor, Tensor]]) -> list[tuple[int, int]]:
+def _quantise_loose(kv: StoreOperations, loose: list[_Loose]) -> list[tuple[int, Positions]]:
     """The tokens as new pages; empties the list."""
     if not loose:
         return []
-    keys, values = (torch.cat(side, dim=1) for side in zip(*loose, strict=True))
+    keys, values, places = _Loose.together(loose)
     loose.clear()
-    return _quantise(kv, keys, values)
+    pages = quantise(kv, keys, values)
+    return [(page, as_positions(places[PAGE * i :][:PAGE])) for i, page in enumerate(pages)]
 
 
-def _tokens(kv: PagedKV, page: int, slots: list[int]) -> tuple[Tensor, Tensor]:
-    """The decoded tokens [Hkv, n, ...] of a page."""
+def _tokens(kv: StoreOperations, page: int, slots: list[int], places: Positions) -> _Loose:
+    """Tokens of a page, decoded."""
     keys, values = decode_pages(kv.pool.records[page], kv.pool.index[page], kv.format, kv.dtype)
-    return keys[:, slots].to(_working(kv)), values[:, slots].to(_working(kv))
+    return _Loose(keys[:, slots].to(working(kv)), values[:, slots].to(working(kv)), places)
 
 
-def _working(kv: PagedKV) -> torch.dtype:
+def working(kv: StoreOperations) -> torch.dtype:
     """What decoded numbers are quantised from: fp32, or the cache's dtype where pages hold it."""
     holds_floats = "float" in (kv.format.key.map, kv.format.value.map)
     return kv.dtype if holds_floats else torch.float32
@@ -138,24 +195,21 @@ def _gather(keys: Tensor, values: Tensor, s: int, slots: list[int], at: int) -> 
         part[s, :, at : at + len(slots)] = part[s][:, slots]
 
 
-def rerotate(kv: PagedKV, s: int, delta: int, inverse_frequencies: Tensor) -> None:
+def rerotate(kv: StoreOperations, s: int, delta: int, inverse_frequencies: Tensor) -> None:
     """Turn the keys of sequence s by `delta` positions."""
     span = kv.spans[s]
     if delta == 0 or span.length == 0:
         return
     angles = delta * inverse_frequencies.detach().to(kv.device, torch.float64)
-    keys, values = _decoded(kv, s)
-    turned, values = _turn(kv, keys, angles).to(_working(kv)), values.to(_working(kv))
-    pages: list[tuple[int, int]] = []
-    for i, count in enumerate(span.counts):
-        pages += _quantise(kv, turned[i, :, :count], values[i, :, :count])
-    kv.replace_pages(s, pages)
+    turned = _turn(kv, _decoded(kv, s)[0], angles).to(working(kv))
+    pages = rewrite_keys(kv, span.pages, turned)
+    kv.replace_pages(s, zip(pages, list(span.pages_at), strict=True))
     if kv.keep_first:
         kv.first_keys[s] = _turn(kv, kv.first_keys[s].double(), angles).to(kv.dtype)
     kv.last_keys[s] = _turn(kv, kv.last_keys[s].double(), angles).to(kv.dtype)
 
 
-def _turn(kv: PagedKV, keys: Tensor, angles: Tensor) -> Tensor:
+def _turn(kv: StoreOperations, keys: Tensor, angles: Tensor) -> Tensor:
     """fp64 keys [..., Hkv, n, D], turned in the units before channel scales."""
     half = angles.shape[0]
     scales = kv.key_channel_scales

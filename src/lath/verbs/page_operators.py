@@ -48,7 +48,7 @@ def attend(
         view.last_keys, view.last_values, view.last_lengths, o.mask, o.bias, o.alibi, o.sink,
         o.tree, str(fmt.key), str(fmt.value), fmt.key_dim, fmt.value_dim, queries.longest,
         view.longest, view.draft, o.scale, o.causal, o.window, o.softcap, o.query, o.precision,
-        o.scheme, backend, splits,
+        o.scheme, backend, splits, view.tokens, view.listed,
     )  # fmt: skip
     return output
 
@@ -124,13 +124,15 @@ def _attend_operator(
     scheme: str,
     backend: str,
     splits: int | None,
+    tokens: Tensor | None = None,
+    listed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     fmt = PageFormat(
         PageCodec(key_codec), PageCodec(value_codec), key_dim, value_dim, q.element_size()
     )
     view = PageView(
         fmt, records, index, table, starts, counts, page_counts, lengths, longest, first_keys,
-        first_values, first_lengths, last_keys, last_values, last_lengths, draft,
+        first_values, first_lengths, last_keys, last_values, last_lengths, draft, tokens, listed,
     )  # fmt: skip
     options = ScoreOptions(
         scale, causal, window, softcap, mask, bias, alibi, sink, tree,
@@ -180,6 +182,8 @@ def _attend_fake(
     scheme: str,
     backend: str,
     splits: int | None,
+    tokens: Tensor | None = None,
+    listed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows = q.shape[:3]
     return q.new_empty((*rows, value_dim)), q.new_empty(rows, dtype=torch.float32)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lath.formats.attention import PageView
-from lath.formats.page_store import PageStore
+from lath.formats.page_span import as_positions
 from lath.formats.pages import PAGE, PageCodec, PageFormat, page_codec
-from lath.verbs import page_edit
-from lath.verbs.attention_options import check_device, check_head_dim, check_lengths, integers
+from lath.verbs.attention_options import check_device, check_head_dim, check_lengths
 from lath.verbs.backends import resolve_backend
 from lath.verbs.checks import FLOAT_DTYPES, check_flag, check_size, check_tensor
 from lath.verbs.page_operators import write_pages
+from lath.verbs.store_operations import StoreOperations, check_keep
 
 
-class PagedKV(PageStore):
+class PagedKV(StoreOperations):
     """Keys and values of `batch` sequences, in pages of 64 tokens.
 
         kv = lath.PagedKV(8, 128, dtype=k.dtype)
@@ -39,6 +38,8 @@ class PagedKV(PageStore):
 
     The first 64 tokens and an unfilled last page are in `dtype`. A page is quantised once, when it
     fills, and then only read; appending one token at a time gives the same records as all at once.
+    Tokens and pages can be dropped (`drop_pages`, `evict`, `compact`): `lengths` go on counting
+    positions, and `tokens` says what is held.
     Differentiable in nothing: a cache holds no graph.
     """
 
@@ -105,12 +106,15 @@ class PagedKV(PageStore):
         scales = self.key_channel_scales
         return super().nbytes + (0 if scales is None else scales.nbytes)
 
-    def append(self, k: Tensor, v: Tensor, lengths: Any = None) -> None:
+    def append(self, k: Tensor, v: Tensor, lengths: Any = None, keep: Any = None) -> None:
         """Add tokens at the end of every sequence.
 
         k: [B, Hkv, L, D], v: [B, Hkv, L, E], of the cache's dtype and device, any L >= 0; not
         changed and not kept. lengths: ints or an integer tensor [B], how many of the L tokens each
-        sequence takes (the first ones); None for all.
+        sequence takes (the first ones); None for all. keep: for each sequence, the ascending
+        indices of those of its tokens that are stored; the others are dropped, and their positions
+        are counted on (`advance`). Tokens from both sides of a gap share a page, which attention
+        then cannot place exactly: see `exact_positions`.
         """
         self._check_tokens("k", k, self.format.key_dim)
         self._check_tokens("v", v, self.format.value_dim)
@@ -126,7 +130,26 @@ class PagedKV(PageStore):
             k = (k.float() / self.key_channel_scales[:, None]).to(self.dtype)
         k = k if k.stride(3) == 1 else k.contiguous()
         v = v if v.stride(3) == 1 else v.contiguous()
-        self.append_tokens(k, v, counts)
+        if keep is None:
+            self.append_tokens(k, v, counts)
+        else:
+            self._append_kept(k, v, counts, check_keep(keep, counts))
+
+    def _append_kept(
+        self, k: Tensor, v: Tensor, counts: Sequence[int], keep: list[list[int]]
+    ) -> None:
+        ends = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        places = [
+            as_positions([length + i for i in own])
+            for length, own in zip(self.lengths, keep, strict=True)
+        ]
+        width = max(map(len, keep), default=0)
+        slots = torch.tensor(
+            [own + [0] * (width - len(own)) for own in keep], dtype=torch.int64, device=self.device
+        ).reshape(self.batch, 1, width, 1)
+        k, v = (x.gather(2, slots.expand(-1, *x.shape[1:2], -1, x.shape[3])) for x in (k, v))
+        self.append_tokens(k, v, list(map(len, keep)), places)
+        self.skip([end - length for end, length in zip(ends, self.lengths, strict=True)])
 
     def _check_tokens(self, name: str, value: Any, channels: int) -> None:
         tensor = check_tensor(name, value)
@@ -169,49 +192,6 @@ class PagedKV(PageStore):
         finally:
             self._draft = before
 
-    def crop(self, length: int | Sequence[int] | Tensor) -> None:
-        """Forget tokens at the end.
-
-        length: an int, to which longer sequences are cut, or one per sequence; a negative number
-        drops that many tokens. ValueError past what there is. A page that is cut keeps its record
-        and counts fewer of its tokens (its index row still bounds them); what is appended
-        afterwards starts a new page.
-        """
-        lengths = self.lengths
-        if isinstance(length, int) and not isinstance(length, bool):
-            if not -min(lengths, default=0) <= length <= len(self):
-                raise ValueError(
-                    f"length must be 0 .. {len(self)}, the longest sequence, or "
-                    f"{-min(lengths, default=0)} .. -1 to drop tokens, got {length}"
-                )
-            wanted = [min(length, own) if length >= 0 else own + length for own in lengths]
-        else:
-            given = integers("length", length)
-            if len(given) != self.batch:
-                raise ValueError(
-                    f"length must have one entry per sequence, {self.batch}, got {len(given)}"
-                )
-            wanted = [n if n >= 0 else own + n for n, own in zip(given, lengths, strict=True)]
-            if any(not 0 <= n <= own for n, own in zip(wanted, lengths, strict=True)):
-                raise ValueError(f"length must lie within the lengths {lengths}, got {given}")
-        self.cut(wanted)
-
-    def reorder(self, indices: Sequence[int] | Tensor) -> None:
-        """Make sequence i what sequence indices[i] was, sharing its pages.
-
-        indices: ints or an integer tensor of 0 .. batch - 1, any number of them, repeats too: beams
-        (a permutation with repeats), several returned sequences, or a selection.
-        """
-        rows = integers("indices", indices)
-        if any(not 0 <= row < self.batch for row in rows):
-            raise ValueError(f"indices must be 0 .. {self.batch - 1}, got {rows}")
-        self.take_sequences(rows)
-
-    def repeat_interleave(self, repeats: int) -> None:
-        """Each sequence `repeats` times in a row, sharing its pages."""
-        check_size("repeats", repeats)
-        self.reorder([s for s in range(self.batch) for _ in range(repeats)])
-
     def fork(self) -> PagedKV:
         """A cache that goes its own way from here: pages shared, float parts copied."""
         other = self._empty_like()
@@ -246,64 +226,3 @@ class PagedKV(PageStore):
     def reserve(self, tokens: int) -> None:
         """Room in the pool for sequences of `tokens` tokens each, so that it need not grow."""
         self.pool.reserve(self.batch * (check_size("tokens", tokens) // PAGE))
-
-    def dequantize(self, sequence: int) -> tuple[Tensor, Tensor]:
-        """Keys [Hkv, n, D] and values [Hkv, n, E] of one sequence as attention reads them, fp32.
-
-        Channel scales are multiplied in again. For tests and repair: attention needs no copy.
-        """
-        if not 0 <= check_size("sequence", sequence) < self.batch:
-            raise ValueError(f"sequence must be 0 .. {self.batch - 1}, got {sequence}")
-        return page_edit.dequantize(self, sequence)
-
-    def compact(self, keep: Sequence[Sequence[int] | Tensor]) -> None:
-        """Keep only some positions, such as the accepted path of a tree of drafts.
-
-        keep: for each sequence the ascending positions to keep. Float parts are gathered as they
-        are. A page of which the first n tokens are kept, and no others or n >= 32, keeps its record
-        and counts n. Other tokens are decoded: those after the last page that stays go to the tail
-        if it has room; the rest is quantised once more, into new pages: an error as large as the
-        first rounding's, on those tokens alone.
-        """
-        if isinstance(keep, Tensor) or len(keep) != self.batch:
-            raise ValueError(
-                f"keep must be a sequence of {self.batch} sequences of positions, one per sequence "
-                "of the cache"
-            )
-        chosen = [integers(f"keep[{s}]", positions) for s, positions in enumerate(keep)]
-        for s, (positions, length) in enumerate(zip(chosen, self.lengths, strict=True)):
-            ascending = all(a < b for a, b in pairwise(positions))
-            if not ascending or (positions and not 0 <= positions[0] <= positions[-1] < length):
-                raise ValueError(
-                    f"keep[{s}] must hold ascending positions 0 .. {length - 1}, got {positions}"
-                )
-        for s, positions in enumerate(chosen):
-            page_edit.compact(self, s, positions)
-
-    def rerotate(self, delta: int | Sequence[int] | Tensor, inverse_frequencies: Tensor) -> None:
-        """Turn every key by `delta` positions of a rotary embedding (CacheBlend: a text's cache at
-        another place).
-
-        delta: an int or one per sequence. inverse_frequencies: [R/2] radians per position, R <= D;
-        channels c and c + R/2 turn together, as in Hugging Face models; channels from R on stay.
-        Float parts are turned and rounded to dtype; pages are decoded, turned and quantised once
-        more into new pages (what other caches share is not touched), with an error as large as the
-        first rounding's. Only keys turn: values are quantised again from what their codes say.
-        """
-        if isinstance(delta, int) and not isinstance(delta, bool):
-            deltas = [delta] * self.batch
-        else:
-            deltas = integers("delta", delta)
-            if len(deltas) != self.batch:
-                raise ValueError(
-                    f"delta must have one entry per sequence, {self.batch}, got {len(deltas)}"
-                )
-        check_tensor("inverse_frequencies", inverse_frequencies, (*FLOAT_DTYPES, torch.float64))
-        half = inverse_frequencies.shape[0] if inverse_frequencies.dim() == 1 else -1
-        if not 0 <= 2 * half <= self.format.key_dim:
-            raise ValueError(
-                f"inverse_frequencies must be [R/2] with R <= {self.format.key_dim}, got shape "
-                f"{[*inverse_frequencies.shape]}"
-            )
-        for s, turn in enumerate(deltas):
-            page_edit.rerotate(self, s, turn, inverse_frequencies)

@@ -11,11 +11,11 @@ from lath.formats.attention import ScoreOptions
 from lath.formats.codec import Codec
 from lath.formats.codec import codec as parse_codec
 from lath.formats.device import KNOWN_DEVICES, DeviceDescription, describe_gpu, known_device
-from lath.formats.pages import PageCodec, PageFormat, page_codec
+from lath.formats.pages import PAGE, PageCodec, PageFormat, page_codec
 from lath.formats.plan import Plan
 from lath.kernels.linear.plan import plan_linear
 from lath.verbs.backends import is_installed
-from lath.verbs.checks import FLOAT_DTYPES, check_size
+from lath.verbs.checks import FLOAT_DTYPES, check_flag, check_size
 
 
 def describe_device(device: str | torch.device | DeviceDescription) -> DeviceDescription:
@@ -99,11 +99,16 @@ def plan_attention(
     window: int | None = None,
     dtype: torch.dtype = torch.float16,
     device: str | torch.device | DeviceDescription = "cpu",
+    lists: int | None = None,
+    draft: bool = False,
 ) -> Plan:
     """The plan of `attention` (value_codec "float") or `decode_attention` over `keys` keys.
 
-    queries, keys: of the longest sequence. precision: of P·V, as in `decode_attention`. Pure, as
-    `plan` is, and with a reason: how rows are packed and into how many pieces the keys are split.
+    queries, keys: of the longest sequence; after a selection keys are those of its longest list,
+    the first 64 and the unfilled page included. precision: of P·V, as in `decode_attention`. lists:
+    after a selection, how many lists a sequence has, kv_heads or query_heads; None where all heads
+    read the same pages. draft: the draft view of "int8-planes" is read. Pure, as `plan` is, and
+    with a reason: how rows are packed and into how many pieces the keys are split.
     """
     from lath.kernels.attention.plan import plan_attention as make_plan
     from lath.verbs.attention_options import choose_precision, choose_query
@@ -130,7 +135,10 @@ def plan_attention(
         query=choose_query("auto", fmt), precision=choose_precision(precision, fmt),
     )  # fmt: skip
     description = describe_device(device)
+    first = min(keys, PAGE)  # they and, beside codes, those of the unfilled page stay floats
+    last = (keys - first) % PAGE if fmt.value.map != "float" else 0
     return make_plan(
         **sizes, fmt=fmt, dtype=dtype, options=options, device=description,
-        backend="cpu" if description.kind == "cpu" else "triton",
+        backend="cpu" if description.kind == "cpu" else "triton", lists=lists,
+        float_keys=first + last, draft=check_flag("draft", draft),
     )  # fmt: skip

@@ -1,0 +1,123 @@
+"""Bytes that one step of decoding reads with a selection, from the plans of its kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lath.formats.device import DeviceDescription
+from lath.formats.pages import PAGE, PageFormat
+from lath.formats.plan import Backend
+from lath.kernels.select.plan import plan_select
+from lath.selectors import (
+    HGCA,
+    Centroid,
+    ClusterKV,
+    DoubleSparsity,
+    PagedEviction,
+    Quest,
+    Selector,
+    SparQ,
+    TokenSelect,
+)
+from lath.verbs.budgets import Budget, TopMass, budget_pages, budget_tokens
+from lath.verbs.planning import plan_attention
+from lath.verbs.selection import Selection
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer's decoding of one token of one sequence of `context` tokens."""
+
+    context: int
+    query_heads: int
+    kv_heads: int
+    format: PageFormat
+    dtype: torch.dtype
+    device: DeviceDescription
+
+    @property
+    def pages(self) -> int:
+        return max(self.context - PAGE, 0) // PAGE  # the first 64 tokens are no page
+
+    @property
+    def backend(self) -> Backend:
+        return "cpu" if self.device.kind == "cpu" else "triton"
+
+    def dense(self) -> int:
+        """Bytes that reading everything moves."""
+        return self._attention(self.context, None)
+
+    def selected(self, selection: Selection, layer: int) -> int | None:
+        """Bytes that the scores, the lists at their longest and repair move.
+
+        None where they are not known beforehand: budgets by mass, selectors of the user's own.
+        """
+        budget = selection.budget_of(layer)
+        if isinstance(budget, TopMass):
+            return None
+        if max(selection.dense_below, budget_tokens(budget, self.context)) >= self.context:
+            return self.dense()
+        scores = self._scores(selection.selector)
+        if scores is None:
+            return None
+        whose = selection.heads or selection.selector.default_heads
+        lists = self.query_heads if whose == "query" else self.kv_heads
+        outside = self.context - self.pages * PAGE
+        keys = outside + PAGE * self._entries(selection, budget)
+        # A list that serves several steps is made once.
+        shared = selection.reuse if selection.reuse_cosine is None else 1
+        repair = 0
+        if selection.repair is True:
+            repair = self._select("repair", own_lists=whose == "query")
+        elif selection.repair == "mean":
+            repair = 4 * self.kv_heads * self.pages * self.format.value_dim
+        return self._attention(keys, lists) + scores // shared + repair
+
+    def _entries(self, selection: Selection, budget: Budget) -> int:
+        """Pages that a list touches at most."""
+        assert not isinstance(budget, TopMass)
+        selector = selection.selector
+        recent = selector.recent if selection.recent is None else selection.recent
+        tokens = budget_tokens(budget, self.context)
+        if selector.granularity == "page":
+            return min(budget_pages(tokens) + recent, self.pages)
+        return min(tokens + recent * PAGE, self.pages)  # each token in a page of its own
+
+    def _attention(self, keys: int, lists: int | None) -> int:
+        fmt = self.format
+        return plan_attention(
+            query_heads=self.query_heads, kv_heads=self.kv_heads, keys=keys, head_dim=fmt.key_dim,
+            value_dim=fmt.value_dim, key_codec=fmt.key, value_codec=fmt.value, dtype=self.dtype,
+            device=self.device, lists=lists,
+        ).bytes_moved  # fmt: skip
+
+    def _select(self, kind: Any, **options: Any) -> int:
+        return plan_select(
+            sequences=1, query_heads=self.query_heads, kv_heads=self.kv_heads, queries=1,
+            pages=self.pages, fmt=self.format, kind=kind, device=self.device,
+            backend=self.backend, **options,
+        ).bytes_moved  # fmt: skip
+
+    def _scores(self, selector: Selector) -> int | None:
+        """Bytes that making the lists moves."""
+        dim = self.format.key_dim
+        if isinstance(selector, Quest):
+            return self._select("bound", subpages=selector.subpages)
+        if isinstance(selector, Centroid):
+            return self._select("mass" if selector.mass else "mean")
+        if isinstance(selector, SparQ):
+            return self._select("label", labels=(selector.channels or max(dim // 4, 1), 8))
+        if isinstance(selector, DoubleSparsity):
+            channels = selector.channels or max(dim // 8, 1)
+            return self._select("label", labels=(channels, selector.bits))
+        if isinstance(selector, (TokenSelect, HGCA)):
+            return self._select("token")
+        if isinstance(selector, PagedEviction):
+            return 4 * self.kv_heads * self.pages
+        if isinstance(selector, ClusterKV):
+            clusters = self.pages * PAGE // selector.tokens_per_cluster
+            return self.kv_heads * (4 * dim * clusters + 8 * self.pages * PAGE)
+        return None

@@ -1,0 +1,83 @@
+"""The argument block of the CPU kernels of selection: int64 fields, strides in bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lath.kernels.simd.emitter import F32, I32, I64, Emitter
+
+ROWS = 4  # rows of q that are computed together
+TILE = 16  # entries of a table that are scored together
+VECTOR = 64
+# Pieces of a thread's scratch (cpu_units.scratch_of).
+PIECES = (
+    "pages", "counted", "logs", "unused", "dots", "units", "weights", "q", "squares", "targets",
+    "lists", "states",
+)  # fmt: skip
+
+FIELDS = (
+    "q", "q_batch", "q_head", "q_row",
+    "query_lengths",  # int32 [S]
+    "query_rows",  # rows of q for each sequence, those that it has not got included
+    "kv_heads", "group", "key_dim", "value_dim",
+    # index rows, and offsets in one
+    "index", "index_page", "index_head",
+    "mean", "max", "min", "numbers", "deviation", "value_mean",
+    "stored_keys", "stored_values",  # padded head dims
+    "table", "table_sequence", "counts", "counts_sequence",  # int32
+    "page_counts",  # int32 [S]
+    "width",  # entries of a table
+    "extremes", "extremes_page", "extremes_head",  # int8 [4, 2, key_dim] each
+    "scale",  # the bits of a float
+    "out",  # fp32 [S, Hq, rows, width] of scores
+    # repair: fp32 z of the entries; query heads that share a list; fp32 o and lse
+    "unread", "unread_sequence", "unread_head", "sharing", "o", "lse",
+    # labels
+    "labels", "labels_page", "labels_head", "label_scales", "label_scales_page",
+    "label_scales_head", "label_channels", "label_channels_head",
+    "rows_of", "rows_of_sequence", "rows_of_head", "chosen", "centred",
+    # how the work is divided: entries of a unit, KV heads of a unit
+    "units", "pieces", "piece", "chunks", "chunk",
+    "tile_rows",  # of a KV head, a multiple of ROWS
+    "state",  # bytes
+    "scratch", "slot",  # of a thread: address, bytes
+    *(f"at_{piece}" for piece in PIECES),
+    "task", "thread_number", "thread_count",
+)  # fmt: skip
+INDEX = {name: index for index, name in enumerate(FIELDS)}
+
+
+class Arguments:
+    """The fields of a block as values in a kernel: `arguments["group"]`."""
+
+    def __init__(self, emitter: Emitter, address: Any) -> None:
+        self._e, self.address = emitter, address
+        self._values = {
+            name: emitter.load(emitter.add(address, 8 * index), I64)
+            for name, index in INDEX.items()
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def real(self, name: str) -> Any:
+        """A field that holds a float, as a scalar."""
+        return self._e.load(self._e.add(self.address, 8 * INDEX[name]), F32)
+
+    def integer(self, name: str, index: Any) -> Any:
+        """Entry `index` of the int32 array at a field, as int64."""
+        return load_integer(self._e, self._e.offset(self[name], index, 4))
+
+
+def load_integer(e: Emitter, address: Any) -> Any:
+    """The int32 at an address, as int64."""
+    return e.builder.sext(e.load(address, I32), I64)
+
+
+class Context:
+    """Emitter and arguments of one kernel. dtype: FP32, FP16 or BF16, of q."""
+
+    def __init__(self, e: Emitter, a: Arguments, dtype: int) -> None:
+        self.e, self.a, self.dtype = e, a, dtype
+        self.b = e.builder
+        self.tail = e.buffer(1)  # for what is less than a vector

@@ -1,0 +1,243 @@
+"""Four rows of q times numbers of four index rows (or of the four parts of one), 16 channels a step.
+
+relu(q)·max - relu(-q)·min = q·centre + |q|·reach with centre = (max + min) / 2 and reach = (max -
+min) / 2: two multiplications of a number of q, and an index row is widened once for four rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lath.formats.pages import SUBPAGE
+from lath.kernels.select.cpu_arguments import ROWS, TILE, VECTOR, Context, load_integer
+from lath.kernels.select.cpu_units import Tile
+from lath.kernels.simd import lanes, mathematics
+from lath.kernels.simd.emitter import BF16, BYTES, F32, FLOATS, INTS, LANES
+
+QUADS = TILE // 4
+_WIDE = 2.0**-8  # how far a mean rounded to bfloat16 may lie from the mean, of its size
+# What q is multiplied with, and |q|; None where nothing is.
+Terms = list[tuple[Any, Any | None]]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """An index row. half: half its index unit in all lanes."""
+
+    address: Any
+    upcoming: Any
+    half: Any
+
+
+def quad_sums(
+    c: Context, rows: Any, vectors: Any, operands: Callable[[Any], Terms], before: Any = None
+) -> Any:
+    """Σ over channels for 4 rows of q by 4 items → lane 4 * row + item.
+
+    rows: address of fp32 [4, stored keys]. operands(i): the terms of each item for channels 16 i ..
+    16 i + 15. before: sums to begin with, [4][4] vectors.
+    """
+    e = c.e
+    totals = sums_of(c)
+    with e.loop(vectors) as i:
+        add_terms(c, totals, rows, i, operands(i))
+    return reduce_sums(c, totals)
+
+
+def sums_of(c: Context) -> list[list[Any]]:
+    return [[c.e.variable(c.e.floats(0.0)) for _ in range(4)] for _ in range(ROWS)]
+
+
+def add_terms(c: Context, totals: list[list[Any]], rows: Any, i: Any, terms: Terms) -> None:
+    e = c.e
+    stride = e.multiply(c.a["stored_keys"], 4)
+    for r in range(ROWS):
+        own = e.load(e.offset(e.add(rows, e.multiply(stride, r)), i, VECTOR), FLOATS)
+        size = mathematics.magnitude(e, own)
+        for total, (centre, reach) in zip(totals[r], terms, strict=True):
+            value = e.fma(own, centre, total.value)
+            total.value = value if reach is None else e.fma(size, reach, value)
+
+
+def reduce_sums(c: Context, totals: list[list[Any]]) -> Any:
+    add = c.b.fadd
+    parts = [lanes.items(c.e, [total.value for total in row], add) for row in totals]
+    return lanes.items(c.e, parts, add)
+
+
+class Quads:
+    """Sums over the entries of a tile for four rows, into `dots`."""
+
+    def __init__(self, c: Context, tile: Tile, rows: Any) -> None:
+        self.c, self.tile, self._rows = c, tile, rows
+        self._vectors = c.e.divide(c.a["stored_keys"], LANES)
+
+    def _index_rows(self, quad: Any) -> list[_Row]:
+        e = self.c.e
+        found = []
+        for p in range(4):
+            entry = e.add(e.multiply(quad, 4), p)
+            address = self.tile.row(entry)
+            unit = e.broadcast(e.add(address, self.c.a["numbers"]), F32)
+            half = self.c.b.fmul(unit, e.floats(0.5))
+            found.append(_Row(address, self.tile.upcoming(entry), half))
+        return found
+
+    def _run(self, operands: Callable[[list[_Row], Any], Callable[[Any], Terms]], at: int) -> None:
+        """operands(rows of four entries, number of the first) → what `quad_sums` takes."""
+        e = self.c.e
+        with e.loop(e.divide(e.add(self.tile.count, 3), 4)) as quad:
+            own = operands(self._index_rows(quad), e.multiply(quad, 4))
+            sums = quad_sums(self.c, self._rows, self._vectors, own)
+            for r in range(ROWS):
+                place = e.add(self.tile.unit.piece("dots"), at + 4 * TILE * r)
+                four = e.shuffle(sums, sums, [4 * r + p for p in range(4)])
+                e.store(e.offset(place, quad, LANES), four)
+
+    def means(self) -> None:
+        """Σ q mean."""
+        self._run(lambda rows, _: lambda i: [(self._mean(row, i), None) for row in rows], 0)
+
+    def deviations(self) -> None:
+        """Σ q² deviation², deviation in half index units; the rows are those of q²."""
+        self._run(lambda rows, _: lambda i: [(self._square(row, i), None) for row in rows],
+                  4 * ROWS * TILE)  # fmt: skip
+
+    def bounds(self) -> None:
+        """Σ q mean + unit (relu(q) max - relu(-q) min)."""
+        self._run(lambda rows, _: lambda i: [self._bound(row, i) for row in rows], 0)
+
+    def floors(self) -> None:
+        """The most that a page's log-sum-exp of n tokens exceeds for certain, less ln n."""
+
+        def operands(rows: list[_Row], first: Any) -> Callable[[Any], Terms]:
+            whole = [self._whole(row, first, p) for p, row in enumerate(rows)]
+            return lambda i: [self._floor(row, w, i) for row, w in zip(rows, whole, strict=True)]
+
+        self._run(operands, 0)
+
+    def _whole(self, row: _Row, first: Any, p: int) -> Any:
+        """Whether all tokens that were written count."""
+        c, e = self.c, self.c.e
+        counted = e.offset(self.tile.per_entry("counted"), e.add(first, p), 4)
+        count = c.b.sitofp(load_integer(e, counted), F32)
+        written = e.load(e.add(row.address, e.add(c.a["numbers"], 4)), F32)
+        return e.splat(c.b.fcmp_ordered("==", count, written))
+
+    def _mean(self, row: _Row, i: Any) -> Any:
+        """The means of 16 channels; the same of a row that is read soon is asked for."""
+        e = self.c.e
+        place = e.offset(self.c.a["mean"], i, 2 * LANES)
+        e.prefetch(e.add(row.upcoming, place))
+        return e.load_floats(e.add(row.address, place), BF16)
+
+    def _square(self, row: _Row, i: Any) -> Any:
+        e = self.c.e
+        place = e.offset(self.c.a["deviation"], i, LANES)
+        e.prefetch(e.add(row.upcoming, place))
+        deviation = e.to_floats(e.load_bytes(e.add(row.address, place)))
+        return self.c.b.fmul(deviation, deviation)
+
+    def _bound(self, row: _Row, i: Any) -> tuple[Any, Any]:
+        e, a = self.c.e, self.c.a
+        # Mean, max and min of 16 channels are 64 bytes together.
+        e.prefetch(e.offset(e.add(row.upcoming, a["mean"]), i, VECTOR))
+        mean = e.load_floats(e.offset(e.add(row.address, a["mean"]), i, 2 * LANES), BF16)
+        largest, smallest = (
+            e.load(e.offset(e.add(row.address, a[name]), i, LANES), BYTES)
+            for name in ("max", "min")
+        )
+        return middle(self.c, mean, largest, smallest, row.half)
+
+    def _floor(self, row: _Row, whole: Any, i: Any) -> tuple[Any, Any]:
+        """By convexity where μ is the mean of just the tokens that count, else the least score."""
+        c, e, b = self.c, self.c.e, self.c.b
+        mean = e.load_floats(e.offset(e.add(row.address, c.a["mean"]), i, 2 * LANES), BF16)
+        centre, reach = self._bound(row, i)
+        rounding = e.fma(mathematics.magnitude(e, mean), e.floats(_WIDE), row.half)
+        reach = b.select(whole, rounding, reach)
+        return b.select(whole, mean, centre), b.fneg(reach)
+
+
+def middle(c: Context, mean: Any, largest: Any, smallest: Any, half: Any) -> tuple[Any, Any]:
+    """Centre and reach of 16 channels: bytes in index units about the mean → real units."""
+    e, b = c.e, c.b
+    high, low = (b.sext(side, INTS) for side in (largest, smallest))
+    centre = e.fma(e.to_floats(b.add(high, low)), half, mean)
+    return centre, b.fmul(e.to_floats(b.sub(high, low)), half)
+
+
+class Parts:
+    """The bound over the sub-pages of a page: the largest of those that hold tokens that count."""
+
+    def __init__(self, c: Context, tile: Tile, rows: Any) -> None:
+        self.c, self.tile, self._rows = c, tile, rows
+        self._edges = c.e.buffer(2 * ROWS)  # what is less than 16 channels, of all parts
+
+    def bounds(self) -> None:
+        c, e, a = self.c, self.c.e, self.c.a
+        whole = e.divide(a["key_dim"], LANES)
+        rest = e.subtract(a["key_dim"], e.multiply(whole, LANES))
+        with e.loop(self.tile.count) as entry:
+            row = self.tile.row(entry)
+            unit = e.broadcast(e.add(row, a["numbers"]), F32)
+            half = c.b.fmul(unit, e.floats(0.5))
+            base = self._extremes(row)
+
+            def terms(
+                i: Any, place: Callable[[int], Any], row: Any = row, half: Any = half
+            ) -> Terms:
+                mean = e.load_floats(e.offset(e.add(row, a["mean"]), i, 2 * LANES), BF16)
+                return [
+                    middle(
+                        c, mean, *(e.load(place(2 * part + side), BYTES) for side in (0, 1)), half
+                    )
+                    for part in range(4)
+                ]
+
+            totals = sums_of(c)
+            with e.loop(whole) as i:
+                at = e.offset(base, i, LANES)
+                places = [e.add(at, e.multiply(a["key_dim"], n)) for n in range(8)]
+                add_terms(c, totals, self._rows, i, terms(i, places.__getitem__))
+            with e.when(e.less(e.integer(0), rest)):
+                self._copy_edges(e.offset(base, whole, LANES), rest)
+                edges = [e.add(self._edges, LANES * n) for n in range(8)]
+                add_terms(c, totals, self._rows, whole, terms(whole, edges.__getitem__))
+            self._store(entry, reduce_sums(c, totals))
+
+    def _extremes(self, row: Any) -> Any:
+        """The address of int8 [4, 2, key_dim] of the page and head of an index row."""
+        e, a = self.c.e, self.c.a
+        at = e.subtract(row, a["index"])
+        at = e.subtract(at, e.multiply(self.tile.head, a["index_head"]))
+        page = e.divide(at, a["index_page"])
+        at = e.add(a["extremes"], e.multiply(page, a["extremes_page"]))
+        return e.add(at, e.multiply(self.tile.head, a["extremes_head"]))
+
+    def _copy_edges(self, base: Any, rest: Any) -> None:
+        """The memory behind the last part need not be ours."""
+        e = self.c.e
+        for n in range(8):
+            target = e.add(self._edges, LANES * n)
+            e.store(target, BYTES(None))
+            with e.loop(rest) as i:
+                source = e.add(e.add(base, e.multiply(self.c.a["key_dim"], n)), i)
+                e.store(e.add(target, i), e.load(source, BYTES.element))
+
+    def _store(self, entry: Any, sums: Any) -> None:
+        """sums: lane 4 * row + part."""
+        c, e, b = self.c, self.c.e, self.c.b
+        counted = e.broadcast(e.offset(self.tile.per_entry("counted"), entry, 4))
+        first = b.mul(b.and_(lanes.positions(e), e.constant(3)), e.constant(SUBPAGE))
+        value = b.select(b.icmp_signed("<", first, counted), sums, e.floats(float("-inf")))
+        for step in (1, 2):
+            turned = e.shuffle(value, value, [lane ^ step for lane in range(LANES)])
+            larger = mathematics.greater(e, value, turned)
+            value = b.select(b.fcmp_unordered("uno", value, value), value, larger)
+        for r in range(ROWS):
+            place = e.add(self.tile.unit.piece("dots"), 4 * TILE * r)
+            lane = b.extract_element(value, e.constant(0).type.element(4 * r))
+            e.store(e.offset(place, entry, 4), lane)

@@ -1,0 +1,54 @@
+"""The selectors by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lath.selectors.base import Request, Scored, Selector
+from lath.selectors.channel_selectors import DoubleSparsity, SparQ, double_sparsity_channels
+from lath.selectors.clusterkv import ClusterKV
+from lath.selectors.page_selectors import Centroid, PagedEviction, Quest
+from lath.selectors.token_selectors import HGCA, TokenSelect
+
+__all__ = [
+    "HGCA",
+    "SELECTORS",
+    "Centroid",
+    "ClusterKV",
+    "DoubleSparsity",
+    "PagedEviction",
+    "Quest",
+    "Request",
+    "Scored",
+    "Selector",
+    "SparQ",
+    "TokenSelect",
+    "double_sparsity_channels",
+    "selector",
+]
+
+SELECTORS: dict[str, type[Selector]] = {
+    kind.name: kind
+    for kind in (
+        Quest, SparQ, DoubleSparsity, TokenSelect, ClusterKV, HGCA, PagedEviction, Centroid,
+    )
+}  # fmt: skip
+
+
+def selector(name: str | Selector) -> Selector:
+    """The selector of a text form, "quest" or "sparq-32": a name and its option.
+
+    TypeError or ValueError for anything that is none.
+    """
+    if isinstance(name, Selector):
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f"selector must be a str or a Selector, got {_described(name)}")
+    kind, _, option = name.partition("-")
+    if kind not in SELECTORS:
+        raise ValueError(f"selector must be one of {tuple(SELECTORS)}, got {name!r}")
+    return SELECTORS[kind].parse(option)
+
+
+def _described(value: Any) -> str:
+    return f"{type(value).__name__}: {value!r}"

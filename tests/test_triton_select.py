@@ -1,0 +1,411 @@
+"""Selection in Triton, interpreted, against the NumPy definition within derived bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, get_args
+
+import numpy as np
+import oracle_select as oracle
+import pytest
+import torch
+from torch import Tensor
+
+from cases_attention import CATALOGUE, AttentionCase, as_array, make_attention
+from lath.formats.attention import PageView, Queries
+from lath.formats.plan import Plan
+from lath.formats.selection import PageScore
+from lath.kernels.select import triton as kernels
+from lath.reference import select as reference
+from lath.reference.pages import read_page
+from tools.sanitizer import sanitize
+
+KINDS = get_args(PageScore)
+CASES = [case for case in CATALOGUE if not case.words.keys() & {"lists", "packed"}]
+
+
+def small_plan(case: AttentionCase, split: int = 2, **changed: Any) -> Plan:
+    """Two pieces of tiles of 16 rows and 16 pages, so that a small case has several of each."""
+    heads, kv_heads = (int(count) for count in case.heads.split("/"))
+    plan = Plan(
+        "triton", "select", "int8", "a test", 0, 0, block_m=16, block_n=16, split_k=split,
+        pack=heads // kv_heads, warps=4, stages=2,
+    )  # fmt: skip
+    return dataclasses.replace(plan, **changed)
+
+
+def check(got: Tensor, exact: np.ndarray, bound: np.ndarray, what: str) -> None:
+    assert got.dtype == torch.float32
+    share = oracle.admitted(got.numpy(), exact, bound)
+    assert share <= 1, f"{what}: {share}"
+
+
+def extremes_of(pages: PageView, dtype: str) -> Tensor:
+    """int8 [N, Hkv, 4, 2, D] of all pages; rubbish for the last, which is nobody's."""
+    numbers, heads, _ = pages.index.shape
+    fmt = pages.format
+    out = np.full((numbers, heads, 4, 2, fmt.key_dim), 0x55, np.int8)
+    for place in np.ndindex(numbers - 1, heads):
+        index = pages.index[place].numpy()
+        row = reference.read_index(index, fmt)
+        page = read_page(pages.records[place].numpy(), index, fmt, dtype)
+        out[place] = reference.subpage_extremes(page, row.unit, row.tokens)
+    return torch.from_numpy(out)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_page_scores(case: AttentionCase) -> None:
+    queries, pages, options = make_attention(case)
+    for kind in KINDS:
+        exact, bound = oracle.page_scores(queries, pages, kind, options.scale)
+        check(kernels.page_scores(queries, pages, kind, options.scale), exact, bound, kind)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_token_scores(case: AttentionCase) -> None:
+    queries, pages, options = make_attention(case)
+    exact, bound = oracle.token_scores(queries, pages, options.scale, options.query)
+    got = kernels.token_scores(queries, pages, options.scale, options.query)
+    check(got, exact, bound, "tokens")
+
+
+def unread_of(pages: PageView, heads: int) -> Tensor:
+    """Quantiles of pages read in part, wholly (-inf) and not at all (+inf)."""
+    shape = (pages.num_sequences, heads, pages.table.shape[1])
+    z = torch.randn(shape)
+    z[torch.rand(shape) < 0.3] = -math.inf
+    z[torch.rand(shape) < 0.4] = math.inf
+    return z
+
+
+def check_repair(
+    queries: Queries, pages: PageView, z: Tensor, scale: float, plan: Plan | None = None
+) -> None:
+    o, lse, o_bound, lse_bound = oracle.repair(queries, pages, z, scale)
+    got_o, got_lse = kernels.repair(queries, pages, z, scale, plan)
+    check(got_o, o, o_bound, f"o of {z.shape[1]} lists")
+    check(got_lse, lse, lse_bound, f"lse of {z.shape[1]} lists")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_repair(case: AttentionCase) -> None:
+    queries, pages, options = make_attention(case)
+    heads, kv_heads = (int(count) for count in case.heads.split("/"))
+    for lists, split in ((1, 1), (kv_heads, 2), (heads, 1)):
+        check_repair(
+            queries, pages, unread_of(pages, lists), options.scale, small_plan(case, split)
+        )
+    check_repair(queries, pages, unread_of(pages, kv_heads), options.scale)
+
+
+WIDE = [
+    AttentionCase("int8/int8", "4/2", "128/128", 3, "1500,200", "bf16", "int8", "holes"),
+    AttentionCase("int4/int2", "3/1", "96/80", 6, "1400", "fp16", "int8", "ragged;parts;holes"),
+    AttentionCase("float/float", "2/2", "256/256", 1, "1200", "fp32", "float", "holes"),
+    AttentionCase("e4m3/e4m3", "8/2", "33/17", 5, "1300,0,64", "bf16", "e4m3", "ragged;e4m3"),
+]
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_many_pages_in_pieces(case: AttentionCase) -> None:
+    """Head dims of all sizes, sequences of several tiles of pages, whole tiles without a page."""
+    queries, pages, options = make_attention(case)
+    for kind in KINDS:
+        exact, bound = oracle.page_scores(queries, pages, kind, options.scale)
+        for split in (1, 2):
+            got = kernels.page_scores(
+                queries, pages, kind, options.scale, plan=small_plan(case, split)
+            )
+            check(got, exact, bound, f"{kind} in {split}")
+    exact, bound = oracle.token_scores(queries, pages, options.scale, options.query)
+    plan = small_plan(case, 3, dot="int8" if pages.format.key.map != "float" else case.dtype)
+    plan = dataclasses.replace(plan, block_n=64)
+    check(
+        kernels.token_scores(queries, pages, options.scale, options.query, plan), exact, bound, ""
+    )
+    heads, kv_heads = (int(count) for count in case.heads.split("/"))
+    for lists, split in ((1, 2), (heads, 2), (kv_heads, 1)):
+        check_repair(
+            queries, pages, unread_of(pages, lists), options.scale, small_plan(case, split)
+        )
+
+
+@pytest.mark.parametrize(
+    "case", [CASES[0], CASES[4], WIDE[1], CASES[6], CASES[15], CASES[16]], ids=str
+)
+def test_bounds_of_subpages(case: AttentionCase) -> None:
+    queries, pages, options = make_attention(case)
+    extremes = extremes_of(pages, case.dtype)
+    exact, bound = oracle.page_scores(queries, pages, "bound", options.scale, extremes)
+    whole, _ = oracle.page_scores(queries, pages, "bound", options.scale)
+    assert (exact <= whole + bound).all()
+    assert (exact < whole - bound).any(), "the case says nothing of sub-pages"
+    check(kernels.page_scores(queries, pages, "bound", options.scale, extremes), exact, bound, "")
+
+
+def labels_of(pages: PageView, dtype: str, bits: int, channels: Tensor) -> tuple[Tensor, Tensor]:
+    numbers, heads, _ = pages.index.shape
+    fmt = pages.format
+    codes = np.full((numbers, heads, channels.shape[1], 64), 3, np.int8)
+    scales = np.full((numbers, heads), np.nan, np.float32)
+    for place in np.ndindex(numbers - 1, heads):
+        page = read_page(pages.records[place].numpy(), pages.index[place].numpy(), fmt, dtype)
+        exact = bits == 8 and fmt.key.name in ("int8", "int8-planes")
+        codes[place], scales[place] = reference.write_labels(
+            page, channels[place[1]].numpy(), bits, exact
+        )
+    return torch.from_numpy(codes), torch.from_numpy(scales)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("case", "count", "chosen"),
+    [
+        (AttentionCase("int8/int8", "4/2", "64/32", 1, "400,130", "bf16", "int8", "holes"), 16, 16),
+        (AttentionCase("int4/int8", "4/2", "80/32", 5, "300,9", "fp16", "int8", "ragged"), 20, 7),
+        (AttentionCase("float/int8", "2/2", "48/32", 20, "260", "fp32", "int8", "parts"), 48, 33),
+        (AttentionCase("e4m3/int8", "3/1", "32/32", 1, "200", "fp16", "int8", "e4m3"), 8, 1),
+    ],
+    ids=str,
+)
+def test_label_scores(case: AttentionCase, count: int, chosen: int, bits: int) -> None:
+    queries, pages, options = make_attention(case)
+    heads, kv_heads = (int(number) for number in case.heads.split("/"))
+    channels = torch.stack([torch.randperm(pages.format.key_dim)[:count] for _ in range(kv_heads)])
+    channels = channels.to(torch.int32)
+    rows_of = torch.stack(
+        [torch.randperm(count)[:chosen] for _ in range(pages.num_sequences * heads)]
+    )
+    rows_of = rows_of.reshape(pages.num_sequences, heads, chosen).to(torch.int32)
+    labels, scales = labels_of(pages, case.dtype, bits, channels)
+    given = (scales, channels, rows_of, options.scale)
+    exact, bound = oracle.label_scores(queries, pages, labels, *given)
+    if bits == 4:
+        flat = labels.numpy().reshape(-1, 64)
+        packed = reference.pack_labels(flat).reshape(*labels.shape[:3], 32)
+        labels = torch.from_numpy(packed)
+    check(kernels.label_scores(queries, pages, labels, *given), exact, bound, "default plan")
+    plan = small_plan(case, 3, pack=1)
+    check(kernels.label_scores(queries, pages, labels, *given, plan=plan), exact, bound, "pieces")
+
+
+# The largest k
+
+
+def hard_scores(rows: int, width: int) -> Tensor:
+    """Ties, both zeros, NaN of both signs, infinities, neighbours in the last bit."""
+    scores = torch.randn(rows, width)
+    scores[torch.rand(rows, width) < 0.2] = 0.5
+    scores[torch.rand(rows, width) < 0.1] = 0.0
+    scores[torch.rand(rows, width) < 0.1] = -0.0
+    scores[torch.rand(rows, width) < 0.1] = -math.inf
+    scores[torch.rand(rows, width) < 0.05] = math.inf
+    scores[torch.rand(rows, width) < 0.05] = math.nan
+    scores[torch.rand(rows, width) < 0.05] = -torch.tensor(math.nan)
+    scores[torch.rand(rows, width) < 0.1] = float(np.nextafter(np.float32(0.5), np.float32(1)))
+    return scores
+
+
+def check_top_k(scores: Tensor, k: int) -> None:
+    got = kernels.top_k(scores, k)
+    assert got.dtype == torch.int32
+    np.testing.assert_array_equal(got.numpy(), reference.top_k(as_array(scores), k), f"k = {k}")
+
+
+@pytest.mark.parametrize("width", [1, 2, 63, 64, 65, 512, 1024, 1025, 3000, 4096, 4097])
+def test_top_k_is_exact(width: int) -> None:
+    scores = hard_scores(3, width)
+    for k in {0, 1, 2, width // 8, width // 2, width - 1, width, width + 5}:
+        check_top_k(scores, k)
+
+
+@pytest.mark.parametrize("width", [40, 1500])
+def test_top_k_of_extreme_rows(width: int) -> None:
+    rows = {
+        "all equal": torch.full((width,), 1.5),
+        "nothing": torch.full((width,), -math.inf),
+        "one": torch.full((width,), -math.inf).index_fill(0, torch.tensor([width - 1]), -3.0),
+        "all nan": torch.full((width,), math.nan),
+        "zeros": torch.tensor([0.0, -0.0] * (width // 2)),
+        "falling": -torch.arange(width, dtype=torch.float32),
+        "subnormal": torch.arange(width, dtype=torch.float32) * 2.0**-149,
+        "smallest": torch.full((width,), -torch.finfo(torch.float32).max),
+    }
+    scores = torch.stack(list(rows.values()))
+    for k in (1, 7, width // 2, width):
+        check_top_k(scores, k)
+
+
+def test_top_k_of_every_shape_and_stride() -> None:
+    scores = hard_scores(6, 90).reshape(2, 3, 90)
+    check_top_k(scores, 10)
+    check_top_k(scores[0, 0], 10)
+    check_top_k(scores.transpose(0, 1)[..., ::2], 10)
+    assert kernels.top_k(torch.empty(2, 0), 4).shape == (2, 0)
+    assert kernels.top_k(torch.empty(0, 8), 4).shape == (0, 4)
+
+
+def test_top_k_of_other_blocks() -> None:
+    """Neither the block of the radix passes nor padding matters."""
+    scores = hard_scores(2, 1100)
+    exact = reference.top_k(as_array(scores), 50)
+    for block in (16, 256, 2048):
+        plan = Plan("triton", "select", "none", "a test", 0, 0, block_n=block, warps=1, stages=1)
+        np.testing.assert_array_equal(kernels.top_k(scores, 50, plan).numpy(), exact)
+
+
+# What nobody may touch, and NaN
+
+SANITISED = "int4/int4 3/1 96/80 6 400,0,64 bf16 int8 ragged;holes"
+
+
+def calls(text: str) -> dict[str, Callable[[], Any]]:
+    """Every kernel once, on one case in several pieces."""
+    case = AttentionCase.parse(text)
+    queries, pages, options = make_attention(case)
+    heads, kv_heads = (int(count) for count in case.heads.split("/"))
+    scale, plan = options.scale, small_plan(case)
+    channels = torch.arange(9, dtype=torch.int32).expand(kv_heads, 9)
+    labels, scales = labels_of(pages, case.dtype, 8, channels)
+    rows_of = torch.randint(0, 9, (pages.num_sequences, heads, 5), dtype=torch.int32)
+    packed = torch.from_numpy(reference.pack_labels(labels.numpy().reshape(-1, 64)))
+    packed = packed.reshape(*labels.shape[:3], 32)
+    given = (scales, channels, rows_of, scale)
+    tokens = dataclasses.replace(plan, block_n=64)
+    apart = dataclasses.replace(plan, pack=1)
+    extremes = extremes_of(pages, case.dtype)
+    z, own = unread_of(pages, kv_heads), unread_of(pages, heads)
+    made: dict[str, Callable[[], Any]] = {
+        kind: lambda kind=kind: kernels.page_scores(queries, pages, kind, scale, plan=plan)
+        for kind in KINDS
+    }
+    return made | {
+        "sub-pages": lambda: kernels.page_scores(queries, pages, "bound", scale, extremes, plan),
+        "token": lambda: kernels.token_scores(queries, pages, scale, options.query, tokens),
+        "label": lambda: kernels.label_scores(queries, pages, labels, *given, plan=apart),
+        "label of 4 bits": lambda: kernels.label_scores(queries, pages, packed, *given, plan=apart),
+        "repair": lambda: kernels.repair(queries, pages, z, scale, plan),
+        "repair of own lists": lambda: kernels.repair(queries, pages, own, scale, plan),
+    }
+
+
+def test_sanitizer_is_clean() -> None:
+    results: list[dict[str, Any]] = []
+    made = calls(SANITISED)
+    scores, wide = hard_scores(3, 70), hard_scores(2, 1500)
+    made["top_k"] = lambda: kernels.top_k(scores, 9)
+    made["radix"] = lambda: kernels.top_k(wide, 40)
+    for order in (None, "reverse"):
+        with sanitize(order=order) as report:  # type: ignore[arg-type]
+            results.append({name: call() for name, call in made.items()})
+        report.assert_clean()
+    for name, first in results[0].items():
+        pairs = zip(first, results[1][name], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), name
+
+
+def test_nan_comes_out_where_it_was_read() -> None:
+    """Of a row of q, of one page's unit, of one page's mean of values."""
+    case = AttentionCase("int8/int8", "4/2", "32/32", 2, "260", "bf16", "int8", "-")
+    queries, pages, options = make_attention(case)
+    scale, fields = options.scale, pages.format.index_fields
+    z = torch.zeros(1, 2, pages.table.shape[1])
+    q = queries.q.clone()
+    q[0, 1, 1, 5] = math.nan
+    spoilt = dataclasses.replace(queries, q=q)
+    for kind in KINDS:
+        clean = kernels.page_scores(queries, pages, kind, scale)
+        got = kernels.page_scores(spoilt, pages, kind, scale)
+        assert bool(got[0, 1, 1].isnan().all()), kind
+        got[0, 1, 1] = clean[0, 1, 1]
+        assert torch.equal(got, clean), kind
+    o, lse = kernels.repair(spoilt, pages, z, scale)
+    assert bool(o[0, 1, 1].isnan().all() & lse[0, 1, 1].isnan())
+    assert int(lse.isnan().sum()) == 1
+    assert int(o.isnan().any(-1).sum()) == 1
+
+    number = int(pages.table[0, 2])
+
+    def poisoned(field: str, dtype: torch.dtype, place: int) -> PageView:
+        index = pages.index.clone()
+        at = fields[field].offset // dtype.itemsize + place
+        index[number, 0].view(dtype)[at] = math.nan
+        return dataclasses.replace(pages, index=index)
+
+    broken = poisoned("numbers", torch.float32, 0)
+    for kind in ("bound", "mass", "floor"):
+        nan = kernels.page_scores(queries, broken, kind, scale).isnan()  # type: ignore[arg-type]
+        assert bool(nan[0, :2, :, 2].all())
+        assert int(nan.sum()) == 4, kind
+    broken = poisoned("value_mean", torch.bfloat16, 7)
+    own = torch.zeros(1, 4, pages.table.shape[1])
+    own[0, 0, 2] = -math.inf  # head 0 read that page: it does not meet its mean
+    for lists, heads in ((z, [0, 1]), (own, [1])):
+        nan = kernels.repair(queries, broken, lists, scale)[0].isnan()
+        assert bool(nan[0, heads, :, 7].all())
+        assert int(nan.sum()) == 2 * len(heads)
+    z[0, 0, 2] = -math.inf
+    assert not kernels.repair(queries, broken, z, scale)[0].isnan().any()
+
+
+@pytest.mark.parametrize("spoil", ["scale", "mean", "unit", "max", "deviation", "value_mean", "z"])
+def test_the_bounds_notice(spoil: str) -> None:
+    """Negative controls: each of these small wrongs breaks a bound."""
+    case = AttentionCase("int8/int8", "4/2", "64/64", 2, "300", "fp32", "int8", "-")
+    queries, pages, options = make_attention(case)
+    scale, z = options.scale, torch.zeros(1, 2, pages.table.shape[1])
+    kind = {"mean": "mean", "deviation": "mass"}.get(spoil, "bound")
+    exact, bound = oracle.page_scores(queries, pages, kind, scale)  # type: ignore[arg-type]
+    o, lse, o_bound, lse_bound = oracle.repair(queries, pages, z, scale)
+    row = pages.index[int(pages.table[0, 1]), 0]
+    fields = pages.format.index_fields
+    if spoil == "scale":
+        scale *= 1 + 2.0**-14
+    elif spoil == "unit":
+        row[fields["numbers"].offset : fields["numbers"].end].view(torch.float32)[0] *= 1 + 2.0**-12
+    elif spoil == "z":
+        z += 2.0**-10
+    elif spoil == "value_mean":  # of every page: one alone may weigh nothing
+        pages.index[:, :, fields[spoil].offset] ^= 1
+    else:
+        row[fields[spoil].offset] ^= 1
+    got = kernels.page_scores(queries, pages, kind, scale)  # type: ignore[arg-type]
+    shares = [oracle.admitted(got.numpy(), exact, bound)]
+    for part, answer, gauge in zip(
+        kernels.repair(queries, pages, z, scale), (o, lse), (o_bound, lse_bound), strict=True
+    ):
+        shares.append(oracle.admitted(part.numpy(), answer, gauge))
+    noticed = {"z": shares[1:], "value_mean": shares[1:]}.get(spoil, shares[:1])
+    assert max(noticed) > 1
+
+
+def test_bad_arguments_are_refused() -> None:
+    case = AttentionCase("int8/int8", "4/2", "32/32", 2, "130", "bf16", "int8", "-")
+    queries, pages, options = make_attention(case)
+    scale, width = options.scale, pages.table.shape[1]
+    packed = dataclasses.replace(queries, offsets=queries.lengths)
+    with pytest.raises(ValueError, match="queries must be dense"):
+        kernels.page_scores(packed, pages, "mean", scale)
+    with pytest.raises(ValueError, match=r"kind must be one of .* got 'median'"):
+        kernels.page_scores(queries, pages, "median", scale)  # type: ignore[arg-type]
+    extremes = extremes_of(pages, case.dtype)
+    with pytest.raises(ValueError, match="extremes must be None for kind 'mass'"):
+        kernels.page_scores(queries, pages, "mass", scale, extremes)
+    with pytest.raises(ValueError, match=r"extremes must be .* got \(4, 2, 4, 2, 31\)"):
+        kernels.page_scores(queries, pages, "bound", scale, extremes[..., :-1])
+    with pytest.raises(ValueError, match=r"unread must be \[S, H, P\] with H = 1, 2 or 4, got"):
+        kernels.repair(queries, pages, torch.zeros(1, 3, width), scale)
+    with pytest.raises(TypeError, match=r"unread must be torch\.float32, got torch\.float64"):
+        kernels.repair(queries, pages, torch.zeros(1, 2, width, dtype=torch.float64), scale)
+    with pytest.raises(ValueError, match=r"query for int8 keys .* got 'e4m3'"):
+        kernels.token_scores(queries, pages, scale, "e4m3")
+    with pytest.raises(TypeError, match=r"scores must be float32, got torch\.float16"):
+        kernels.top_k(torch.zeros(4).half(), 2)
+    with pytest.raises(ValueError, match="k must be 0 or more, got -1"):
+        kernels.top_k(torch.zeros(4), -1)
+    lists = tuple(x[:, None].expand(-1, 2, -1) for x in (pages.table, pages.starts, pages.counts))
+    listed = dataclasses.replace(pages, table=lists[0], starts=lists[1], counts=lists[2])
+    with pytest.raises(ValueError, match="pages must have no lists of heads"):
+        kernels.page_scores(queries, listed, "mean", scale)
