@@ -45,37 +45,43 @@ def below(positions: Positions, limit: int) -> Positions:
 
 @dataclass
 class Span:
-    """Positions of what one sequence holds, all below `length`, one more than its last position."""
+    """What one sequence holds: tokens of the first part, pages with counts, tokens of the last.
+
+    length: one more than the last position. starts: position of each page's first token.
+    ..._scattered: the positions of a part whose tokens do not stand where attention takes them to,
+    else None. Lengths are plain numbers: `torch.compile` can follow a token that is appended.
+    """
 
     length: int = 0
-    first_at: Positions = NOWHERE
+    first: int = 0
     pages: list[int] = field(default_factory=list)
-    pages_at: list[Positions] = field(default_factory=list)
-    last_at: Positions = NOWHERE
+    starts: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    last: int = 0
+    first_scattered: tuple[int, ...] | None = None
+    pages_scattered: list[tuple[int, ...] | None] = field(default_factory=list)
+    last_scattered: tuple[int, ...] | None = None
 
     @property
-    def first(self) -> int:
-        """Tokens of the first part."""
-        return len(self.first_at)
+    def first_at(self) -> Positions:
+        """Positions of the first part."""
+        return range(self.first) if self.first_scattered is None else self.first_scattered
 
     @property
-    def counts(self) -> list[int]:
-        """Tokens of each page."""
-        return [len(places) for places in self.pages_at]
+    def pages_at(self) -> list[Positions]:
+        """Positions of each page."""
+        parts = zip(self.starts, self.counts, self.pages_scattered, strict=True)
+        return [range(start, start + n) if own is None else own for start, n, own in parts]
 
     @property
-    def starts(self) -> list[int]:
-        """Position of each page's first token."""
-        return [places[0] for places in self.pages_at]
-
-    @property
-    def last(self) -> int:
-        """Tokens of the last part."""
-        return len(self.last_at)
+    def last_at(self) -> Positions:
+        """Positions of the last part."""
+        run = range(self.length - self.last, self.length)
+        return run if self.last_scattered is None else self.last_scattered
 
     @property
     def tokens(self) -> int:
-        return len(self.first_at) + len(self.last_at) + sum(map(len, self.pages_at))
+        return self.first + sum(self.counts) + self.last
 
     @property
     def positions(self) -> list[int]:
@@ -86,37 +92,65 @@ class Span:
     @property
     def exact_from(self) -> int:
         """From this position on attention takes every token to stand where it does."""
-        if self.last_at:
-            run = len(self.last_at)  # the tail's tokens up to the one before the run at its end
-            while run and self.last_at[run - 1] == self.length - (len(self.last_at) - run) - 1:
+        if self.last_scattered is not None:
+            run = self.last  # the tail's tokens up to the one before the run at its end
+            while run and self.last_scattered[run - 1] == self.length - (self.last - run) - 1:
                 run -= 1
-            if run:
-                return self.length - (len(self.last_at) - run)
-        for places in reversed(self.pages_at):
-            if not isinstance(places, range):
-                return places[-1] + 1
-        if self.first_at and self.first_at != range(len(self.first_at)):
-            return self.first_at[-1] + 1
-        return 0
+            return self.length - (self.last - run)
+        for own in reversed(self.pages_scattered):
+            if own is not None:
+                return own[-1] + 1
+        return 0 if self.first_scattered is None else self.first_scattered[-1] + 1
 
     def add_page(self, page: int, places: Positions) -> None:
         self.pages.append(page)
-        self.pages_at.append(places)
+        self.starts.append(places[0])
+        self.counts.append(len(places))
+        self.pages_scattered.append(None if isinstance(places, range) else tuple(places))
+
+    def _pop_page(self) -> tuple[int, Positions]:
+        page, start, count = self.pages.pop(), self.starts.pop(), self.counts.pop()
+        scattered = self.pages_scattered.pop()
+        return page, range(start, start + count) if scattered is None else scattered
+
+    def clear_pages(self) -> None:
+        self.pages, self.starts, self.counts, self.pages_scattered = [], [], [], []
+
+    def place(self, length: int, first: Positions, last: Positions) -> None:
+        """Set the length, and where the tokens of the float parts stand."""
+        self.length, self.first, self.last = length, len(first), len(last)
+        in_order = first == range(len(first))
+        self.first_scattered = None if in_order else tuple(first)
+        at_the_end = last == range(length - len(last), length)
+        self.last_scattered = None if at_the_end else tuple(last)
+
+    def lengthen(self, count: int) -> None:
+        """Count tokens of the last part that were added at the end."""
+        if self.last_scattered is not None:
+            self.last_scattered += tuple(range(self.length, self.length + count))
+        self.last += count
+        self.length += count
+
+    def skip(self, count: int) -> None:
+        """Count positions that hold nothing."""
+        self.place(self.length + count, self.first_at, self.last_at)
 
     def copy(self) -> Span:
-        return Span(self.length, self.first_at, list(self.pages), list(self.pages_at), self.last_at)
+        lists = (list(self.pages), list(self.starts), list(self.counts))
+        return Span(
+            self.length, self.first, *lists, self.last,
+            self.first_scattered, list(self.pages_scattered), self.last_scattered,
+        )  # fmt: skip
 
     def cut(self, length: int) -> list[int]:
         """Forget the positions from `length` on; the pages of which nothing is left."""
         gone = []
-        self.last_at = below(self.last_at, length)
-        while self.pages and self.pages_at[-1][0] >= length:
-            gone.append(self.pages.pop())
-            self.pages_at.pop()
+        while self.pages and self.starts[-1] >= length:
+            gone.append(self._pop_page()[0])
         if self.pages:
-            self.pages_at[-1] = below(self.pages_at[-1], length)
-        self.first_at = below(self.first_at, length)
-        self.length = length
+            page, places = self._pop_page()
+            self.add_page(page, below(places, length))
+        self.place(length, below(self.first_at, length), below(self.last_at, length))
         return gone
 
 

@@ -164,12 +164,12 @@ class PageStore:
         Both of the store's dtype and device, last stride 1, already checked. places: ascending
         positions of those tokens from the sequence's length on; None: they follow one another.
         """
-        if places is None:
-            if self._append_in_step(keys, values, counts):
-                return
-            ends = [span.length + n for span, n in zip(self.spans, counts, strict=True)]
-            places = [range(span.length, end) for span, end in zip(self.spans, ends, strict=True)]
-        heads = [self._first_copy(*pair) for pair in zip(self.spans, places, strict=True)]
+        if places is None and self._append_in_step(keys, values, counts):
+            return
+        heads = [
+            self._first_copy(span, n, None if places is None else places[s])
+            for s, (span, n) in enumerate(zip(self.spans, counts, strict=True))
+        ]
         fills: list[_Copy] = []
         rests: list[_Copy] = []
         from_tail: list[tuple[int, int]] = []
@@ -199,7 +199,7 @@ class PageStore:
             self.pool.release(pages)  # nothing was entered yet: the store is as it was
             raise
         self._copy_in(self.last_keys, self.last_values, keys, values, rests)
-        self._account(places, heads, [s for s, _ in from_tail + from_input], pages)
+        self._account(counts, places, heads, [s for s, _ in from_tail + from_input], pages)
 
     def _append_in_step(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> bool:
         """Lengthen every tail alike, as decoding does; False where a sequence needs more."""
@@ -214,9 +214,7 @@ class PageStore:
         self.last_keys.narrow(2, last, count).copy_(keys.narrow(2, 0, count))
         self.last_values.narrow(2, last, count).copy_(values.narrow(2, 0, count))
         for span in self.spans:
-            end = span.length + count
-            span.last_at = joined(span.last_at, range(span.length, end))
-            span.length = end
+            span.lengthen(count)
         if self._structure is not None:
             self._structure.lengthen(count)
         return True
@@ -224,33 +222,47 @@ class PageStore:
     def _first_is_open(self, span: Span) -> bool:
         return self.keep_first and span.length == span.first < PAGE
 
-    def _first_copy(self, span: Span, places: Positions) -> _Copy:
+    def _first_copy(self, span: Span, count: int, places: Positions | None) -> _Copy:
         """The tokens that follow the first part without a gap, while it is not full."""
-        taken = 0
-        if self._first_is_open(span):
-            room = min(len(places), PAGE - span.first)
-            while taken < room and places[taken] == span.first + taken:
-                taken += 1
+        taken = min(count, PAGE - span.first) if self._first_is_open(span) else 0
+        if places is not None:
+            follows = [places[i] == span.first + i for i in range(taken)]
+            taken = follows.index(False) if False in follows else taken
         return _Copy(span.first, 0, taken)
 
     def _account(
         self,
-        places: Sequence[Positions],
+        counts: Sequence[int],
+        places: Sequence[Positions] | None,
         heads: list[_Copy],
         owners: list[int],
         pages: list[int],
     ) -> None:
         """Enter what was written into the spans. owners: the sequence of each page, in order."""
-        for s, (span, own, head) in enumerate(zip(self.spans, places, heads, strict=True)):
-            if not own:
+        taken: list[list[int]] = [[] for _ in self.spans]
+        for s, page in zip(owners, pages, strict=True):
+            taken[s].append(page)
+        for s, (span, new) in enumerate(zip(self.spans, taken, strict=True)):
+            head = heads[s].tokens
+            span.first += head
+            span.length += head
+            if places is None and span.last_scattered is None:
+                span.pages += new
+                start = span.length - span.last
+                span.starts += [start + PAGE * i for i in range(len(new))]
+                span.counts += [PAGE] * len(new)
+                span.pages_scattered += [None] * len(new)
+                span.last += counts[s] - head - PAGE * len(new)
+                span.length += counts[s] - head
                 continue
-            span.length = own[-1] + 1
-            span.first_at = range(span.first + head.tokens) if head.tokens else span.first_at
-            held = joined(span.last_at, as_positions(own[head.tokens :]))
-            for page in [page for page, owner in zip(pages, owners, strict=True) if owner == s]:
+            end = span.length + counts[s] - head
+            own: Positions = range(span.length, end) if places is None else places[s][head:]
+            held = joined(span.last_at, as_positions(own))
+            for page in new:
                 span.add_page(page, as_positions(held[:PAGE]))
                 held = held[PAGE:]
-            span.last_at = as_positions(held)
+            length = own[-1] + 1 if own else span.length
+            span.place(length, span.first_at, as_positions(held))
         self._structure = None
 
     def _copy_in(
@@ -298,7 +310,7 @@ class PageStore:
     def skip(self, counts: Sequence[int]) -> None:
         """Lengthen sequence s by counts[s] positions that hold nothing."""
         for span, count in zip(self.spans, counts, strict=True):
-            span.length += count
+            span.skip(count)
         self._structure = None
 
     def drop_entries(self, s: int, entries: Iterable[int]) -> None:
@@ -332,7 +344,7 @@ class PageStore:
         span, pairs = self.spans[s], list(pages)
         kept = {page for page, _ in pairs}
         self.pool.release([page for page in span.pages if page not in kept])
-        span.pages, span.pages_at = [], []
+        span.clear_pages()
         for page, places in pairs:
             span.add_page(page, places)
         self._structure = None

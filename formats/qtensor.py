@@ -12,9 +12,15 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lath.formats import packing
+from lath.formats import values as value_tables
 from lath.formats.codec import Codec
 
-SCALE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+SCALE_DTYPES = {
+    "fp16": torch.float16, "fp32": torch.float32, "int8": torch.uint8, "e8m0": torch.uint8,
+    "e4m3": torch.uint8,
+}  # fmt: skip
+# What a second scale is stored in, where the first one has 8 bits and needs one.
+OUTER_DTYPES = {"int8": torch.float16, "e4m3": torch.float32}
 _FORMAT_NAME = "lath.qtensor"
 _FORMAT_VERSION = 1
 
@@ -31,7 +37,9 @@ class QTensor:
     codec: the `Codec`. shape: (N, K). codes: int32 1-D, the planes one after another
     (`lath.formats.packing`). scales: `[G, N16]` in the codec's scale dtype, G groups along K and
     N16 = N rounded up to 16. zeros: `[G, N16]`, uint8 for an integer zero point, the scale dtype
-    for a float minimum, or None. Padded rows and columns hold code 0, scale 0, zero 0.
+    for a float minimum, or None. Padded rows and columns hold code 0, scale 0, zero 0. outer: the
+    scale of the scales, fp16 `[N16]` below "int8", fp32 `[1]` below "e4m3", else None. table: fp32
+    `[levels]`, ascending, of learned values, else None.
 
     Treated as immutable: `to` and `dequantize` make new tensors, nothing writes into these.
     """
@@ -43,28 +51,33 @@ class QTensor:
         codes: Tensor,
         scales: Tensor,
         zeros: Tensor | None = None,
+        outer: Tensor | None = None,
+        table: Tensor | None = None,
     ) -> None:
         self.codec = codec
         self.shape = (int(shape[0]), int(shape[1]))
         self.codes = codes
         self.scales = scales
         self.zeros = zeros
+        self.outer = outer
+        self.table = table
         _check_tensors(self)
 
     @staticmethod
     def empty(codec: Codec, shape: tuple[int, int], device: torch.device | str = "meta") -> QTensor:
         """A QTensor with unset contents, by default on the meta device (no memory)."""
-        count, side, zero_dtype = _layout(codec, shape)
-        zeros = None
-        if zero_dtype is not None:
-            zeros = torch.empty(side, dtype=zero_dtype, device=device)
-        return QTensor(
-            codec,
-            shape,
-            torch.empty(count, dtype=torch.int32, device=device),
-            torch.empty(side, dtype=SCALE_DTYPES[codec.scale_dtype], device=device),
-            zeros,
-        )
+        layout = _layout(codec, shape)
+        tensors = {
+            name: None if dtype is None else torch.empty(size, dtype=dtype, device=device)
+            for name, (size, dtype) in layout.items()
+        }
+        return QTensor(codec, shape, **tensors)  # type: ignore[arg-type]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that there are, by name."""
+        named = {name: getattr(self, name) for name in _TENSORS}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
     def device(self) -> torch.device:
@@ -77,9 +90,9 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept: codes, scales, zeros and all padding. Repacked views are not counted here."""
-        tensors = [t for t in (self.codes, self.scales, self.zeros) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        """Bytes kept: codes, scales, zeros, outer scales, table and all padding. Repacked views are
+        not counted here."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     @property
     def bits_per_weight(self) -> float:
@@ -97,27 +110,49 @@ class QTensor:
             raise TypeError(f"dtype must be a floating-point torch dtype, got {dtype}")
         rows, columns = self.shape
         group = self.codec.group_size(columns)
-        codes = self.unpack_codes().float()
+        codes = self.unpack_codes()
 
         def expand(side: Tensor) -> Tensor:
             per_row = side[:, :rows].float().T
             return per_row.repeat_interleave(group, dim=1)[:, :columns]
 
-        scales = expand(self.scales)
+        scales = expand(self.effective_scales())
+        if self.codec.is_table:
+            return (self.entries()[codes.long()] * scales).to(dtype)
+        numbers = codes.float()
         if self.zeros is None:
-            return ((codes - self.codec.zero_code) * scales).to(dtype)
+            return ((numbers - self.codec.zero_code) * scales).to(dtype)
         if self.codec.zero == "integer":
-            return ((codes - expand(self.zeros)) * scales).to(dtype)
-        return (codes * scales + expand(self.zeros)).to(dtype)
+            return ((numbers - expand(self.zeros)) * scales).to(dtype)
+        return (numbers * scales + expand(self.zeros)).to(dtype)
+
+    def effective_scales(self) -> Tensor:
+        """fp32 [G, N16]: what codes are multiplied by, one product of both scales."""
+        kind, stored = self.codec.scale_dtype, self.scales
+        if kind == "e8m0":
+            return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.int() - 127)
+        if kind == "e4m3":
+            assert self.outer is not None
+            return stored.view(torch.float8_e4m3fn).float() * self.outer
+        if kind == "int8":
+            assert self.outer is not None
+            return stored.float() * self.outer.float()
+        return stored.float()
+
+    def entries(self) -> Tensor:
+        """fp32 [levels]: the table of a codec that has one."""
+        if self.table is not None:
+            return self.table
+        entries = value_tables.table(self.codec.values)
+        return torch.tensor(entries, dtype=torch.float32, device=self.device)
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same weight on another device; itself if it is there already."""
         target = torch.device(device)
         if target == self.device:
             return self
-        zeros = None if self.zeros is None else self.zeros.to(target)
-        codes, scales = self.codes.to(target), self.scales.to(target)
-        return QTensor(self.codec, self.shape, codes, scales, zeros)
+        moved = {name: tensor.to(target) for name, tensor in self.tensors.items()}
+        return QTensor(self.codec, self.shape, **moved)
 
     def view(self, key: str, build: Callable[[], View]) -> View:
         """A backend's repacked form: built on first use, kept as long as `codes`, never saved.
@@ -143,19 +178,17 @@ class QTensor:
     def _stamp(self) -> tuple[int, ...]:
         """Changes when a tensor is replaced or written to; inference tensors cannot tell."""
         stamp: list[int] = []
-        for tensor in (self.codes, self.scales, self.zeros):
-            if tensor is not None:
-                version = 0 if tensor.is_inference() else tensor._version
-                stamp += [tensor.data_ptr(), version]
+        for tensor in self.tensors.values():
+            version = 0 if tensor.is_inference() else tensor._version
+            stamp += [tensor.data_ptr(), version]
         return tuple(stamp)
 
     def digest(self) -> str:
         """SHA-256 over the codec, the shape and every stored byte."""
         state = hashlib.sha256(f"{self.codec} {self.shape[0]} {self.shape[1]}".encode())
-        for tensor in (self.codes, self.scales, self.zeros):
-            if tensor is not None:
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                state.update(flat.view(torch.uint8).numpy().tobytes())
+        for tensor in self.tensors.values():
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            state.update(flat.view(torch.uint8).numpy().tobytes())
         return state.hexdigest()
 
     def metadata(self) -> Tensor:
@@ -171,23 +204,23 @@ class QTensor:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that safetensors or torch.save can store; `from_state_dict` is the inverse."""
-        state = {"codes": self.codes, "scales": self.scales, "meta": self.metadata()}
-        return state if self.zeros is None else {**state, "zeros": self.zeros}
+        return {**self.tensors, "meta": self.metadata()}
 
     @staticmethod
     def from_state_dict(state: dict[str, Tensor]) -> QTensor:
         """Rebuild a QTensor; ValueError if a tensor is missing, of a wrong shape or corrupted."""
         missing = {"codes", "scales", "meta"} - state.keys()
-        unknown = state.keys() - {"codes", "scales", "zeros", "meta"}
+        unknown = state.keys() - {*_TENSORS, "meta"}
         if missing or unknown:
             raise ValueError(
                 "state_dict of a QTensor must hold 'codes', 'scales', 'meta' and optionally "
-                f"'zeros'; missing {sorted(missing)}, unknown {sorted(unknown)}"
+                f"'zeros', 'outer', 'table'; missing {sorted(missing)}, unknown {sorted(unknown)}"
             )
         fields = _read_metadata(state["meta"])
         codec = Codec.parse(fields["codec"])
         shape = (fields["shape"][0], fields["shape"][1])
-        loaded = QTensor(codec, shape, state["codes"], state["scales"], state.get("zeros"))
+        own = {name: state[name] for name in _TENSORS if name in state}
+        loaded = QTensor(codec, shape, **own)
         _check_values(loaded)
         if loaded.digest() != fields["digest"]:
             raise ValueError(
@@ -206,30 +239,36 @@ class QTensor:
 
 def _layout(
     codec: Codec, shape: tuple[int, int]
-) -> tuple[int, tuple[int, int], torch.dtype | None]:
-    """Words of codes, shape [G, N16] of scales and zeros, and the dtype of zeros if there are."""
+) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """Shape and dtype of each tensor; dtype None of those that the codec has not."""
     rows, columns = shape
     count = sum(a * b * c * d for a, b, c, d in packing.plane_shapes(codec, shape))
-    side = (codec.num_groups(columns), packing.round_up(rows, packing.PANEL))
+    padded = packing.round_up(rows, packing.PANEL)
+    side = (codec.num_groups(columns), padded)
     zero_dtype = {
         "none": None,
         "integer": torch.uint8,
         "float": SCALE_DTYPES[codec.scale_dtype],
     }[codec.zero]
-    return count, side, zero_dtype
+    outer = {"int8": (padded,), "e4m3": (1,)}.get(codec.scale_dtype, ())
+    return {
+        "codes": ((count,), torch.int32),
+        "scales": (side, SCALE_DTYPES[codec.scale_dtype]),
+        "zeros": (side, zero_dtype),
+        "outer": (outer, OUTER_DTYPES.get(codec.scale_dtype)),
+        "table": ((codec.levels,), torch.float32 if codec.values == "learned" else None),
+    }
+
+
+_TENSORS = ("codes", "scales", "zeros", "outer", "table")
 
 
 def _check_tensors(weight: QTensor) -> None:
     """Shapes, dtypes and devices, as the codec demands them."""
     if weight.shape[0] < 0 or weight.shape[1] < 0:
         raise ValueError(f"shape must be (N, K) with N, K >= 0, got {weight.shape}")
-    count, side, zero_dtype = _layout(weight.codec, weight.shape)
-    expected: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype | None]] = [
-        ("codes", weight.codes, (count,), torch.int32),
-        ("scales", weight.scales, side, SCALE_DTYPES[weight.codec.scale_dtype]),
-        ("zeros", weight.zeros, side, zero_dtype),
-    ]
-    for name, tensor, shape, dtype in expected:
+    for name, (shape, dtype) in _layout(weight.codec, weight.shape).items():
+        tensor: Tensor | None = getattr(weight, name)
         if (tensor is None) != (dtype is None):
             have, want = ("absent", "present") if tensor is None else ("present", "absent")
             raise ValueError(f"{name} of a {weight.codec} must be {want}, it is {have}")
@@ -246,14 +285,25 @@ def _check_tensors(weight: QTensor) -> None:
 
 def _check_values(weight: QTensor) -> None:
     """Values that no quantiser writes: a scale that is negative or not finite, a zero off range."""
-    if not bool(torch.isfinite(weight.scales).all()) or bool((weight.scales < 0).any()):
-        raise ValueError(f"scales of a {weight.codec} must be finite and not negative")
+    codec = weight.codec
+    scales = weight.effective_scales()
+    if not bool(torch.isfinite(scales).all()) or bool((scales < 0).any()):
+        raise ValueError(f"scales of a {codec} must be finite and not negative")
+    if codec.scale_dtype == "int8" and bool((weight.scales > codec.largest_inner_scale).any()):
+        raise ValueError(
+            f"scales of a {codec} must be {codec.largest_inner_scale} or less, so that scale * "
+            f"code fits int8, got {int(weight.scales.max())}"
+        )
+    if weight.table is not None and not bool(torch.isfinite(weight.table).all()):
+        raise ValueError(f"table of a {codec} must be finite")
+    if codec.values == "ternary" and bool((weight.unpack_codes() > 2).any()):
+        raise ValueError("codes of a ternary weight must be 0, 1 or 2")
     if weight.zeros is None:
         return
-    if weight.codec.zero == "float" and not bool(torch.isfinite(weight.zeros).all()):
-        raise ValueError(f"zeros of a {weight.codec} must be finite")
-    if weight.codec.zero == "integer" and bool((weight.zeros.int() >= weight.codec.levels).any()):
-        raise ValueError(f"zeros of a {weight.codec} must be below {weight.codec.levels}")
+    if codec.zero == "float" and not bool(torch.isfinite(weight.zeros).all()):
+        raise ValueError(f"zeros of a {codec} must be finite")
+    if codec.zero == "integer" and bool((weight.zeros.int() >= codec.levels).any()):
+        raise ValueError(f"zeros of a {codec} must be below {codec.levels}")
 
 
 def _read_metadata(meta: Tensor) -> dict[str, Any]:

@@ -27,17 +27,17 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from lath.formats.selection import IndexList
-from lath.integration.attention import Readable, Scores, attend_tensors, resolve
+from lath.integration.attention import Readable, Scores, attend_tensors, register, resolve
 from lath.integration.attention_mask import Mask
 from lath.integration.handle import Handle, NewTokens
 from lath.integration.kv_codecs import KVCodecs, kv_codecs
+from lath.integration.layer_lists import LayerLists
 from lath.integration.misses import Audit, MissReport
-from lath.integration.ragged import Packing
-from lath.integration.selecting import check_config, dense_layers, select_options
+from lath.integration.ragged import Packing, same_slots
+from lath.integration.selecting import WINDOW, check_config, dense_layers, select_options
 from lath.verbs.decode import decode_attention
 from lath.verbs.paged_kv import PagedKV
-from lath.verbs.selection import Selecting, Selection
+from lath.verbs.selection import Selection
 
 # Layers that hold no keys and values; by name, for not every version has them.
 _KEPT = ("LinearAttentionLayer", "DummyLayer")
@@ -45,14 +45,11 @@ _KEPT = ("LinearAttentionLayer", "DummyLayer")
 
 @dataclass
 class Reading:
-    """What all layers of a cache share: codecs, backend, whether the draft view is read, which
-    pages a layer reads unless it is a dense one, and into what it is measured."""
+    """What all layers of a cache share: codecs, backend and whether the draft view is read."""
 
     codecs: KVCodecs
     backend: str
     draft: bool = False
-    selection: Selection | None = None
-    audit: Audit | None = None
 
 
 class LathCache(Cache):  # type: ignore[misc]
@@ -75,25 +72,31 @@ class LathCache(Cache):  # type: ignore[misc]
         repair: bool | str | None = None,
         audit: float | Audit | None = None,
     ) -> None:
-        selection, measured = select_options(select, repair, audit, kv)
-        self.reading = Reading(kv_codecs(kv), backend, selection=selection, audit=measured)
+        register()  # a model may be set to attention "lath" without a patch
+        self.selection, self.audit = select_options(select, repair, audit, kv)
+        self.reading = Reading(kv_codecs(kv), backend)
         decoder = config.get_text_config(decoder=True)
         stocks = DynamicCache(config=decoder).layers
         windows = [_has_window(stock) for stock in stocks]
         self.dense_layers: dict[int, str] = {}
-        if selection is not None:
-            self.dense_layers = dense_layers(selection, windows)
-            check_config(selection, measured, decoder)
+        if self.selection is not None:
+            self.dense_layers = dense_layers(self.selection, windows)
+            check_config(self.selection, self.audit, decoder)
         layers: list[Any] = [
-            stock if window is None else PagedLayer(self.reading, number, window)
+            stock if window is None else PagedLayer(self.reading, self._lists(number))
             for number, (stock, window) in enumerate(zip(stocks, windows, strict=True))
         ]
         super().__init__(layers=layers)
 
+    def _lists(self, number: int) -> LayerLists | None:
+        if self.selection is None or self.dense_layers.get(number) == WINDOW:
+            return None
+        return LayerLists(self.selection, self.audit, number)
+
     @property
     def misses(self) -> MissReport | None:
         """What the selection missed; None without audit."""
-        return None if self.reading.audit is None else self.reading.audit.report
+        return None if self.audit is None else self.audit.report
 
     @property
     def nbytes(self) -> int:
@@ -142,31 +145,27 @@ def cache_argument(model: Any) -> str:
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values.
 
-    number: which layer of the model's. windowed: whether it has a sliding window. pages: None until
-    the first token. slots: columns of the padded batch so far. valid: bool [B, slots], which of
-    them hold a token; None if all do. selecting: makes the lists that it reads; None: it reads
-    everything.
+    lists: of what it reads; None: it always reads everything. pages: None until the first token.
+    slots: columns of the padded batch so far. valid: bool [B, slots], which of them hold a token;
+    None if all do.
     """
 
     is_sliding = False
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, reading: Reading, number: int = 0, windowed: bool = False) -> None:
+    def __init__(self, reading: Reading, lists: LayerLists | None = None) -> None:
         super().__init__()
         self.reading = reading
-        self.number, self.windowed = number, windowed
-        self.selecting: Selecting | None = None
-        self._forget_lists()
+        self.lists = lists
         self.pages: PagedKV | None = None
         self.slots = 0
         self.valid: Tensor | None = None
         self.pending: NewTokens | None = None
 
     def _forget_lists(self) -> None:
-        """Begin without a list of earlier steps: the pages are others now."""
-        if self.reading.selection is not None and not self.windowed:
-            self.selecting = Selecting(self.reading.selection, self.number)
+        if self.lists is not None:
+            self.lists.forget()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, width = key_states.shape
@@ -323,43 +322,15 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             "query_lengths": None if packing is None else packing.counts,
             "backend": self.reading.backend,
         }
-        lists = None
-        if self.selecting is not None and before and readable.window is None:
-            lists = self.selecting.lists(query, self.pages, scale=scores.scale, **given)
-        if lists is not None:
-            self._measure(query, lists, readable, scores, given)
-            given.update(pages=lists, repair=self.selecting.selection.repair)
+        if self.lists is not None and before:
+            given |= self.lists.arguments(
+                query, self.pages, readable, scores, given, self.reading.draft
+            )
         output = decode_attention(
             query, self.pages, **readable.arguments, **scores.arguments, **given,
             draft=self.reading.draft,
         )  # fmt: skip
         return output if packing is None else packing.unpack(output)
-
-    def _measure(
-        self,
-        query: Tensor,
-        lists: IndexList,
-        readable: Readable,
-        scores: Scores,
-        given: dict[str, Any],
-    ) -> None:
-        """What `lists` miss, where that is wanted; a draft's steps are no steps of the text."""
-        audit = self.reading.audit
-        if audit is None or self.reading.draft:
-            return
-        for name, present in (
-            ("mask", readable.mask is not None),
-            ("bias", readable.bias is not None),
-            ("softcap", scores.softcap is not None),
-            ("causal=False", not readable.causal and query.shape[2] > 1),
-        ):
-            if present:
-                raise NotImplementedError(
-                    f"audit={audit.threshold} cannot be combined with {name}: "
-                    "lath.captured_mass measures causal scores as they are"
-                )
-        assert self.pages is not None
-        audit.measure(self.number, query, self.pages, lists, scale=scores.scale, **given)
 
     def _readable(
         self,
@@ -409,7 +380,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             raise ValueError(
                 f"attention_mask has {padding.shape[1]} columns, the cache {self.slots} slots"
             )
-        if before and not _same(old, self.valid, before):
+        if before and not same_slots(old, self.valid, before):
             self.valid = old
             raise ValueError(
                 "attention_mask contradicts the cache: a slot that was padding when it was stored "
@@ -417,14 +388,3 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         if isinstance(mask, Mask):
             mask.verified[id(old)] = (old, self.valid)
-
-
-def _same(old: Tensor | None, new: Tensor | None, slots: int) -> bool:
-    if old is None and new is None:
-        return True
-    known = old if old is not None else new
-    assert known is not None
-    everything = known.new_ones(known.shape[0], slots)
-    return torch.equal(
-        everything if old is None else old, everything if new is None else new[:, :slots]
-    )

@@ -66,6 +66,17 @@ def run(
     kv: Annotated[
         str, typer.Option(help="Codecs of the cache, such as int8 or k8v4; 'none': not paged.")
     ] = NOT_PATCHED,
+    select: Annotated[
+        str | None,
+        typer.Option(help="What of the cache is read, such as quest:1024; needs --kv."),
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Estimate what --select leaves out.")
+    ] = False,
+    audit: Annotated[
+        float | None,
+        typer.Option(help="Count queries for which --select captures less of the softmax."),
+    ] = None,
     backend: Annotated[str, typer.Option(help="'auto', 'cpu', 'triton' or 'reference'.")] = "auto",
     skip: Skip = ["lm_head"],  # noqa: B006 (typer reads the default and copies it)
     head: Annotated[
@@ -91,14 +102,15 @@ def run(
         activation_format(activations)
     _check_backend(backend)
     patched = [None if value == NOT_PATCHED else value for value in (attention, kv)]
-    attention_options(patched[0], patched[1], backend)
+    mending = True if repair else None
+    attention_options(patched[0], patched[1], backend, select, mending, audit)
     if json is not None:
         _check_writable(json)
     if threads:
         torch.set_num_threads(threads)
     options = RunOptions(
         model, weights, activations, backend, tuple(skip), head, search, prompt, max_new_tokens,
-        dtype, rounds, patched[0], patched[1],
+        dtype, rounds, patched[0], patched[1], select, mending, audit,
     )  # fmt: skip
     result = run_model(options, _console())
     if json is not None:

@@ -23,15 +23,19 @@ from lath.verbs.linear import linear
 from lath.verbs.quantize import quantize
 
 # Parameter of the module → tensor of the QTensor.
-_PARTS = {"weight": "codes", "weight_scale": "scales", "weight_zero": "zeros"}
+_PARTS = {
+    "weight": "codes", "weight_scale": "scales", "weight_zero": "zeros", "weight_outer": "outer",
+    "weight_table": "table",
+}  # fmt: skip
 _META = "weight_meta"
 
 
 class PackedLinear(nn.Module):
     """y = x Wᵀ + bias with W packed: x [..., in_features] → [..., out_features] of x's dtype.
 
-    Parameters, none of which takes a gradient: `weight` int32 (packed codes), `weight_scale`,
-    `weight_zero` (None unless the codec has zero points or minima) and `bias` (or None). The
+    Parameters, none of which takes a gradient: `weight` int32 (packed codes), `weight_scale`;
+    `weight_zero`, `weight_outer`, `weight_table` (None unless the codec has zero points or minima,
+    a scale of scales, a learned table) and `bias` (or None). The
     state_dict holds `weight_meta` besides: codec, shape and a digest, checked when it is loaded.
 
     Casting the module (`model.half()`, `.to(dtype)`) leaves the packed numbers as they are; moving
@@ -44,6 +48,8 @@ class PackedLinear(nn.Module):
     weight: Tensor
     weight_scale: Tensor
     weight_zero: Tensor | None
+    weight_outer: Tensor | None
+    weight_table: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -136,7 +142,10 @@ class PackedLinear(nn.Module):
         packed = self._packed
         if packed is None:
             shape = (self.out_features, self.in_features)
-            packed = QTensor(self.codec, shape, self.weight, self.weight_scale, self.weight_zero)
+            packed = QTensor(
+                self.codec, shape, self.weight, self.weight_scale, self.weight_zero,
+                self.weight_outer, self.weight_table,
+            )  # fmt: skip
             if not torch.compiler.is_compiling():
                 self._packed = packed
         return packed

@@ -29,6 +29,7 @@ from lath.integration.tying import untie
 from lath.verbs.backends import BACKENDS, resolve_backend
 from lath.verbs.checks import check_flag
 from lath.verbs.quantize import quantize
+from lath.verbs.selection import Selection
 
 logger = logging.getLogger("lath")
 
@@ -63,6 +64,9 @@ def patch(
     *,
     attention: str | None = None,
     kv: str | None = None,
+    select: str | Selection | None = None,
+    repair: bool | str | None = None,
+    audit: float | None = None,
     skip: Sequence[str] = ("lm_head",),
     only: Sequence[str] | None = None,
     activations: str | ActivationFormat = "auto",
@@ -78,14 +82,24 @@ def patch(
     is. kv: the page codecs of the cache that `generate` makes: one for keys and values ("int8",
     "int4", "int8-planes", "e4m3", "float", ...) or "k8v4", "k4v2" and the like; None leaves
     transformers' cache. With kv and without attention="int8" all attention of that cache, a
-    prompt's too, reads its pages. skip: patterns of modules to leave alone; a pattern fits the end
-    of a module's path, with everything below it, and may hold `*` and `?` ("lm_head", "layers.0",
-    "*_proj"). "lm_head" also means the model's output layer, whatever its name. skip=() packs that
-    too; a head that is tied to the embedding is untied first. only: patterns of the layers to pack,
-    so that a second call gives others another codec; None packs all. activations: "float", "int8",
-    "int8-gG" or "auto": int8 with the weight's group on a CPU, float elsewhere. backend: as for
-    `lath.linear`. search: choose each group's range by squared error, slower. dry_run: only report.
-    progress: show a bar; None shows it on a terminal when there is much to do.
+    prompt's too, reads its pages. select, repair, audit: see below. skip: patterns of modules to
+    leave alone; a pattern fits the end of a module's path, with everything below it, and may hold
+    `*` and `?` ("lm_head", "layers.0", "*_proj"). "lm_head" also means the model's output layer,
+    whatever its name. skip=() packs that too; a head that is tied to the embedding is untied first.
+    only: patterns of the layers to pack, so that a second call gives others another codec; None
+    packs all. activations: "float", "int8", "int8-gG" or "auto": int8 with the weight's group on a
+    CPU, float elsewhere. backend: as for `lath.linear`. search: choose each group's range by
+    squared error, slower. dry_run: only report. progress: show a bar; None shows it on a terminal
+    when there is much to do.
+
+    select, with kv: which pages or tokens of the cache a step of decoding reads, "quest:1024" or
+    any `lath.Selection`; None: all. The first piece of a prompt is attended as without it; later
+    pieces of more than 16 tokens read everything (Selection.chunks: they select too), and so do
+    layers with a sliding window, those in Selection.dense_layers, and caches within the budget or
+    Selection.dense_below. repair: as for `lath.decode_attention`, in place of the Selection's own;
+    not with a softcap of the scores (Gemma 2) or a mask of the caller's. audit: a threshold between
+    0 and 1; every step with lists then measures what they miss, for each layer and query head, in
+    the report's `misses`. It changes no result, but attends twice more and scores every token.
 
     Kept, with the reason in the report: subclasses of nn.Linear, modules with hooks, weights on the
     meta device. A module used in several places is packed once, for all of them. Layers packed
@@ -96,7 +110,8 @@ def patch(
     """
     check_flag("dry_run", dry_run)
     options = _parse_options(model, weights, activations, backend, search)
-    attends = _prepare_attention(model, attention, kv, backend)
+    attending = attention_options(attention, kv, backend, select, repair, audit)
+    attends = None if attending is None else AttentionPatch.prepare(model, attending)
     found = [] if weights is None else find_linears(model, check_selection(model, skip, only))
     _check_packed(found, options)
     todo = [one for one in found if _is_to_do(one)]
@@ -106,6 +121,7 @@ def patch(
         report.weights = "unchanged"
     if attends is not None:
         report.attention = attends.rows(dry_run)
+        report.selection = attends.selection_row(dry_run)
         report._attention = None if dry_run else attends
     if attends is None and not todo and all(row.action == "kept" for row in report.rows):
         reason = _why_nothing(model, report.rows, weights)
@@ -144,13 +160,6 @@ def _parse_options(
     # Without weights no layer is looked for, and the codec is never read.
     codec = parse_codec("int8" if weights is None else weights)
     return _Options(codec, chosen, backend, check_flag("search", search))
-
-
-def _prepare_attention(
-    model: nn.Module, attention: str | None, kv: str | None, backend: str
-) -> AttentionPatch | None:
-    options = attention_options(attention, kv, backend)
-    return None if options is None else AttentionPatch.prepare(model, options)
 
 
 def _check_packed(found: list[Found], options: _Options) -> None:

@@ -66,3 +66,15 @@ class Packing:
         rows = self.slots[:, None, :, None].expand(-1, heads, -1, mask.shape[3])
         columns = keys.slots[:, None, None, :].expand(-1, heads, self.slots.shape[1], -1)
         return mask.gather(2, rows).gather(3, columns)
+
+
+def same_slots(old: Tensor | None, new: Tensor | None, slots: int) -> bool:
+    """Whether two tables [B, >= slots] name the same of the first `slots`; None: all tokens."""
+    if old is None and new is None:
+        return True
+    known = old if old is not None else new
+    assert known is not None
+    everything = known.new_ones(known.shape[0], slots)
+    return torch.equal(
+        everything if old is None else old, everything if new is None else new[:, :slots]
+    )

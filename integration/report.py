@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lath.integration.linear import PackedLinear
 
 if TYPE_CHECKING:
+    from lath.integration.cache import LathCache
+    from lath.integration.misses import MissReport
     from lath.integration.patch_attention import AttentionPatch
 
 Action = Literal["replaced", "kept", "already packed"]
@@ -64,6 +66,29 @@ class AttentionRow:
 
 
 @dataclass(frozen=True)
+class SelectionRow:
+    """Which part of the cache a step of decoding reads.
+
+    action: as in AttentionRow. what: the selection with all that is special to it; selector,
+    budget, repair: its parts. layers: how many hold pages; dense: those of them that read
+    everything, and why. context: the model's longest; bytes_before, bytes_after: what one step of
+    one sequence of that length moves for the layers without a window, reading everything and
+    selecting (scores, the longest lists, repair); 0 and None where they are not known beforehand.
+    """
+
+    action: str
+    what: str
+    selector: str
+    budget: str
+    repair: bool | str
+    layers: int
+    dense: dict[int, str]
+    context: int = 0
+    bytes_before: int = 0
+    bytes_after: int | None = None
+
+
+@dataclass(frozen=True)
 class Place:
     """One place of the model, and the two modules that can stand in it."""
 
@@ -79,8 +104,9 @@ class PatchReport:
     """The result of `lath.patch`; printing it shows the table.
 
     rows: every linear layer of the model. attention: what became of attention and cache, empty if
-    the patch left both alone. bytes_before, bytes_after: all parameters and buffers of
-    the model, those with several names counted once. dry_run: nothing was changed.
+    the patch left both alone; selection: what of the cache is read, None for all. bytes_before,
+    bytes_after: all parameters and buffers of the model, those with several names counted once.
+    dry_run: nothing was changed.
 
     `undo()` puts the original module objects back, `redo()` the packed ones; both may be called
     again and do nothing the second time. As a context manager it undoes itself at the end, after an
@@ -95,6 +121,7 @@ class PatchReport:
     backend: str
     dry_run: bool = False
     attention: list[AttentionRow] = field(default_factory=list)
+    selection: SelectionRow | None = None
     _attention: AttentionPatch | None = field(default=None, repr=False)
     _places: list[Place] = field(default_factory=list, repr=False)
     # Strikes the places from the records of tied weights and returns what restores them.
@@ -126,6 +153,20 @@ class PatchReport:
         """Mean of the replaced rows' relative errors."""
         errors = [row.error for row in self.replaced if row.error is not None]
         return sum(errors) / len(errors) if errors else None
+
+    @property
+    def misses(self) -> MissReport | None:
+        """What the selection has missed so far; None without audit."""
+        audit = None if self._attention is None else self._attention.options.audit
+        return None if audit is None else audit.report
+
+    @property
+    def new_cache(self) -> Callable[[], LathCache] | None:
+        """Makes an empty cache as `generate` does under this patch; None without kv."""
+        attention = self._attention
+        if attention is None or attention.options.kv is None:
+            return None
+        return lambda: attention.options.new_cache(attention.model.config)
 
     def redo(self) -> None:
         """Put the packed modules in again, on the device of the originals and with their dtype."""

@@ -10,7 +10,7 @@ from lath.formats.activations import LARGEST_CODE, activation_format
 from lath.integration.text_table import align
 
 if TYPE_CHECKING:
-    from lath.integration.report import AttentionRow, PatchReport, PatchRow
+    from lath.integration.report import AttentionRow, PatchReport, PatchRow, SelectionRow
 
 _HEADER = ("layer", "", "shape [N, K]", "", "error", "MB before", "MB after")
 _LEFT = (True, True, True, True, False, False, False)
@@ -26,6 +26,8 @@ def report_table(report: PatchReport) -> str:
     before, after = report.bytes_before, report.bytes_after
     ratio = f" ({before / after:.2f} times smaller)" if 0 < after < before else ""
     lines += [_attention_line(row) for row in report.attention]
+    if report.selection is not None:
+        lines.append(selection_line(report.selection))
     lines.append(f"whole model: {before / 1e6:.1f} MB → {after / 1e6:.1f} MB{ratio}")
     return "\n".join(lines)
 
@@ -40,6 +42,33 @@ def _attention_line(row: AttentionRow) -> str:
         before, after = row.bytes_per_token_before, row.bytes_per_token_after
         text += f", {before:,.0f} → {after:,.0f} bytes per token ({before / after:.2f} times less)"
     return text
+
+
+def selection_line(row: SelectionRow) -> str:
+    text = (
+        f"  selection: {row.action} reading everything by {row.what} in "
+        f"{row.layers - len(row.dense)} of {row.layers} layers"
+    )
+    for reason in dict.fromkeys(row.dense.values()):
+        layers = [layer for layer, own in row.dense.items() if own == reason]
+        text += f"; dense for {reason}: {_ranges(layers)}"
+    if row.bytes_after is not None:
+        text += (
+            f"; a step at {row.context:,} tokens moves {row.bytes_before:,} → {row.bytes_after:,} "
+            f"bytes ({row.bytes_before / max(row.bytes_after, 1):.2f} times less)"
+        )
+    return text
+
+
+def _ranges(numbers: list[int]) -> str:
+    """ "0-2, 5" of ascending numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _summary(report: PatchReport) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -23,8 +24,10 @@ from lath.integration.patch import patch
 from lath.integration.perplexity import cached_perplexity, num_windows, perplexity
 from lath.integration.progress import progress_bar, shows_progress
 from lath.integration.report import PatchReport, model_bytes
+from lath.integration.report_table import selection_line
 from lath.integration.text_sample import english_text
 from lath.verbs.planning import describe_device
+from lath.verbs.selection import DECODE_ROWS
 
 DEFAULT_PROMPT = "Explain in two sentences why the sky is blue."
 # Four bits and a minimum per 32 weights: as SmolLM2's package stores its own weights, so that what
@@ -37,6 +40,10 @@ WINDOW = 512
 CHUNK = 128
 PREFILL_TOKENS = 256
 DECODE_TOKENS = 32
+# A selection leaves something out only where there is more than its budget, and selects for steps
+# of no more rows than this.
+LONG_WINDOW = 2048
+LONG_CHUNK = DECODE_ROWS
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,33 @@ class RunOptions:
     rounds: int
     attention: str | None = None
     kv: str | None = None
+    select: str | None = None
+    repair: bool | None = None
+    audit: float | None = None
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens: of a window of perplexity, of its pieces where a cache is read, of the prompt whose
+    speed is measured."""
+
+    window: int
+    chunk: int
+    prefill: int
+
+    @staticmethod
+    def of(model: Any, options: RunOptions) -> Lengths:
+        if options.select is None:
+            return Lengths(WINDOW, CHUNK, PREFILL_TOKENS)
+        longest = getattr(model.config, "max_position_embeddings", LONG_WINDOW)
+        window = min(LONG_WINDOW, longest)
+        return Lengths(window, LONG_CHUNK, max(window - DECODE_TOKENS, 1))
 
 
 @dataclass
 class RunResult:
-    """The fields of `--json`, before and after patching. bytes: of the whole model."""
+    """The fields of `--json`, before and after patching. bytes: of the whole model. misses: with an
+    audit, the rows of its MissReport."""
 
     bytes_before: int = 0
     bytes_after: int = 0
@@ -74,9 +103,13 @@ class RunResult:
     weights: str = ""
     text_before: str = ""
     text_after: str = ""
+    misses: list[dict[str, Any]] | None = None
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
+        figures = dataclasses.asdict(self)
+        if self.misses is None:
+            del figures["misses"]
+        path.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
 
 
 class Patches:
@@ -94,15 +127,23 @@ class Patches:
             )
 
         self.body = pack(
-            options.weights, skip=options.skip, attention=options.attention, kv=options.kv
-        )
+            options.weights, skip=options.skip, attention=options.attention, kv=options.kv,
+            select=options.select, repair=options.repair, audit=options.audit,
+        )  # fmt: skip
         self.reports = [self.body]
         self.name = ", ".join(
             [self.body.weights, *(f"{row.name} {row.after}" for row in self.body.attention)]
         )
+        if self.body.selection is not None:
+            self.name += f", selection {self.body.selection.what}"
         if options.head != NO_HEAD:
             self.reports.append(pack(options.head, skip=(), only=(OUTPUT_LAYER,)))
             self.name += f", output layer {options.head}"
+
+    def unmeasured(self) -> contextlib.AbstractContextManager[None]:
+        """Within it no audit slows what is timed."""
+        misses = self.body.misses
+        return contextlib.nullcontext() if misses is None else misses.paused()
 
     def undo(self) -> None:
         for report in reversed(self.reports):
@@ -128,13 +169,15 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
     result = RunResult(weights=patches.body.weights, backend=patches.body.backend)
     text_ids = tokenizer(english_text(), return_tensors="pt", verbose=False).input_ids
     prompt_ids = encode_prompt(tokenizer, options.prompt)
-    with progress_bar("perplexity", 2 * num_windows(text_ids.numel(), WINDOW)) as advance:
+    lengths = Lengths.of(model, options)
+    with progress_bar("perplexity", 2 * num_windows(text_ids.numel(), lengths.window)) as advance:
         result.bytes_before = model_bytes(model)
-        result.perplexity_before = perplexity(model, text_ids, WINDOW, advance)
+        result.perplexity_before = perplexity(model, text_ids, lengths.window, advance)
         patches.redo()
         result.bytes_after = model_bytes(model)
-        result.perplexity_after = _perplexity_after(model, text_ids, options, advance)
-    _measure_both(model, patches, text_ids, options.rounds, result)
+        result.perplexity_after = _perplexity_after(model, patches, text_ids, lengths, advance)
+    with patches.unmeasured():
+        _measure_both(model, patches, text_ids[:, : lengths.prefill], options.rounds, result)
     names = [_dtype_name(model), patches.name]
     console.print(Text(f"> {options.prompt}", style="bold"))
     patches.undo()
@@ -142,21 +185,24 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
     patches.redo()
     result.text_after = _answer(model, tokenizer, prompt_ids, names[1], options, console)
     console.print(result_table(result, names, options))
-    console.print(circumstances(result, patches, options))
+    console.print(circumstances(result, patches, options, lengths))
+    if patches.body.selection is not None:
+        console.print(selection_line(patches.body.selection).strip(), highlight=False)
+    if patches.body.misses is not None:
+        result.misses = [dataclasses.asdict(row) for row in patches.body.misses.rows]
+        console.print(str(patches.body.misses), highlight=False)
     console.print(difference(result.text_before, result.text_after))
     return result
 
 
-def _perplexity_after(model: Any, ids: Tensor, options: RunOptions, advance: Any) -> float:
+def _perplexity_after(
+    model: Any, patches: Patches, ids: Tensor, lengths: Lengths, advance: Any
+) -> float:
     """With a cache of pages in pieces of text that read it, for only then is it read at all."""
-    if options.kv is None:
-        return perplexity(model, ids, WINDOW, advance)
-    from lath.integration.cache import LathCache
-
-    def new_cache() -> LathCache:
-        return LathCache(model.config, options.kv or "", backend=options.backend)
-
-    return cached_perplexity(model, ids, new_cache, WINDOW, CHUNK, advance)
+    new_cache = patches.body.new_cache
+    if new_cache is None:
+        return perplexity(model, ids, lengths.window, advance)
+    return cached_perplexity(model, ids, new_cache, lengths.window, lengths.chunk, advance)
 
 
 def _measure_both(
@@ -165,7 +211,7 @@ def _measure_both(
     with progress_bar("speed", 2 * (rounds + 1)) as advance:
         speeds = measure_speeds(
             model,
-            text_ids[:, :PREFILL_TOKENS],
+            text_ids,
             {"before": patches.undo, "after": patches.redo},
             new_tokens=DECODE_TOKENS,
             rounds=rounds,
@@ -221,15 +267,22 @@ def result_table(result: RunResult, names: Sequence[str], options: RunOptions) -
     return table
 
 
-def circumstances(result: RunResult, patches: Patches, options: RunOptions) -> str:
+def circumstances(
+    result: RunResult, patches: Patches, options: RunOptions, lengths: Lengths
+) -> str:
     """Where and how the figures were taken, and what memory they took that the table leaves out."""
     report = patches.body
     views = sum(part.view_bytes for part in patches.reports)
     return (
         f"Backend {result.backend} on {describe_device('cpu').architecture}, "
         f"{torch.get_num_threads()} thread(s); activations {report.activations}; prefill of "
-        f"{PREFILL_TOKENS} tokens, then {DECODE_TOKENS}; medians of {options.rounds} rounds. "
+        f"{lengths.prefill} tokens, then {DECODE_TOKENS}; medians of {options.rounds} rounds. "
         f"Views of the packed weights, made for this backend and never saved: {views:,} bytes more."
+        + (
+            f" Perplexity in windows of {lengths.window} tokens, {lengths.chunk} at a time."
+            if options.select is not None
+            else ""
+        )
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lath.formats import packing
 from lath.formats.codec import Codec
 from lath.formats.qtensor import SCALE_DTYPES, QTensor
+from lath.kernels.quantize_tables import quantize_in_steps
 
 _SMALLEST_SCALE = {"fp16": 2.0**-24, "fp32": 2.0**-126}
 _SEARCH_RATIOS = [(64 - i) / 64 for i in range(33)]
@@ -20,9 +21,16 @@ _SEARCH_RATIOS = [(64 - i) / 64 for i in range(33)]
 _CHUNK_WEIGHTS = 1 << 24
 
 
-def quantize(weight: Tensor, codec: Codec, search: bool = False) -> QTensor:
-    """weight [N, K] fp16, bf16 or fp32 → QTensor; ValueError on NaN, infinity or overflow."""
+def quantize(
+    weight: Tensor, codec: Codec, search: bool = False, table: Tensor | None = None
+) -> QTensor:
+    """weight [N, K] fp16, bf16 or fp32 → QTensor; ValueError on NaN, infinity or overflow.
+
+    table: fp32 [levels], ascending, of a learned codec; None: found here.
+    """
     rows, columns = weight.shape
+    if codec.is_table or codec.values == "ternary" or codec.scale_dtype not in ("fp16", "fp32"):
+        return quantize_in_steps(weight, codec, search, table)
     chunk = max(1, _CHUNK_WEIGHTS // max(columns, 1))
     parts = [
         _quantize_rows(weight[start : start + chunk].float(), codec, search)

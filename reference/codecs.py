@@ -6,10 +6,14 @@ Written element by element from the formulas of DESIGN.md, section 2; the fast t
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
+from lath.formats import values as value_tables
 from lath.formats.codec import Codec
+from lath.reference import floats
 
 PANEL, BLOCK = 16, 128
 SCALE_DTYPES = {"fp16": np.float16, "fp32": np.float32}
@@ -17,17 +21,32 @@ SCALE_DTYPES = {"fp16": np.float16, "fp32": np.float32}
 SMALLEST_SCALE = {"fp16": np.float32(2.0**-24), "fp32": np.float32(2.0**-126)}
 # Fractions of the full range that `search` tries; 1 first, so that a tie keeps the widest range.
 SEARCH_RATIOS = [(64 - i) / 64 for i in range(33)]
+# A power of two cannot be shrunk to a fraction: the one below and the one above.
+POWER_RATIOS = [1.0, 2.0, 0.5]
+LLOYD_ROUNDS = 200  # of the k-means that finds a learned table
 
 Codes = NDArray[np.uint8]
 Side = NDArray[np.float16] | NDArray[np.float32] | NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 
-def quantize(weight: Floats, codec: Codec, search: bool = False) -> tuple[Codes, Side, Side | None]:
+class Quantised(NamedTuple):
+    """What `lath.formats.qtensor.QTensor` holds, without padding: codes [N, K], scales and zeros
+    [G, N], outer [N] or [1], table [levels]."""
+
+    codes: Codes
+    scales: Side
+    zeros: Side | None = None
+    outer: Side | None = None
+    table: Floats | None = None
+
+
+def quantize(
+    weight: Floats, codec: Codec, search: bool = False, table: Floats | None = None
+) -> Quantised:
     """Round-to-nearest quantisation of a weight [N, K] fp32.
 
-    Returns codes uint8 [N, K], scales [G, N] and zeros [G, N] (uint8 zero points, or minima in the
-    scale's dtype) or None. With L = 2**bits levels, for each (row, group), all in fp32:
+    With L = 2**bits levels, for each (row, group), all in fp32:
 
         none      scale = max|w| / (L/2 - 1/2)     code = rint(w / scale) + L/2
         integer   scale = (hi - lo) / (L - 1)      zero = rint(-lo / scale),
@@ -35,19 +54,29 @@ def quantize(weight: Floats, codec: Codec, search: bool = False) -> tuple[Codes,
         float     scale = (hi - lo) / (L - 1)      minimum = lo,
                   lo = min(w), hi = max(w)         code = rint((w - minimum) / scale)
         one bit, none: scale = 2 * mean|w|, code = (w >= 0): the least-squares scale of a sign
+        ternary   scale = mean|w| (of the tensor without groups: BitNet b1.58, 2402.17764)
+                                                   code = clip(rint(w / scale), -1, 1) + 1
+        a table   scale = max|w| / its largest     code = that of the nearest entry to w / scale
 
     Codes are clipped to 0..L-1; scale and minimum are rounded to their stored dtype before the
-    codes are computed; rint rounds half to even. A group that is all zero has scale 1, zero 0 and
-    the codes of 0 (one bit, none: scale 0). L/2 - 1/2 puts ±max|w| half a step outside the outer
-    codes, so that |error| <= scale/2 everywhere, clipping included (up to the scale's rounding).
+    codes are computed; rint rounds half to even, and of two nearest entries of a table the one with
+    the even code is taken. A group that is all zero has scale 1, zero 0 and the codes of 0 (one
+    bit, none: scale 0). L/2 - 1/2 puts ±max|w| half a step outside the outer codes, so that |error|
+    <= scale/2 everywhere, clipping included (up to the scale's rounding).
+
+    Scales of 8 bits: see `store_scales`. table: the entries of a learned codec, ascending; None:
+    found by `learn_table`.
 
     search: try the range shrunk to 64/64, 63/64, ... 32/64 (around 0; around the middle for
-    "float") and keep, per group, the first with the least sum of squared errors (float64).
+    "float"; powers of two: itself, twice, half of it) and keep, per group, the first with the least
+    sum of squared errors (float64), below an outer scale with scales before they are stored.
 
     Raises ValueError if the weight has NaN or infinity, or a scale or minimum overflows its dtype.
     """
     if not np.isfinite(weight).all():
         raise ValueError("weight must be finite: it has NaN or infinity")
+    if codec.is_table or codec.values == "ternary" or codec.scale_dtype not in SCALE_DTYPES:
+        return _quantize_in_steps(weight, codec, search, table)
     rows, columns = weight.shape
     size, groups = codec.group_size(columns), codec.num_groups(columns)
     dtype = SCALE_DTYPES[codec.scale_dtype]
@@ -65,7 +94,180 @@ def quantize(weight: Floats, codec: Codec, search: bool = False) -> tuple[Codes,
             best_loss = np.where(better, loss, best_loss)
             codes[:, g * size : (g + 1) * size][better] = q[better]
             scales[g, better], zeros[g, better] = s[better], z[better]
-    return codes, scales, None if codec.zero == "none" else zeros
+    return Quantised(codes, scales, None if codec.zero == "none" else zeros)
+
+
+def _quantize_in_steps(
+    weight: Floats, codec: Codec, search: bool, table: Floats | None
+) -> Quantised:
+    """Exact scales of all groups, then the scales that are stored, then codes."""
+    rows, columns = weight.shape
+    size, groups = codec.group_size(columns), codec.num_groups(columns)
+    if codec.values == "learned" and table is None:
+        table = learn_table(weight, codec)
+    entries = entries_of(codec, table)
+    exact = np.zeros((groups, rows), np.float32)
+    for g in range(groups):
+        block = weight[:, g * size : (g + 1) * size].astype(np.float32)
+        best_loss = np.full(rows, np.inf)
+        ratios = POWER_RATIOS if codec.scale_dtype == "e8m0" else SEARCH_RATIOS
+        for ratio in ratios if search else ratios[:1]:
+            scale = exact_scale(block, codec, entries) * np.float32(ratio)
+            safe = np.where(scale == 0, np.float32(1), scale)
+            if codec.scale_dtype in ("fp16", "fp32", "e8m0"):
+                stored, _ = store_scales(scale[None], codec)
+                safe = effective_scales(stored, None, codec)[0].astype(np.float32)
+            q, z = nearest(block, safe, codec, entries)
+            error = _decode(q, safe[:, None], z[:, None], codec, entries) - block
+            loss = (error**2).sum(axis=1)
+            better = loss < best_loss
+            best_loss = np.where(better, loss, best_loss)
+            exact[g, better] = scale[better]
+    if codec.values == "ternary" and codec.group is None:
+        exact[:] = np.float32(np.abs(weight.astype(np.float64)).mean()) if weight.size else 0
+    scales, outer = store_scales(exact, codec)
+    effective = effective_scales(scales, outer, codec).astype(np.float32)
+    codes = np.zeros((rows, columns), np.uint8)
+    zeros = np.zeros((groups, rows), np.uint8)
+    for g in range(groups):
+        block = weight[:, g * size : (g + 1) * size].astype(np.float32)
+        q, z = nearest(block, effective[g], codec, entries)
+        codes[:, g * size : (g + 1) * size], zeros[g] = q, z
+    kept = zeros if codec.zero == "integer" else None
+    learned = entries if codec.values == "learned" else None
+    return Quantised(codes, scales, kept, outer, learned)
+
+
+def entries_of(codec: Codec, table: Floats | None = None) -> Floats:
+    """The number of each code, fp32 [levels]; empty where codes are whole numbers."""
+    if not codec.is_table:
+        return np.zeros(0, np.float32)
+    if codec.values != "learned":
+        return np.array(value_tables.table(codec.values), np.float32)
+    if table is None or table.shape != (codec.levels,) or not np.isfinite(table).all():
+        raise ValueError(f"table of {codec} must be {codec.levels} finite numbers")
+    if (np.diff(table) < 0).any() or not table.any():
+        raise ValueError(f"table of {codec} must ascend and hold a number that is not 0")
+    return table.astype(np.float32)
+
+
+def exact_scale(block: Floats, codec: Codec, entries: Floats) -> Floats:
+    """The scale [N] of a group [N, g] before it is stored; 0 for a group of zeros."""
+    amax = np.abs(block).max(axis=1)
+    if codec.values == "ternary":
+        return np.abs(block.astype(np.float64)).mean(axis=1).astype(np.float32)
+    if codec.is_table:
+        return amax / np.float32(np.abs(entries[np.isfinite(entries)]).max())
+    if codec.zero == "integer":
+        span = np.maximum(block.max(axis=1), 0) - np.minimum(block.min(axis=1), 0)
+        return span / np.float32(codec.levels - 1)
+    return amax / np.float32(codec.levels / 2 - 0.5)
+
+
+def nearest(
+    block: Floats, scale: Floats, codec: Codec, entries: Floats
+) -> tuple[Codes, NDArray[np.uint8]]:
+    """Codes [N, g] and zero points [N] of a group for scales [N] > 0."""
+    scaled = block / scale[:, None]
+    zero = np.zeros(len(block), np.uint8)
+    if codec.is_table:
+        return nearest_entry(scaled, entries), zero
+    top = codec.levels - 1
+    if codec.zero == "integer":
+        low = np.minimum(block.min(axis=1), 0)
+        zero = np.clip(np.rint(-low / scale), 0, top).astype(np.uint8)
+    offset = zero[:, None] if codec.zero == "integer" else np.float32(codec.zero_code)
+    return np.clip(np.rint(scaled) + offset, 0, top).astype(np.uint8), zero
+
+
+def nearest_entry(x: Floats, entries: Floats) -> Codes:
+    """The code of the finite entry nearest to each x; of two that are as near, the even code."""
+    codes = np.flatnonzero(np.isfinite(entries))
+    distance = np.abs(x[..., None].astype(np.float64) - entries[codes])
+    # Of equal numbers (0 and -0 of a float) and of two as near: the even code, then the lower.
+    order = np.lexsort((codes, codes % 2))
+    best = order[distance[..., order].argmin(axis=-1)]
+    return codes[best].astype(np.uint8)
+
+
+def store_scales(exact: Floats, codec: Codec) -> tuple[Side, Side | None]:
+    """Exact scales [G, N] → stored scales and the outer ones.
+
+        e8m0   byte = clip(e, -127, 127) + 127, 2**e the largest power of two not above scale * (the
+               mantissa of the table's largest entry): the OCP rule, floor(log2 amax) - emax
+        e4m3   outer = max scale / 448, byte = E4M3(scale / outer), not below its smallest
+        int8   outer = fp16(max scale of the row / cap), byte = clip(rint(scale / outer), 1, cap),
+               cap = `codec.largest_inner_scale`
+
+    Scales 0 (groups of zeros) are stored as 1, or as the smallest byte below an outer scale.
+    """
+    kind = codec.scale_dtype
+    if kind in SCALE_DTYPES:
+        return _scale(exact, codec), None
+    if kind == "e8m0":
+        mantissa = np.float32(np.frexp(np.float32(value_tables.largest(codec.values)))[0] * 2)
+        with np.errstate(divide="ignore"):
+            exponent = np.frexp(np.where(exact == 0, np.float32(1), exact) * mantissa)[1] - 1
+        exponent = np.where(exact == 0, 0, exponent)
+        return (np.clip(exponent, -127, 127) + 127).astype(np.uint8), None
+    if kind == "e4m3":
+        most = exact.max(initial=0)
+        outer = np.float32(most / np.float32(448)) if most > 0 else np.float32(1)
+        outer = np.maximum(outer, SMALLEST_SCALE["fp32"])
+        inner = np.maximum(floats.round_e4m3(exact / outer), 2.0**-9)
+        return floats.encode_e4m3(inner), np.array([outer], np.float32)
+    most = exact.max(axis=0, initial=0)
+    wide = most / np.float32(codec.largest_inner_scale)
+    row = _scale(wide, Codec(8))
+    byte = np.rint(exact / row.astype(np.float32))
+    return np.clip(byte, 1, codec.largest_inner_scale).astype(np.uint8), row
+
+
+def effective_scales(scales: Side, outer: Side | None, codec: Codec) -> NDArray[np.float64]:
+    """What codes are multiplied by, [G, N]: exact, but one fp32 product below an outer scale."""
+    if codec.scale_dtype == "e8m0":
+        return np.ldexp(1.0, scales.astype(np.int64) - 127)
+    if outer is None:
+        return scales.astype(np.float64)
+    inner = scales.astype(np.float32)
+    if codec.scale_dtype == "e4m3":
+        inner = floats.decode_e4m3(scales.astype(np.uint8)).astype(np.float32)
+    product: NDArray[np.float64] = (inner * outer.astype(np.float32)).astype(np.float64)
+    return product
+
+
+def learn_table(weight: Floats, codec: Codec) -> Floats:
+    """The table of a learned codec: k-means of w / max|w| of each group, each value with the weight
+    max|w|², float64, fp32 [levels].
+
+    Begins at the quantiles (i + ½) / levels, LLOYD_ROUNDS rounds; a value half way goes to the
+    lower entry, an entry that nothing is near stays. Then the entry nearest to 0 becomes 0.
+    """
+    size = codec.group_size(weight.shape[1])
+    parts, weights = [np.zeros(0)], [np.zeros(0)]
+    for g in range(codec.num_groups(weight.shape[1])):
+        block = weight[:, g * size : (g + 1) * size].astype(np.float64)
+        amax = np.abs(block).max(axis=1, keepdims=True)
+        parts.append((block / np.where(amax == 0, 1, amax)).ravel())
+        weights.append(np.broadcast_to(amax**2, block.shape).ravel())
+    order = np.argsort(np.concatenate(parts), kind="stable")
+    values = np.concatenate(parts)[order]
+    own = np.concatenate(weights)[order]
+    if not own.any():
+        raise ValueError(
+            f"weight of {codec} must hold a number that is not 0: its table is learned"
+        )
+    mass, sums = (np.concatenate([[0], np.cumsum(x)]) for x in (own, own * values))
+    places = (np.arange(codec.levels) + 0.5) / codec.levels
+    centres = values[np.minimum((places * len(values)).astype(int), len(values) - 1)]
+    for _ in range(LLOYD_ROUNDS):
+        edges = (centres[1:] + centres[:-1]) / 2
+        ends = np.concatenate([[0], np.searchsorted(values, edges, side="right"), [len(values)]])
+        held = np.diff(mass[ends])
+        moved = np.diff(sums[ends]) / np.where(held > 0, held, 1)
+        centres = np.where(held > 0, moved, centres)
+    centres[np.abs(centres).argmin()] = 0
+    return np.sort(centres).astype(np.float32)
 
 
 def _quantize_group(block: Floats, codec: Codec, ratio: np.float32) -> tuple[Codes, Side, Side]:
@@ -112,9 +314,15 @@ def _store(exact: Floats, codec: Codec) -> Side:
     return stored
 
 
-def _decode(codes: Codes, scales: Side, zeros: Side | None, codec: Codec) -> NDArray[np.float64]:
+def _decode(
+    codes: Codes, scales: Any, zeros: Any, codec: Codec, entries: Floats | None = None
+) -> NDArray[np.float64]:
     """Codes and broadcastable scales and zeros → float64 values."""
-    code, scale = codes.astype(np.float64), scales.astype(np.float64)
+    scale = np.asarray(scales).astype(np.float64)
+    if codec.is_table:
+        assert entries is not None
+        return entries.astype(np.float64)[codes] * scale
+    code = codes.astype(np.float64)
     if zeros is None or codec.zero == "none":
         return (code - codec.zero_code) * scale
     if codec.zero == "integer":
@@ -122,10 +330,20 @@ def _decode(codes: Codes, scales: Side, zeros: Side | None, codec: Codec) -> NDA
     return code * scale + zeros.astype(np.float64)
 
 
-def dequantize(codes: Codes, scales: Side, zeros: Side | None, codec: Codec) -> NDArray[np.float64]:
-    """codes [N, K], scales and zeros [G, N] → weight [N, K] float64, exact."""
+def dequantize(
+    codes: Codes,
+    scales: Side,
+    zeros: Side | None,
+    codec: Codec,
+    outer: Side | None = None,
+    table: Floats | None = None,
+) -> NDArray[np.float64]:
+    """codes [N, K], scales and zeros [G, N] → weight [N, K] float64, exact (two scales: of their
+    fp32 product)."""
     group = np.arange(codes.shape[1]) // codec.group_size(codes.shape[1])
-    return _decode(codes, scales.T[:, group], None if zeros is None else zeros.T[:, group], codec)
+    wide = effective_scales(scales, outer, codec).T[:, group]
+    zero = None if zeros is None else zeros.T[:, group]
+    return _decode(codes, wide, zero, codec, entries_of(codec, table))
 
 
 def place(n: int, k: int, width: int, columns: int) -> tuple[int, int]:

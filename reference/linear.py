@@ -62,9 +62,14 @@ def linear(
     codec: Codec,
     bias: NDArray[np.float32] | None = None,
     activations: ActivationFormat | None = None,
+    outer: NDArray[np.float32] | None = None,
+    table: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float64]:
-    """x [M, K], codes [N, K], scales and zeros [G, N], bias [N] → y [M, N] float64."""
+    """x [M, K], codes [N, K], scales and zeros [G, N], bias [N] → y [M, N] float64.
+
+    outer, table: of the codecs that have them, as in `lath.reference.codecs.Quantised`.
+    """
     values = decode_activations(x, activations or ActivationFormat())
     with np.errstate(invalid="ignore"):
-        y = values @ dequantize(codes, scales, zeros, codec).T
+        y = values @ dequantize(codes, scales, zeros, codec, outer, table).T
     return y if bias is None else y + bias.astype(np.float64)

@@ -31,6 +31,21 @@ VERBS = [
     "int8/int8 {} bf16 int8 decode parts",
     "int8/int8 {} fp16 float decode parts",
 ]
+# Lists of each KV head, what the verbs launch after a selection; lists of each query head, masks
+# of tokens.
+LISTS = [
+    f"{codecs} {dim} bf16 int8 decode parts lists"
+    for codecs in ("int8/int8", "int4/int4")
+    for dim in (64, 128)
+]
+MASKED_LISTS = [
+    "int8/int8 64 bf16 int8 decode parts tokens",
+    "int8/int8 128 bf16 int8 decode parts query-lists",
+    "int4/int4 128 bf16 int8 decode parts query-lists tokens",
+    "int8/int8 128 fp16 float decode parts tokens",
+    "int8/int8 128 bf16 int8 prefill causal parts lists",
+    "int8/int8 128 bf16 int8 prefill causal parts tokens",
+]
 OTHERS = [
     "int8/int8 {} fp16 float",
     "int8/int8 {} bf16 int16",
@@ -139,6 +154,17 @@ def test_quantised_keys_use_the_tensor_unit(architecture: str, text: str) -> Non
 @pytest.mark.parametrize("text", over(VERBS))
 def test_what_the_verbs_launch(text: str, architecture: str) -> None:
     """The default attention, the one with int8 values, and decoding, with their float parts."""
+    check_attend(text, architecture)
+
+
+@pytest.mark.parametrize(("text", "architecture"), thinned(LISTS, 4, ARCHITECTURES))
+def test_lists_of_pages(architecture: str, text: str) -> None:
+    """Every architecture at every run, with one of the codecs and head dims."""
+    check_attend(text, architecture)
+
+
+@pytest.mark.parametrize(("text", "architecture"), thinned(MASKED_LISTS, 7, ARCHITECTURES))
+def test_masks_of_tokens_and_lists_of_query_heads(architecture: str, text: str) -> None:
     check_attend(text, architecture)
 
 

@@ -27,7 +27,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 PAGES, KV_HEADS, GROUP = 512, 8, 4
 SCALE = 0.1
 
-# kernel, codec of keys, dtype, rows of a head
+# Kernel, codec of keys, dtype, rows of a head. What a step of decoding launches:
 COVER = [
     "mean int8 bf16 1", "bound int8 bf16 1", "mass int8 bf16 1", "floor int8 bf16 1",
     "repair int8 bf16 1", "token int8 bf16 1", "label int8 bf16 1",
@@ -36,9 +36,22 @@ OTHERS = [
     "subpages int8 bf16 1", "bound int8 fp16 16", "mass int8 fp16 16", "floor float fp16 1",
     "repair int8 fp16 16", "repair_of_heads int8 fp16 1", "repair int8 fp32 1",
     "bound int8 fp32 16", "subpages int8 fp16 16", "mass int8 fp32 1", "token int4 fp16 1",
-    "token int8-planes bf16 16", "token float bf16 1", "token int2 fp16 16", "label4 int8 bf16 1",
+    "token int8-planes bf16 16", "token float fp16 1", "token int2 fp16 16", "label4 int8 bf16 1",
     "label float fp16 16", "label4 int4 fp32 16",
 ]  # fmt: skip
+
+
+def thinned(texts: list[str], one_in: int, architectures: list[str]) -> list[object]:
+    """Each text at head dims 64 and 128 on some architectures at every run, on all in the slow."""
+    return [
+        pytest.param(
+            text, dim, architecture, id=f"{architecture} {text} {dim}",
+            marks=[] if (3 * i + 5 * j + 2 * (dim // 128)) % one_in == 0 else [pytest.mark.slow],
+        )
+        for i, text in enumerate(texts)
+        for j, architecture in enumerate(architectures)
+        for dim in (64, 128)
+    ]  # fmt: skip
 
 
 def record(text: str, dim: int, architecture: str) -> list[Specialisation]:
@@ -104,3 +117,55 @@ def check(found: Specialisation) -> Resources:
     assert usage.shared_memory <= device.shared_memory, str(found)
     assert usage.blocks_per_unit >= 1, f"{found}: {usage.limiter}"
     return usage
+
+
+def expect_tensor_instructions(usage: Resources, integers: bool) -> None:
+    nvidia = ("IMMA", "IGMMA", "UTCI") if integers else ("HMMA", "HGMMA", "UTCH")
+    amd = ("v_mfma_i32",) if integers else ("v_mfma_f32",)
+    names = amd if usage.architecture.startswith("gfx") else nvidia
+    assert any(usage.uses(name) for name in names), str(usage.tensor_instructions)
+
+
+def check_kernels(text: str, dim: int, architecture: str) -> None:
+    launched = record(text, dim, architecture)
+    name, codec, *_ = text.split()
+    for found in launched:
+        usage = check(found)
+        if found.name == "merge_kernel":
+            continue
+        codes = found.name == "token_scores_kernel" and codec != "float"
+        if codec != "e4m3":
+            expect_tensor_instructions(usage, codes)
+    main = {"label4": "label", "repair_of_heads": "repair"}.get(name, name)
+    main = main if main in ("repair", "token", "label") else "page"
+    assert any(found.name.startswith(main) for found in launched)
+
+
+@pytest.mark.parametrize(("text", "dim", "architecture"), thinned(COVER, 7, ARCHITECTURES))
+def test_a_step_of_decoding(text: str, dim: int, architecture: str) -> None:
+    check_kernels(text, dim, architecture)
+
+
+@pytest.mark.parametrize(("text", "dim", "architecture"), thinned(OTHERS, 31, ARCHITECTURES))
+def test_other_dtypes_rows_and_codecs(text: str, dim: int, architecture: str) -> None:
+    check_kernels(text, dim, architecture)
+
+
+@pytest.mark.parametrize(
+    ("text", "dim", "architecture"), thinned(["token e4m3 bf16 1", "token e4m3 fp16 16"], 5, E4M3)
+)
+def test_eight_bit_floats(text: str, dim: int, architecture: str) -> None:
+    check_kernels(text, dim, architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("width", [512, 32768])
+def test_top_k(width: int, architecture: str) -> None:
+    """In registers, and by radix passes; neither with atomics on global memory."""
+    with fake_gpu(architecture) as recording:
+        kernels.top_k(torch.zeros(8, width), width // 8)
+    (found,) = recording.specialisations()
+    assert found.name == ("top_k_kernel" if width <= 1024 else "radix_top_k_kernel")
+    check(found)
+    kernel = compile_recorded(found)
+    assert "atomic_rmw" not in kernel.asm["ttgir"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def plan(
     heads: str = "32/8",
     sequences: int = 1,
     options: ScoreOptions = OPTIONS,
+    **listed: Any,
 ) -> Plan:
     key, value = (PageCodec(name) for name in codecs.split("/"))
     query_heads, kv_heads = (int(count) for count in heads.split("/"))
@@ -48,6 +50,7 @@ def plan(
         sequences=sequences, query_heads=query_heads, kv_heads=kv_heads, queries=queries,
         keys=keys, fmt=PageFormat(key, value, *dims, dtype.itemsize), dtype=dtype,
         options=options, device=described(device), backend=backend,  # type: ignore[arg-type]
+        **listed,
     )  # fmt: skip
 
 
@@ -140,11 +143,47 @@ def test_tiles_fit_every_device(device: str, codec: str) -> None:
 
 
 def test_operations_and_bytes() -> None:
-    """q·k and P·V of the pairs that causality leaves; every page once per KV head."""
+    """q·k and P·V of the pairs that causality leaves; every page and its mean once per KV head."""
     assert plan(1, 100).operations == 2 * 32 * 100 * (128 + 128)
     assert plan(100, 100).operations == 2 * 32 * (100 * 101 // 2) * 256
     fmt = PageFormat(PageCodec("int8"), PageCodec("int8"), 128, 128)
-    assert plan(1, 100).bytes_moved == 8 * 2 * fmt.record_bytes + 32 * 256 * 2
+    page, q_and_o = fmt.record_bytes + 2 * 128, 32 * 256 * 2
+    assert plan(1, 100).bytes_moved == 8 * 2 * page + q_and_o
+    floats = plan(1, 100, float_keys=64 + 36)
+    assert floats.bytes_moved == 8 * 100 * 256 * 2 + q_and_o
+    unified = dataclasses.replace(OPTIONS, scheme="unified")
+    assert plan(1, 100, options=unified).bytes_moved == 8 * 2 * (page + 2 * 128 + 4) + q_and_o
+
+
+def test_lists_move_what_they_hold() -> None:
+    """A list of every KV head is what all read; one of every query head is read by it alone."""
+    shared, own = plan(keys=1000), plan(keys=1000, lists=8)
+    assert shared == own
+    single = plan(keys=1000, lists=32)
+    assert (single.pack, single.block_m, single.dataflow) == (1, 16, "decode")
+    assert "1 row(s) per query head, which has its own list of pages" in single.reason
+    assert single.split_k < own.split_k  # four times the tiles
+    one_unit = dataclasses.replace(known_device("sm_90"), compute_units=1)
+    q_and_o = 32 * 256 * 2
+    kv, query = (plan(keys=1000, lists=lists, device=one_unit) for lists in (8, 32))
+    assert query.bytes_moved - q_and_o == 4 * (kv.bytes_moved - q_and_o)
+    # Rows of one query head: as many as fill a tile make a prefill.
+    assert plan(64, lists=32).dataflow == "decode"
+    assert plan(65, lists=32).dataflow == "prefill"
+    few = dataclasses.replace(known_device("avx512_vnni"), threads=8)
+    on_cpu = plan(backend="cpu", device=few, heads="4/1", lists=4)
+    assert on_cpu.split_k == 2
+    assert "4 query head(s): 64 pages in 2 pieces" in on_cpu.reason
+    with pytest.raises(ValueError, match="lists must be None, kv_heads, 8, or query_heads, 32"):
+        plan(lists=4)
+
+
+def test_a_draft_moves_its_planes() -> None:
+    codecs = "int8-planes/int8-planes"
+    whole, draft = (
+        plan(640, 640, codecs, backend="reference", draft=draft) for draft in (False, True)
+    )
+    assert whole.bytes_moved - draft.bytes_moved == 8 * 10 * 2 * 64 * 64
 
 
 def test_other_backends() -> None:
@@ -177,7 +216,8 @@ def test_what_takes_registers_makes_tiles_lower() -> None:
         plan(512).block_m,
         plan(512, codecs="int4/int4").block_m,
         plan(512, options=masked).block_m,
+        plan(512, lists=8, tokens=True).block_m,
         plan(512, dims=(256, 256)).block_m,
         plan(512, dtype=torch.float32).block_m,
     ]
-    assert rows == [128, 64, 32, 32, 16]
+    assert rows == [128, 64, 32, 32, 32, 16]

@@ -314,7 +314,7 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     # Compiled anew and not kept: neither this process nor the disk may see it again.
     monkeypatch.setattr("lath.kernels.simd.compile.callback", numba.cfunc)
     monkeypatch.setattr(cpu, "compile_kernel", compile_kernel.__wrapped__)
-    monkeypatch.setattr(cpu, "_compiled", cpu._compiled.__wrapped__)
+    monkeypatch.setattr(cpu, "_prepared", cpu._prepared.__wrapped__)
     case = AttentionCase("int8/float", "2/1", "32/32", 2, "200", "fp32", "float", "-")
     with pytest.raises(AssertionError, match="pieces"):
         check(case)

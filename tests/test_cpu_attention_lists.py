@@ -13,9 +13,12 @@ from torch import Tensor
 from cases_attention import AttentionCase, integers, make_attention
 from lath.formats.attention import PageView, Queries, ScoreOptions
 from lath.formats.device import known_device
-from lath.formats.pages import PAGE
+from lath.formats.pages import PAGE, PageCodec, PageFormat
 from lath.kernels.attention import cpu
+from lath.kernels.attention.cpu_arguments import Kind
+from lath.kernels.attention.cpu_order import asked_lines
 from lath.kernels.attention.plan import plan_attention
+from lath.kernels.simd.emitter import BF16
 from oracle_attention import definition
 
 LISTS = ("table", "starts", "counts", "page_counts")
@@ -168,7 +171,7 @@ def test_traffic_of_lists() -> None:
 
 
 def test_traffic_of_what_is_read_in_part() -> None:
-    """A window's pages, a draft's planes, float keys that have no mean, a tile of rows at a time."""
+    """A window's pages, planes of a draft, float keys without a mean, pages for each row tile."""
 
     def traffic_of(text: str) -> tuple[cpu.Traffic, PageView]:
         queries, pages, options = make_attention(AttentionCase.parse(text))
@@ -188,17 +191,43 @@ def test_traffic_of_what_is_read_in_part() -> None:
     assert traffic.records == 2 * (1 + 2) * pages.format.record_bytes
 
 
-def test_the_plan_predicts_the_traffic() -> None:
+@pytest.mark.parametrize("heads", [None, 2, 4])
+def test_the_plan_predicts_the_traffic(heads: int | None) -> None:
+    """Without lists, with lists of KV heads and with lists of query heads, of 10 full pages."""
     queries, pages, options = make_attention(case("-", "640,640"))
+    if heads is not None:
+        pages = every_page(pages, heads, own=True)
     traffic = cpu.Traffic()
     cpu.attend(queries, pages, options, plan(), traffic=traffic)
     predicted = plan_attention(
         sequences=2, query_heads=4, kv_heads=2, queries=1, keys=pages.most_keys, fmt=pages.format,
-        dtype=queries.q.dtype, options=options, device=known_device("avx512_vnni"),
-        backend="cpu",
+        dtype=queries.q.dtype, options=options, device=known_device("avx512_vnni"), backend="cpu",
+        lists=pages.list_heads,
     ).bytes_moved  # fmt: skip
     rows_of_q_and_o = 2 * queries.q.numel() * queries.q.element_size()
     assert traffic.records + traffic.index + rows_of_q_and_o == predicted
+
+
+@pytest.mark.parametrize("codecs", ["int8/int8", "int8-planes/int4", "int2/int8", "float/int8"])
+@pytest.mark.parametrize("dims", [(128, 128), (64, 192), (16, 32)])
+@pytest.mark.parametrize("draft", [False, True])
+def test_every_line_is_asked_for_once(codecs: str, dims: tuple[int, int], draft: bool) -> None:
+    """Of the planes that the integer loops read; as many beside keys as those loops have places."""
+    names = codecs.split("/")
+    fmt = PageFormat(PageCodec(names[0]), PageCodec(names[1]), *dims)
+    key, value = ("draft" if draft and name == "int8-planes" else name for name in names)
+    kind = Kind(key, value, "int8", "int8", BF16, brain=False, few=True)
+    lines, beside_keys = asked_lines(fmt, kind)
+    read = {"keys": key, "values": value, "keys_low": key, "values_low": value}
+    expected: list[int] = []
+    for name, field in fmt.fields.items():
+        if name.removesuffix("_low") in ("keys", "values") and read[name] != "float":
+            if name.endswith("_low") and read[name] == "draft":
+                continue
+            assert field.offset % 64 == field.nbytes % 64 == 0
+            expected += range(field.offset, field.end, 64)
+    assert sorted(lines) == expected
+    assert beside_keys == sum(line < fmt.fields["values"].offset for line in expected)
 
 
 # Negative controls and refusals

@@ -19,8 +19,8 @@ FLOORS = {
     "formats": {"formats"},
     "reference": {"reference", "formats"},
     "kernels": {"kernels", "formats"},
-    "src/lath": {"verbs", "kernels", "reference", "formats", "integration"},
-    "integration": {"integration", "verbs", "kernels", "reference", "formats", ""},
+    "src/lath": {"verbs", "selectors", "kernels", "reference", "formats", "integration"},
+    "integration": {"integration", "verbs", "selectors", "kernels", "reference", "formats", ""},
 }
 
 

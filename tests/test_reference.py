@@ -29,7 +29,7 @@ def test_each_code_is_the_nearest_one(text: str) -> None:
     codec = parse_codec(text)
     rng = np.random.default_rng(1)
     weight = rng.standard_normal((5, 70)).astype(np.float32)
-    codes, scales, zeros = codecs.quantize(weight, codec)
+    codes, scales, zeros, *_ = codecs.quantize(weight, codec)
     size = codec.group_size(70)
     for n, k in np.ndindex(*weight.shape):
         scale = float(scales[k // size, n])
@@ -47,7 +47,7 @@ def test_dequantize_is_exact(text: str) -> None:
     codec = parse_codec(text)
     rng = np.random.default_rng(2)
     weight = rng.standard_normal((4, 50)).astype(np.float32)
-    codes, scales, zeros = codecs.quantize(weight, codec)
+    codes, scales, zeros, *_ = codecs.quantize(weight, codec)
     decoded = codecs.dequantize(codes, scales, zeros, codec)
     size = codec.group_size(50)
     for n, k in np.ndindex(*weight.shape):
@@ -61,17 +61,17 @@ def test_dequantize_is_exact(text: str) -> None:
 
 def test_scales_are_the_stated_formulas() -> None:
     weight = np.array([[-3.0, 1.0] * 8, [0.5, 2.0] * 8], np.float32)
-    _, scales, _ = codecs.quantize(weight, Codec(4, scale_dtype="fp32"))
+    _, scales, *_ = codecs.quantize(weight, Codec(4, scale_dtype="fp32"))
     assert scales[0].tolist() == [np.float32(3 / 7.5), np.float32(2 / 7.5)]
-    _, scales, zeros = codecs.quantize(weight, Codec(2, zero="integer", scale_dtype="fp32"))
+    _, scales, zeros, *_ = codecs.quantize(weight, Codec(2, zero="integer", scale_dtype="fp32"))
     assert zeros is not None
     assert scales[0].tolist() == [np.float32(4 / 3), np.float32(2 / 3)]
     assert zeros[0].tolist() == [2, 0]
-    _, scales, zeros = codecs.quantize(weight, Codec(2, zero="float", scale_dtype="fp32"))
+    _, scales, zeros, *_ = codecs.quantize(weight, Codec(2, zero="float", scale_dtype="fp32"))
     assert zeros is not None
     assert scales[0].tolist() == [np.float32(4 / 3), np.float32(1.5 / 3)]
     assert zeros[0].tolist() == [-3.0, 0.5]
-    _, scales, _ = codecs.quantize(weight, Codec(1, scale_dtype="fp32"))
+    _, scales, *_ = codecs.quantize(weight, Codec(1, scale_dtype="fp32"))
     assert scales[0].tolist() == [4.0, 2.5]
 
 
@@ -140,7 +140,7 @@ def test_linear_is_the_sum_it_says(text: str, activations: str) -> None:
     weight = rng.standard_normal((3, 70)).astype(np.float32)
     x = rng.standard_normal((2, 70)).astype(np.float32)
     bias = rng.standard_normal(3).astype(np.float32)
-    codes, scales, zeros = codecs.quantize(weight, codec)
+    codes, scales, zeros, *_ = codecs.quantize(weight, codec)
     y = linear.linear(x, codes, scales, zeros, codec, bias, fmt)
     size = codec.group_size(70)
     if fmt.kind == "int8":

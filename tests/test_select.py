@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_selectors import BACKENDS, DIM, GROUP, HEADS, make_cache
+from cases_select import BACKENDS, DIM, GROUP, HEADS, make_cache
 
 import lath
 from lath.formats.pages import PAGE

@@ -200,6 +200,9 @@ COVER = [
     ("int2/e4m3 2/1 64/32 3 100 bf16 e4m3 parts;e4m3;mask;unified", "prefill", 2),
     ("float/int8 2/2 48/32 20 130 fp32 int8 parts;alibi;sink;softcap=3", "prefill", 1),
     ("e4m3/float 2/1 32/32 30 40,0,17 bf16 float packed;causal;e4m3", "prefill", 2),
+    ("int8/int8 4/2 32/48 2 500,0,100 bf16 int8 parts;causal;lists=kv;tokens", "decode", 2),
+    ("int4/float 4/2 80/32 20 300 fp16 float causal;lists=query;tokens;unified", "prefill", 1),
+    ("int8/int8 4/2 32/32 40 400 bf16 int8 parts;causal;lists=shared;window=150", "prefill", 2),
 ]
 
 

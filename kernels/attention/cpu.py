@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
         "the compiled CPU kernels need numba: pip install 'lath[cpu]'", name=error.name
     ) from error
 
-from lath.kernels.attention.cpu_arguments import FIELDS, INDEX, ROWS
+from lath.kernels.attention.cpu_arguments import FIELDS, INDEX, ROWS, Kind
 from lath.kernels.attention.cpu_block import (
     Lists,
     fill_options,
@@ -32,6 +32,7 @@ from lath.kernels.attention.cpu_block import (
     options_tensors,
 )
 from lath.kernels.attention.cpu_loop import emit_attend, emit_merge
+from lath.kernels.attention.cpu_order import asked_lines
 from lath.kernels.attention.cpu_scratch import scratch_of, state_bytes
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16, FP16, FP32
@@ -93,10 +94,9 @@ def attend(
         pages.num_sequences, lists, queries.longest if packed else rows, plan.split_k,
         torch.get_num_threads(),
     )  # fmt: skip
-    kernel = _compiled(
-        fmt, q.dtype, options.query, options.precision, pages.draft, division.tile_rows <= ROWS
+    kernel, layout = _prepared(
+        fmt, q.dtype, options.query, options.precision, pages.draft, division.tile_rows
     )
-    layout = _layout(fmt, division.tile_rows)
     block = array("q", layout.block)
     scratch = _place(block, layout, division)
     block[INDEX["row_limit"]] = 0 if packed else rows
@@ -173,47 +173,62 @@ def _place(block: array[int], layout: _Layout, division: _Division) -> Tensor:
 
 
 @functools.cache
-def _compiled(
-    fmt: PageFormat, dtype: torch.dtype, query: str, precision: str, draft: bool, few: bool
-) -> Any:
-    def name(codec: str) -> str:
-        return "draft" if draft and codec == "int8-planes" else codec
-
-    brain = dtype == torch.bfloat16 and has_native_brain(host_isa())
-    return compile_kernel(
-        emit_attend, name(fmt.key.name), name(fmt.value.name), precision, query, DTYPES[dtype],
-        int(brain), int(few),
-    )  # fmt: skip
-
-
-@functools.cache
 def _merge(dtype: torch.dtype) -> Any:
     return compile_kernel(emit_merge, DTYPES[dtype])
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a page format and a height of tile settle: an argument block, bytes of scratch that a
-    thread needs once and for each tile at hand, bytes of a tile's state."""
+    """What a page format, a kernel and a height of tile settle: an argument block, bytes of scratch
+    that a thread needs once and for each tile at hand, bytes of a tile's state."""
 
     block: list[int]
     shared: int
     rows: int
     state: int
+    asked: array[int]  # the block holds its address
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(fmt: PageFormat, tile_rows: int) -> _Layout:
+def _prepared(
+    fmt: PageFormat,
+    dtype: torch.dtype,
+    query: str,
+    precision: str,
+    draft: bool,
+    tile_rows: int,
+) -> tuple[Any, _Layout]:
+    """The kernel, and its layout."""
+
+    def name(codec: str) -> str:
+        return "draft" if draft and codec == "int8-planes" else codec
+
+    brain = dtype == torch.bfloat16 and has_native_brain(host_isa())
+    kind = Kind(
+        name(fmt.key.name), name(fmt.value.name), precision, query, DTYPES[dtype], brain,
+        tile_rows <= ROWS,
+    )  # fmt: skip
+    kernel = compile_kernel(
+        emit_attend, kind.key, kind.value, kind.precision, kind.query, kind.dtype,
+        int(kind.brain), int(kind.few),
+    )  # fmt: skip
+    return kernel, _layout(fmt, kind, tile_rows)
+
+
+def _layout(fmt: PageFormat, kind: Kind, tile_rows: int) -> _Layout:
     stored = fmt.padded_key_dim
     staged = -(-stored // 32) * 32
     scratch = scratch_of(tile_rows, staged, fmt.padded_value_dim)
     state = state_bytes(tile_rows, fmt.padded_value_dim)
+    lines, beside_keys = asked_lines(fmt, kind)
+    asked = array("i", lines)
     values = {
         "key_dim": fmt.key_dim, "value_dim": fmt.value_dim, "stored_keys": stored,
         "stored_values": fmt.padded_value_dim, "record_end": fmt.record_bytes,
-        "staged_keys": staged,
+        "asked": asked.buffer_info()[0], "asked_values": beside_keys, "staged_keys": staged,
         "tile_rows": tile_rows, "state": state, "at_rows": scratch.shared, "row_slot": scratch.rows,
         **{name: field.offset for name, field in fmt.fields.items()},
         **{f"at_{name}": offset for name, offset in scratch.offsets.items()},
     }  # fmt: skip
-    return _Layout([values.get(name, 0) for name in FIELDS], scratch.shared, scratch.rows, state)
+    block = [values.get(name, 0) for name in FIELDS]
+    return _Layout(block, scratch.shared, scratch.rows, state, asked)

@@ -47,6 +47,7 @@ FIELDS = (
     "keys", "keys_low", "values", "values_low",  # offsets in a record
     "value_scales", "key_scales", "token_scales", "record_end",
     "stored_keys", "stored_values",  # padded head dims
+    "asked", "asked_values",  # int32 offsets of lines (cpu_order.py); the first beside values
     # addresses (tokens: 0 for none); bytes between sequences and between heads
     *(f"{name}{stride}" for name in LIST_FIELDS for stride in ("", "_sequence", "_head")),
     "lengths",  # int32 [S]

@@ -15,6 +15,7 @@ from lath.kernels.attention.cpu_rows import RowTile, piece
 from lath.kernels.attention.cpu_tile import (
     VECTOR,
     KeyTile,
+    ask,
     offset_code,
     page_scale,
     token_scale,
@@ -62,8 +63,12 @@ def _subpage_dots(c: Context, keys: KeyTile, codes: Any, subpage: Any) -> list[A
     rows = [e.add(codes, e.multiply(a["stored_keys"], r)) for r in range(ROWS)]
     with e.loop(e.divide(width, UNIT)) as unit:
         at = e.add(start, e.multiply(unit, SUBPAGE * UNIT))
-        stored = _vectors(c, keys, a["keys"], at)
-        low = _vectors(c, keys, a["keys_low"], at) if kind.key == "int8-planes" else stored
+        planes = ("keys", "keys_low") if kind.key == "int8-planes" else ("keys",)
+        if kind.few:
+            first = e.divide(at, VECTOR // len(planes))
+            for i in range(4 * len(planes)):
+                ask(c, keys, first, i)
+        stored, low = (_vectors(c, keys, a[plane], at) for plane in (planes[0], planes[-1]))
         for part in range(parts):
             channel = e.add(e.multiply(width, part), e.multiply(unit, UNIT))
             decoded = [
@@ -78,13 +83,9 @@ def _subpage_dots(c: Context, keys: KeyTile, codes: Any, subpage: Any) -> list[A
 
 
 def _vectors(c: Context, keys: KeyTile, field: Any, at: Any) -> list[Any]:
-    """Four vectors of a plane; those of the next page are asked for."""
+    """Four vectors of a plane."""
     e = c.e
-    offset = e.add(field, at)
-    if c.kind.few:
-        for i in range(4):
-            e.prefetch(e.add(e.add(keys.upcoming, offset), VECTOR * i))
-    address = e.add(keys.record, offset)
+    address = e.add(e.add(keys.record, field), at)
     return [e.load(e.add(address, VECTOR * i)) for i in range(4)]
 
 

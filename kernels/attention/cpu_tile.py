@@ -16,7 +16,7 @@ from lath.formats.pages import PAGE, SUBPAGE, UNIT
 from lath.kernels.attention.cpu_arguments import Context, fields_of
 from lath.kernels.attention.cpu_rows import RowTile, copy_floats, piece
 from lath.kernels.simd import lanes, mathematics
-from lath.kernels.simd.emitter import BYTES, F32, FP32, LANES, SHORTS
+from lath.kernels.simd.emitter import BYTES, F32, FP32, I32, I64, LANES, SHORTS
 
 SUBPAGES = PAGE // SUBPAGE
 VECTOR = 64
@@ -38,6 +38,13 @@ class KeyTile:
     record: Any = None
     mean: Any = None
     upcoming: Any = None
+
+
+def ask(c: Context, keys: KeyTile, first: Any, i: int) -> None:
+    """Ask for line first + i, in the order of cpu_order.py, of the record that comes up."""
+    e = c.e
+    offset = e.load(e.add(e.offset(c.a["asked"], first, 4), 4 * i), I32)
+    e.prefetch(e.add(keys.upcoming, e.builder.sext(offset, I64)))
 
 
 def offset_code(c: Context, stored: Any, low: Any, codec: str, part: int) -> Any:

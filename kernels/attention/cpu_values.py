@@ -14,7 +14,7 @@ from lath.kernels.attention.cpu_rows import RowTile, block_state, piece
 from lath.kernels.attention.cpu_scores import float_dots, multiply
 from lath.kernels.attention.cpu_scratch import STATE_HEADER
 from lath.kernels.attention.cpu_softmax import Weights
-from lath.kernels.attention.cpu_tile import SUBPAGES, VECTOR, KeyTile, signed_code
+from lath.kernels.attention.cpu_tile import SUBPAGES, VECTOR, KeyTile, ask, signed_code
 from lath.kernels.simd import lanes
 from lath.kernels.simd.emitter import FLOATS, I32, INTS, LANES
 
@@ -78,12 +78,10 @@ def _channel_dots(
             if kind.value == "int8-planes":
                 low = e.load(e.add(e.add(keys.record, a["values_low"]), at_vector))
             if kind.few and part == 0:
-                # In the order of addresses, which the prefetchers of the memory follow.
-                line = e.offset(e.integer(VECTOR * (4 * subpage + i)), unit, VECTOR * UNIT)
-                for plane in (
-                    ("values", "values_low") if kind.value == "int8-planes" else ("values",)
-                ):
-                    e.prefetch(e.add(e.add(keys.upcoming, a[plane]), line))
+                planes = 2 if kind.value == "int8-planes" else 1
+                first = e.add(a["asked_values"], e.multiply(unit, UNIT * planes))
+                for plane in range(planes):
+                    ask(c, keys, first, planes * (4 * subpage + i) + plane)
             value = signed_code(c, stored, low, kind.value, part)
             for r in range(ROWS):
                 place = e.add(codes, PAGE * r + SUBPAGE * subpage)

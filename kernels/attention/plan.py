@@ -42,6 +42,8 @@ class _Case(NamedTuple):
     query_heads: int
     kv_heads: int
     lists: int  # of a sequence: of its KV heads, or of its query heads
+    listed: bool  # each of them its own
+    tokens: bool
     queries: int
     keys: int
     float_keys: int
@@ -77,6 +79,7 @@ def plan_attention(
     device: DeviceDescription,
     backend: Backend,
     lists: int | None = None,
+    tokens: bool = False,
     float_keys: int = 0,
     draft: bool = False,
 ) -> Plan:
@@ -86,8 +89,8 @@ def plan_attention(
     and in the float parts (`PageView.most_keys`); float_keys: those of the float parts. dtype: of
     q. device: where it runs; a CPU under backend "triton" is the interpreter. lists: lists of pages
     of a sequence, `PageView.list_heads`: kv_heads, or query_heads (every query head its own: no
-    page is shared); None where all heads read one list. draft: as in `PageView`. ValueError for
-    another number of lists.
+    page is shared); None where all heads read one list. tokens: whether its lists have masks of
+    tokens. draft: as in `PageView`. ValueError for another number of lists.
 
     `Plan.bytes_moved` counts, for each list of each sequence (a KV head's, or a query head's):
 
@@ -109,9 +112,10 @@ def plan_attention(
     if backend == "triton" and device.kind == "cpu":
         device = INTERPRETED_DEVICE
     case = _Case(
-        sequences, query_heads, kv_heads, lists or kv_heads, queries, keys, float_keys, fmt, draft,
-        dtype, options.causal, options.window, options.query, options.precision,
-        options.scheme == "unified", _is_busy(options), _is_crowded(options), device, backend,
+        sequences, query_heads, kv_heads, lists or kv_heads, lists is not None, tokens, queries,
+        keys, float_keys, fmt, draft, dtype, options.causal, options.window, options.query,
+        options.precision, options.scheme == "unified", _is_busy(options), _is_crowded(options),
+        device, backend,
     )  # fmt: skip
     return _plan(case)
 
@@ -220,7 +224,10 @@ def _tile(draft: Plan, case: _Case) -> Plan:
     decoded = device.capability == 90 and case.precision == "float" and case.fmt.value.bits <= 8
     wide = widest > (64 if device.capability == 100 or decoded else 128)
     two = device.kind == "hip" or full or (draft.dataflow == "decode" and wide)
-    stages = 1 if _is_unpipelined(case, block_m, warps, widest) else 2 if two else 3
+    # Masks of tokens beside a second page in flight: up to 44 bytes too many on AMD's GPUs.
+    masked = device.kind == "hip" and case.tokens and draft.dataflow == "prefill"
+    one = masked or _is_unpipelined(case, block_m, warps, widest)
+    stages = 1 if one else 2 if two else 3
     while stages > 1 and shared_bytes(draft, stages, case.fmt) > device.shared_memory:
         stages -= 1
     return replace(draft, stages=stages)
@@ -246,7 +253,8 @@ def _prefill_tile(case: _Case, widest: int) -> tuple[int, int]:
         return (32 if widest <= 64 else 16), 8
     if widest > 128:
         return 32, 4 if amd else 8
-    if case.busy:
+    # Masks of tokens: up to 16 bytes too many in the tallest tiles, and lists 8 on gfx950.
+    if case.busy or case.tokens or (case.listed and device.architecture == "gfx950"):
         return (64 if widest <= 64 else 32), 8
     if widest <= 64:
         return (64, 4) if amd else (128, 8)

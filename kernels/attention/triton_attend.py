@@ -235,8 +235,9 @@ def attend_kernel(
 
     q: [B, Hq, L, D] and three strides. prepared: codes, scales, corrections, bounds, of
     `prepare_kernel`, for the rows from token first_token on. records: through pointers for keys,
-    values, fp32. lists: of `page_lists`. lengths: of keys, of queries, offsets of queries. first_part, last_part: keys, values, lengths, strides of each;
-    PARTS says whether they are there; LISTS is of `list_mode`. mask, bias: [S, Hq, Lq, Lk] and four strides; tree: and two.
+    values, fp32. lists: of `page_lists`, LISTS: of `list_mode`. lengths: of keys, of queries,
+    offsets of queries. first_part, last_part: keys, values, lengths, strides of each; PARTS says
+    whether they are there. mask, bias: [S, Hq, Lq, Lk] and four strides; tree: and two.
     output: o [pieces, B, Hq, L, E], lse [pieces, B, Hq, L], B, L; in units of log 2 where PARTIAL.
     factor: scale * log2(e), or with a softcap 2 scale * log2(e) / softcap and cap = softcap *
     log2(e). FLOAT_BLOCK: channels of a row of q, padded. PACKED: B is 1. BOUNDED: some pages may be

@@ -4,7 +4,8 @@
 the options need at run time: (window, softcap * log2(e), mask, its row and key strides, bias, its
 row and key strides, alibi, tree, its row stride, position of the first query); tensors already at
 the sequence. OPTIONS is the constexpr tuple (causal, window, softcap, mask, bias, alibi, tree,
-tokens), all flags but window: 0 none, 1 backwards, 2 both ways; tokens matters to pages alone. Scores are in units of log 2.
+tokens), all flags but window: 0 none, 1 backwards, 2 both ways; tokens, the masks of a list's
+pages, is `add_pages`'s. Scores are in units of log 2.
 """
 
 from __future__ import annotations

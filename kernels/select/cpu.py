@@ -1,21 +1,18 @@
 """Selection on a CPU: compiled kernels over index rows, shared by torch's threads.
 
-Scores, lists and repair are those of the definition; everything is computed in fp32. What a result
-is does not depend on the number of threads.
+Scores, lists and repair are those of the definition, computed in fp32. A result does not depend on
+the number of threads.
 """
 
 from __future__ import annotations
 
-import functools
-import struct
 from array import array
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lath.formats.attention import PageView, Queries
-from lath.formats.pages import PageFormat
+from lath.formats.attention import PageView, Queries, QueryFormat
+from lath.formats.pages import PAGE
 from lath.formats.selection import PageScore
 
 try:
@@ -25,16 +22,30 @@ except ModuleNotFoundError as error:
         "the compiled CPU kernels need numba: pip install 'lath[cpu]'", name=error.name
     ) from error
 
-from lath.kernels.select.cpu_arguments import FIELDS, INDEX, ROWS, TILE
+from lath.kernels.attention.cpu_arguments import INDEX as ATTENTION_INDEX
+from lath.kernels.select import cpu_tokens, cpu_top_k
+from lath.kernels.select.cpu_arguments import INDEX
+from lath.kernels.select.cpu_labels import emit_label_scores
+from lath.kernels.select.cpu_launch import SLOTS, block_of, divide
+from lath.kernels.select.cpu_repair import emit_repair
 from lath.kernels.select.cpu_scores import emit_page_scores
-from lath.kernels.select.cpu_units import scratch_of, state_bytes
+from lath.kernels.select.triton_arguments import (
+    check,
+    check_extremes,
+    check_labels,
+    check_unread,
+)
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16, FP16, FP32
+from lath.kernels.simd.isa import has_native_brain, host_isa
 from lath.kernels.simd.workers import Slots, run_units
 
 DTYPES = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
-_SLOTS = Slots(INDEX["task"], INDEX["thread_number"], INDEX["thread_count"])
-_KINDS = ("bound", "mean", "mass", "floor")
+_TOKEN_SLOTS = Slots(*(ATTENTION_INDEX[n] for n in ("task", "thread_number", "thread_count")))
+_TOP_K_SLOTS = Slots(*(cpu_top_k.INDEX[n] for n in ("task", "thread_number", "thread_count")))
+# Scores whose largest are worth a thread: it takes a few microseconds to wake one.
+_SCORES_OF_A_THREAD = 8192
+_LOWEST = float("-inf")
 
 
 def page_scores(
@@ -48,136 +59,169 @@ def page_scores(
 
     queries: dense. pages: without lists. kind: "bound", "mean", "mass" or "floor". extremes: int8
     [N, Hkv, 4, 2, D], max and min of each sub-page in index units, kind "bound" only: the largest
-    bound of those that hold tokens which count. ValueError for another kind, for packed queries,
-    for lists and for extremes of another shape or kind.
+    bound of those that hold tokens which count. ValueError or TypeError for what is none of these.
     """
-    if kind not in _KINDS:
-        raise ValueError(f"kind must be one of {_KINDS}, got {kind!r}")
-    _check(queries, pages)
-    if extremes is not None:
-        _check_extremes(extremes, pages, kind)
+    check(queries, pages)
+    check_extremes(extremes, pages, kind)
     q = queries.q
     sequences, heads, rows, _ = q.shape
-    width = pages.table.shape[1]
-    scores = torch.full((sequences, heads, rows, width), float("-inf"))
+    kv_heads, width = pages.num_kv_heads, pages.table.shape[1]
+    scores = torch.full((sequences, heads, rows, width), _LOWEST)
     if scores.numel() == 0:
         return scores
-    division = _divide(
-        sequences, pages.num_kv_heads, heads // pages.num_kv_heads, rows, width, True,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    block = array("q", _template(pages.format, division, False))
-    scratch = _fill(block, queries, pages, scale, division)
+    threads = torch.get_num_threads()
+    division = divide(sequences, kv_heads, heads // kv_heads, rows, width, threads)
+    block, alive = block_of(queries, pages, scale, division)
     block[INDEX["out"]] = scores.data_ptr()
     if extremes is not None:
         at = INDEX["extremes"]
         block[at] = extremes.data_ptr()
         block[at + 1], block[at + 2] = extremes.stride(0), extremes.stride(1)
     kernel = compile_kernel(emit_page_scores, kind, int(extremes is not None), DTYPES[q.dtype])
-    run_units(kernel, block, block.buffer_info()[0], division.units, _SLOTS)
-    del scratch  # until here the kernel wrote into it
+    run_units(kernel, block, block.buffer_info()[0], division.units, SLOTS)
+    del alive  # until here the kernel used it
     return scores
 
 
-def _check(queries: Queries, pages: PageView) -> None:
-    if queries.q.dtype not in DTYPES:
-        raise TypeError(f"q must be float32, float16 or bfloat16, got {queries.q.dtype}")
-    if queries.offsets is not None:
-        raise ValueError("queries must be dense for a selection: offsets must be None")
-    if pages.list_heads is not None:
-        raise ValueError(f"pages must have no lists, got a table of shape {pages.table.shape}")
+def token_scores(queries: Queries, pages: PageView, scale: float, query: QueryFormat) -> Tensor:
+    """The scores of attention fp32 [S, Hq, L, 64 P]; -inf for tokens that do not count and rows
+    that a sequence has not got.
+
+    queries: dense. pages: without lists. query: how q is rounded over quantised keys, "int8" (not
+    over e4m3 keys) or "e4m3"; float keys take it as it is. ValueError for another, packed queries
+    and lists.
+    """
+    check(queries, pages)
+    q, fmt = queries.q, pages.format
+    if fmt.key.map != "float" and query not in ("int8", "e4m3")[fmt.key.map == "e4m3" :]:
+        raise ValueError(
+            f"query must be 'e4m3', or 'int8' over other keys than e4m3, got {query!r} over "
+            f"{fmt.key} keys"
+        )
+    sequences, heads, rows, _ = q.shape
+    kv_heads, width = pages.num_kv_heads, pages.table.shape[1]
+    scores = torch.full((sequences, heads, rows, PAGE * width), _LOWEST)
+    if scores.numel() == 0:
+        return scores
+    threads = torch.get_num_threads()
+    division = cpu_tokens.divide(fmt, sequences, kv_heads, heads // kv_heads, rows, width, threads)
+    block, alive = cpu_tokens.fill(queries, pages, scores, scale, division)
+    key = "draft" if pages.draft and fmt.key.name == "int8-planes" else fmt.key.name
+    brain = q.dtype == torch.bfloat16 and has_native_brain(host_isa())
+    kernel = compile_kernel(
+        cpu_tokens.emit_token_scores, key, "int8" if key == "float" else query, DTYPES[q.dtype],
+        int(brain),
+    )  # fmt: skip
+    run_units(kernel, block, block.buffer_info()[0], division.units, _TOKEN_SLOTS)
+    del alive
+    return scores
 
 
-def _check_extremes(extremes: Tensor, pages: PageView, kind: str) -> None:
-    if kind != "bound":
-        raise ValueError(f"extremes must be None for kind {kind!r}: only 'bound' reads sub-pages")
-    dim = pages.format.key_dim
-    shape = (*pages.records.shape[:2], 4, 2, dim)
-    if extremes.dtype != torch.int8 or tuple(extremes.shape) != shape:
-        raise ValueError(f"extremes must be int8 {shape}, got {extremes.dtype} {extremes.shape}")
-    if extremes.stride()[2:] != (2 * dim, dim, 1):
-        raise ValueError(f"extremes must be contiguous in their last three axes, got strides "
-                         f"{extremes.stride()}")  # fmt: skip
-
-
-class _Division(NamedTuple):
-    """How the work is divided into units (cpu_units.Unit). width: entries of a table."""
-
-    width: int
-    tile_rows: int
-    pieces: int
-    piece: int
-    chunks: int
-    chunk: int
-    units: int
-    threads: int
-
-
-@functools.lru_cache(maxsize=1024)  # a decode step asks for the same in every layer
-def _divide(
-    sequences: int, kv_heads: int, group: int, rows: int, width: int, split: bool, threads: int
-) -> _Division:
-    """split: whether the entries of a table may be divided among units."""
-    tile_rows = -(-rows * group // ROWS) * ROWS
-    # Rows of index lie head by head; many rows of q are better kept for one head at a time.
-    chunk = kv_heads if tile_rows <= 4 * ROWS else 1
-    wanted = -(-threads // sequences)
-    pieces = 1
-    if split:
-        pieces = min(-(-wanted * chunk // kv_heads), -(-width // TILE))
-    else:
-        chunk = min(chunk, -(-kv_heads // min(wanted, kv_heads)))
-    chunks = -(-kv_heads // chunk)
-    piece = -(-width // (TILE * pieces)) * TILE
-    pieces = -(-width // piece)
-    units = sequences * chunks * pieces
-    return _Division(width, tile_rows, pieces, piece, chunks, chunk, units, min(threads, units))
-
-
-@functools.lru_cache(maxsize=1024)
-def _template(fmt: PageFormat, division: _Division, states: bool) -> list[int]:
-    """An argument block with what a page format and a division settle."""
-    d = division
-    stored = fmt.padded_value_dim if states else 0
-    scratch = scratch_of(d.piece, d.width, d.chunk, d.tile_rows, fmt.padded_key_dim, stored)
-    values = {
-        "key_dim": fmt.key_dim, "value_dim": fmt.value_dim, "stored_keys": fmt.padded_key_dim,
-        "stored_values": fmt.padded_value_dim, "width": d.width, "tile_rows": d.tile_rows,
-        "units": d.units, "pieces": d.pieces, "piece": d.piece, "chunks": d.chunks,
-        "chunk": d.chunk, "slot": scratch.slot, "state": state_bytes(d.tile_rows, stored),
-        **{name: field.offset for name, field in fmt.index_fields.items()},
-        **{f"at_{name}": offset for name, offset in scratch.offsets.items()},
-    }  # fmt: skip
-    return [values.get(name, 0) for name in FIELDS]
-
-
-def _fill(
-    block: array[int], queries: Queries, pages: PageView, scale: float, division: _Division
+def label_scores(
+    queries: Queries,
+    pages: PageView,
+    labels: Tensor,
+    label_scales: Tensor,
+    label_channels: Tensor,
+    rows_of: Tensor,
+    scale: float,
 ) -> Tensor:
-    """Enters queries, pages and scratch into the block; returns the scratch."""
-    q, index, table = queries.q, pages.index, pages.table
-    size, at = q.element_size(), INDEX["q"]
-    batch, head, row, _ = q.stride()
-    block[at] = q.data_ptr()
-    block[at + 1], block[at + 2], block[at + 3] = batch * size, head * size, row * size
-    block[INDEX["query_lengths"]] = queries.lengths.data_ptr()
-    block[INDEX["query_rows"]] = q.shape[2]
-    block[INDEX["kv_heads"]] = index.shape[1]
-    block[INDEX["group"]] = q.shape[1] // index.shape[1]
-    at = INDEX["index"]
-    block[at] = index.data_ptr()
-    block[at + 1], block[at + 2] = index.stride(0), index.stride(1)
-    at = INDEX["table"]
-    block[at], block[at + 1] = table.data_ptr(), 4 * table.stride(0)
-    block[at + 2], block[at + 3] = pages.counts.data_ptr(), 4 * pages.counts.stride(0)
-    block[INDEX["page_counts"]] = pages.page_counts.data_ptr()
-    block[INDEX["scale"]] = _bits(scale)
-    scratch = torch.empty(division.threads * block[INDEX["slot"]], dtype=torch.uint8)
-    block[INDEX["scratch"]] = scratch.data_ptr()
-    return scratch
+    """q·k over some channels fp32 [S, Hq, L, 64 P]; -inf for tokens that do not count and rows that
+    a sequence has not got.
+
+    queries: dense. pages: without lists. labels: int8 [N, Hkv, C, 64], or uint8 [N, Hkv, C, 32] of
+    4 bits (tokens t and t + 32 in a byte), contiguous. label_scales: fp32 [N, Hkv]. label_channels:
+    int32 [Hkv, C], the channel of each row of labels. rows_of: int32 [S, Hq, R], which of them a
+    query head reads. ValueError or TypeError for what is none of these.
+    """
+    check(queries, pages)
+    q = queries.q
+    sequences, heads, rows, _ = q.shape
+    check_labels(labels, label_scales, label_channels, rows_of, pages, heads)
+    if not labels.is_contiguous():
+        raise ValueError(f"labels must be contiguous, got strides {labels.stride()}")
+    kv_heads, width = pages.num_kv_heads, pages.table.shape[1]
+    scores = torch.full((sequences, heads, rows, PAGE * width), _LOWEST)
+    if scores.numel() == 0:
+        return scores
+    threads, chosen = torch.get_num_threads(), rows_of.shape[2]
+    group = heads // kv_heads
+    division = divide(sequences, kv_heads, group, rows, width, threads, chosen=chosen)
+    block, alive = block_of(queries, pages, scale, division)
+    small = [tensor.contiguous() for tensor in (label_scales, label_channels, rows_of)]
+    for name, tensor in zip(("label_scales", "label_channels", "rows_of"), small, strict=True):
+        block[INDEX[name]] = tensor.data_ptr()
+    at = INDEX["labels"]
+    block[at] = labels.data_ptr()
+    block[at + 1], block[at + 2] = labels.stride(0), labels.stride(1)
+    block[INDEX["label_scales_page"]] = 4 * kv_heads
+    block[INDEX["label_rows"]] = labels.shape[2]
+    block[INDEX["out"]] = scores.data_ptr()
+    packed, centred = labels.dtype == torch.uint8, pages.format.key.map != "float"
+    kernel = compile_kernel(emit_label_scores, int(packed), int(centred), DTYPES[q.dtype])
+    run_units(kernel, block, block.buffer_info()[0], division.units, SLOTS)
+    del alive, small
+    return scores
 
 
-@functools.lru_cache(maxsize=64)
-def _bits(value: float) -> int:
-    """The bits of a float as fp32."""
-    return int(struct.unpack("<I", struct.pack("<f", value))[0])
+def repair(
+    queries: Queries, pages: PageView, unread: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """o fp32 [S, Hq, L, E] and lse fp32 [S, Hq, L] (natural) of the tokens that were not read.
+
+    queries: dense. pages: without lists. unread: fp32 [S, H, P], z of each entry for H = 1, Hkv or
+    Hq lists: +inf where nothing of a page was read, -inf where all was. Rows with nothing left: 0
+    and -inf. Threads share sequences and KV heads, never the entries of a table. ValueError or
+    TypeError for what is none of these.
+    """
+    check(queries, pages)
+    q = queries.q
+    sequences, heads, rows, _ = q.shape
+    check_unread(unread, pages, heads)
+    kv_heads, (_, lists, width) = pages.num_kv_heads, unread.shape
+    o = torch.zeros((sequences, heads, rows, pages.format.value_dim))
+    lse = torch.full((sequences, heads, rows), _LOWEST)
+    if o.numel() == 0 or width == 0:
+        return o, lse
+    unread = unread if unread.stride(2) == 1 else unread.contiguous()
+    threads = torch.get_num_threads()
+    division = divide(sequences, kv_heads, heads // kv_heads, rows, width, threads, states=True)
+    block, alive = block_of(queries, pages, scale, division)
+    at = INDEX["unread"]
+    block[at] = unread.data_ptr()
+    block[at + 1], block[at + 2] = 4 * unread.stride(0), 4 * unread.stride(1)
+    block[INDEX["sharing"]] = heads // lists
+    block[INDEX["o"]], block[INDEX["lse"]] = o.data_ptr(), lse.data_ptr()
+    own_lists = lists not in (1, kv_heads)
+    kernel = compile_kernel(emit_repair, int(own_lists), DTYPES[q.dtype])
+    run_units(kernel, block, block.buffer_info()[0], division.units, SLOTS)
+    del alive
+    return o, lse
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Indices int32 [..., min(k, P)] of the largest of fp32 scores [..., P], ascending, -1 behind.
+
+    The lower index wins a tie; -inf is never taken; NaN is larger than everything. TypeError for
+    other scores than float32, ValueError for k < 0.
+    """
+    if scores.dtype != torch.float32:
+        raise TypeError(f"scores must be float32, got {scores.dtype}")
+    if k < 0:
+        raise ValueError(f"k must be 0 or more, got {k}")
+    width = scores.shape[-1]
+    k = min(k, width)
+    indices = torch.empty((*scores.shape[:-1], k), dtype=torch.int32)
+    if indices.numel() == 0:
+        return indices
+    scores = scores.contiguous()
+    rows = scores.numel() // width
+    units = min(rows, rows * width // _SCORES_OF_A_THREAD + 1)
+    slot = -(-width // 16) * 64
+    keys = torch.empty(min(torch.get_num_threads(), units) * slot, dtype=torch.uint8)
+    block = array("q", bytes(8 * len(cpu_top_k.FIELDS)))
+    addresses = (scores.data_ptr(), keys.data_ptr(), indices.data_ptr())
+    block[:7] = array("q", (*addresses, rows, width, k, slot))
+    kernel = compile_kernel(cpu_top_k.emit_top_k)
+    run_units(kernel, block, block.buffer_info()[0], units, _TOP_K_SLOTS)
+    return indices

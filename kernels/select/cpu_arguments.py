@@ -11,8 +11,8 @@ TILE = 16  # entries of a table that are scored together
 VECTOR = 64
 # Pieces of a thread's scratch (cpu_units.scratch_of).
 PIECES = (
-    "pages", "counted", "logs", "unused", "dots", "units", "weights", "q", "squares", "targets",
-    "lists", "states",
+    "pages", "places", "counted", "logs", "unused", "dots", "units", "weights", "q", "squares",
+    "targets", "lists", "states", "picked", "channels",
 )  # fmt: skip
 
 FIELDS = (
@@ -32,10 +32,10 @@ FIELDS = (
     "out",  # fp32 [S, Hq, rows, width] of scores
     # repair: fp32 z of the entries; query heads that share a list; fp32 o and lse
     "unread", "unread_sequence", "unread_head", "sharing", "o", "lse",
-    # labels
+    # int8 [C, 64] or uint8 [C, 32], and fp32, of a page and head; int32 [kv_heads, C]
     "labels", "labels_page", "labels_head", "label_scales", "label_scales_page",
-    "label_scales_head", "label_channels", "label_channels_head",
-    "rows_of", "rows_of_sequence", "rows_of_head", "chosen", "centred",
+    "label_channels", "label_rows",  # C
+    "rows_of", "chosen",  # int32 [S, Hq, chosen]
     # how the work is divided: entries of a unit, KV heads of a unit
     "units", "pieces", "piece", "chunks", "chunk",
     "tile_rows",  # of a KV head, a multiple of ROWS

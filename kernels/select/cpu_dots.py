@@ -1,4 +1,4 @@
-"""Four rows of q times numbers of four index rows (or of the four parts of one), 16 channels a step.
+"""Four rows of q times numbers of four index rows, or of the four parts of one; 16 channels a step.
 
 relu(q)·max - relu(-q)·min = q·centre + |q|·reach with centre = (max + min) / 2 and reach = (max -
 min) / 2: two multiplications of a number of q, and an index row is widened once for four rows.
@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from llvmlite import ir
+
 from lath.formats.pages import SUBPAGE
 from lath.kernels.select.cpu_arguments import ROWS, TILE, VECTOR, Context, load_integer
 from lath.kernels.select.cpu_units import Tile
 from lath.kernels.simd import lanes, mathematics
-from lath.kernels.simd.emitter import BF16, BYTES, F32, FLOATS, INTS, LANES
+from lath.kernels.simd.emitter import BF16, BYTES, F32, FLOATS, I32, INTS, LANES
 
 QUADS = TILE // 4
 _WIDE = 2.0**-8  # how far a mean rounded to bfloat16 may lie from the mean, of its size
@@ -24,10 +26,10 @@ Terms = list[tuple[Any, Any | None]]
 
 @dataclass(frozen=True)
 class _Row:
-    """An index row. half: half its index unit in all lanes."""
+    """An index row. upcoming: some that are read soon. half: half its index unit in all lanes."""
 
     address: Any
-    upcoming: Any
+    upcoming: list[Any]
     half: Any
 
 
@@ -83,7 +85,12 @@ class Quads:
             unit = e.broadcast(e.add(address, self.c.a["numbers"]), F32)
             half = self.c.b.fmul(unit, e.floats(0.5))
             found.append(_Row(address, self.tile.upcoming(entry), half))
+            self._ask(found[-1], self.c.a["numbers"])
         return found
+
+    def _ask(self, row: _Row, place: Any) -> None:
+        for address in row.upcoming:
+            self.c.e.prefetch(self.c.e.add(address, place))
 
     def _run(self, operands: Callable[[list[_Row], Any], Callable[[Any], Terms]], at: int) -> None:
         """operands(rows of four entries, number of the first) → what `quad_sums` takes."""
@@ -127,23 +134,23 @@ class Quads:
         return e.splat(c.b.fcmp_ordered("==", count, written))
 
     def _mean(self, row: _Row, i: Any) -> Any:
-        """The means of 16 channels; the same of a row that is read soon is asked for."""
+        """The means of 16 channels; those of rows that are read soon are asked for."""
         e = self.c.e
         place = e.offset(self.c.a["mean"], i, 2 * LANES)
-        e.prefetch(e.add(row.upcoming, place))
+        self._ask(row, place)
         return e.load_floats(e.add(row.address, place), BF16)
 
     def _square(self, row: _Row, i: Any) -> Any:
         e = self.c.e
         place = e.offset(self.c.a["deviation"], i, LANES)
-        e.prefetch(e.add(row.upcoming, place))
+        self._ask(row, place)
         deviation = e.to_floats(e.load_bytes(e.add(row.address, place)))
         return self.c.b.fmul(deviation, deviation)
 
     def _bound(self, row: _Row, i: Any) -> tuple[Any, Any]:
         e, a = self.c.e, self.c.a
         # Mean, max and min of 16 channels are 64 bytes together.
-        e.prefetch(e.offset(e.add(row.upcoming, a["mean"]), i, VECTOR))
+        self._ask(row, e.offset(a["mean"], i, VECTOR))
         mean = e.load_floats(e.offset(e.add(row.address, a["mean"]), i, 2 * LANES), BF16)
         largest, smallest = (
             e.load(e.offset(e.add(row.address, a[name]), i, LANES), BYTES)
@@ -184,17 +191,16 @@ class Parts:
             row = self.tile.row(entry)
             unit = e.broadcast(e.add(row, a["numbers"]), F32)
             half = c.b.fmul(unit, e.floats(0.5))
-            base = self._extremes(row)
+            base = self._extremes(entry)
 
             def terms(
                 i: Any, place: Callable[[int], Any], row: Any = row, half: Any = half
             ) -> Terms:
                 mean = e.load_floats(e.offset(e.add(row, a["mean"]), i, 2 * LANES), BF16)
+                sides = [e.load(place(n), BYTES) for n in range(8)]
                 return [
-                    middle(
-                        c, mean, *(e.load(place(2 * part + side), BYTES) for side in (0, 1)), half
-                    )
-                    for part in range(4)
+                    middle(c, mean, high, low, half)
+                    for high, low in zip(sides[::2], sides[1::2], strict=True)
                 ]
 
             totals = sums_of(c)
@@ -208,12 +214,10 @@ class Parts:
                 add_terms(c, totals, self._rows, whole, terms(whole, edges.__getitem__))
             self._store(entry, reduce_sums(c, totals))
 
-    def _extremes(self, row: Any) -> Any:
-        """The address of int8 [4, 2, key_dim] of the page and head of an index row."""
+    def _extremes(self, entry: Any) -> Any:
+        """The address of int8 [4, 2, key_dim] of the page of an entry."""
         e, a = self.c.e, self.c.a
-        at = e.subtract(row, a["index"])
-        at = e.subtract(at, e.multiply(self.tile.head, a["index_head"]))
-        page = e.divide(at, a["index_page"])
+        page = load_integer(e, e.offset(self.tile.per_entry("places"), entry, 4))
         at = e.add(a["extremes"], e.multiply(page, a["extremes_page"]))
         return e.add(at, e.multiply(self.tile.head, a["extremes_head"]))
 
@@ -229,7 +233,7 @@ class Parts:
 
     def _store(self, entry: Any, sums: Any) -> None:
         """sums: lane 4 * row + part."""
-        c, e, b = self.c, self.c.e, self.c.b
+        e, b = self.c.e, self.c.b
         counted = e.broadcast(e.offset(self.tile.per_entry("counted"), entry, 4))
         first = b.mul(b.and_(lanes.positions(e), e.constant(3)), e.constant(SUBPAGE))
         value = b.select(b.icmp_signed("<", first, counted), sums, e.floats(float("-inf")))
@@ -239,5 +243,5 @@ class Parts:
             value = b.select(b.fcmp_unordered("uno", value, value), value, larger)
         for r in range(ROWS):
             place = e.add(self.tile.unit.piece("dots"), 4 * TILE * r)
-            lane = b.extract_element(value, e.constant(0).type.element(4 * r))
+            lane = b.extract_element(value, ir.Constant(I32, 4 * r))
             e.store(e.offset(place, entry, 4), lane)

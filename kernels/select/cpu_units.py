@@ -4,6 +4,7 @@ A unit is some neighbouring KV heads of a sequence over some entries of its tabl
 is query head `n % group` of its group at token `n // group`. A thread's scratch:
 
     pages     int64 [piece + 32]   address of the index rows of an entry's page
+    places    int32 [piece + 32]   the page's number
     counted   int32 [piece + 32]   tokens that count
     logs      fp32 [piece + 32]    their natural logarithm
     unused    fp32 [width]         scores of rows that no sequence has got
@@ -13,6 +14,7 @@ is query head `n % group` of its group at token `n // group`. A thread's scratch
     q         fp32 [heads, rows, stored keys], squares: of its squares
     targets   int64 [heads, rows]  address of a row of scores, or of o
     lists     int64 [heads, rows]  address of a row's z
+    picked    fp32 [heads, rows, chosen]   q at the channels of labels, channels: int32, which
     states    per head and 4 rows: m fp32 [4], l fp32 [4], 32 bytes unused, o fp32 [4, values]
 """
 
@@ -23,9 +25,12 @@ from typing import Any, NamedTuple
 from lath.kernels.select.cpu_arguments import PIECES, ROWS, TILE, VECTOR, Context, load_integer
 from lath.kernels.simd import mathematics
 from lath.kernels.simd.copy import copy_row
-from lath.kernels.simd.emitter import FLOATS, FP32, I32, LANES
+from lath.kernels.simd.emitter import FLOATS, FP32, I32, I64, LANES
 
 STATE_HEADER = 64
+# Heads between an index row that is read and those that are asked for. A core drops what is asked
+# of memory while its miss buffers are full: each line is asked for twice.
+AHEAD = (1, 2)
 
 
 class Scratch(NamedTuple):
@@ -36,16 +41,24 @@ class Scratch(NamedTuple):
 
 
 def scratch_of(
-    piece: int, width: int, heads: int, rows: int, stored_keys: int, stored_values: int
+    piece: int,
+    width: int,
+    heads: int,
+    rows: int,
+    stored_keys: int,
+    stored_values: int,
+    chosen: int,
 ) -> Scratch:
-    """stored_values: 0 where there are no states."""
+    """stored_values: 0 where there are no states. chosen: 0 where there are no labels."""
     entries, row_bytes = piece + 2 * TILE, heads * rows * stored_keys * 4
     states = heads * state_bytes(rows, stored_values) if stored_values else 0
     sizes = {
-        "pages": 8 * entries, "counted": 4 * entries, "logs": 4 * entries, "unused": 4 * width,
+        "pages": 8 * entries, "places": 4 * entries, "counted": 4 * entries, "logs": 4 * entries,
+        "unused": 4 * width,
         "dots": 8 * ROWS * TILE, "units": 4 * TILE, "weights": 8 * ROWS * TILE,
         "q": row_bytes, "squares": row_bytes,
         "targets": 8 * heads * rows, "lists": 8 * heads * rows, "states": states,
+        "picked": 4 * heads * rows * chosen, "channels": 4 * heads * rows * chosen,
     }  # fmt: skip
     offsets, at = {}, 0
     for name in PIECES:
@@ -151,6 +164,7 @@ def prepare_pages(c: Context, unit: Unit, logs: bool) -> None:
     with e.loop(e.add(unit.entries, 2 * TILE)) as i:
         at = e.add(unit.begin, e.smaller_of(i, e.subtract(unit.entries, 1)))
         page = load_integer(e, e.offset(table, at, 4))
+        e.store(e.offset(unit.piece("places"), i, 4), c.b.trunc(page, I32))
         address = e.add(a["index"], e.multiply(page, a["index_page"]))
         e.store(e.offset(unit.piece("pages"), i, 8), address)
         e.store(e.offset(unit.piece("counted"), i, 4), e.load(e.offset(counts, at, 4), I32))
@@ -179,24 +193,28 @@ class Tile:
         self.head = e.add(unit.first_head, h)
         self._pages = e.offset(unit.piece("pages"), self.first, 8)
         self._at_head = e.multiply(self.head, a["index_head"])
-        # What is read next: the next head of these entries, or the first of the next sixteen.
-        inside = e.less(e.add(h, 1), unit.heads)
-        self._next_pages = c.b.select(inside, self._pages, e.add(self._pages, 8 * TILE))
-        next_head = c.b.select(inside, e.add(self.head, 1), unit.first_head)
-        self._at_next = e.multiply(next_head, a["index_head"])
+        self._soon = [self._later(heads) for heads in AHEAD]
+
+    def _later(self, heads: int) -> tuple[Any, Any]:
+        """Addresses of pages, and the place of a head: what is read `heads` heads from now."""
+        c, e, unit = self.c, self.c.e, self.unit
+        later = e.add(self.h, heads)
+        inside = e.less(later, unit.heads)
+        wrapped = e.smaller_of(e.subtract(later, unit.heads), e.subtract(unit.heads, 1))
+        pages = c.b.select(inside, self._pages, e.add(self._pages, 8 * TILE))
+        head = e.add(unit.first_head, c.b.select(inside, later, wrapped))
+        return pages, e.multiply(head, c.a["index_head"])
 
     def row(self, entry: Any) -> Any:
         """The address of the index row of an entry."""
         e = self.c.e
-        return e.add(e.load(e.offset(self._pages, entry, 8), self._at_head.type), self._at_head)
+        return e.add(e.load(e.offset(self._pages, entry, 8), I64), self._at_head)
 
-    def upcoming(self, entry: Any) -> Any:
-        """That of an entry that is read soon."""
+    def upcoming(self, entry: Any) -> list[Any]:
+        """Those of an entry that are read soon."""
         e = self.c.e
-        return e.add(
-            e.load(e.offset(self._next_pages, entry, 8), self._at_next.type), self._at_next
-        )
+        return [e.add(e.load(e.offset(pages, entry, 8), I64), head) for pages, head in self._soon]
 
     def per_entry(self, name: str) -> Any:
-        """The address of four bytes for each entry: "counted" or "logs"."""
+        """The address of four bytes for each entry: "places", "counted" or "logs"."""
         return self.c.e.offset(self.unit.piece(name), self.first, 4)

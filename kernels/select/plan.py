@@ -19,7 +19,7 @@ from lath.kernels.attention.plan import INTERPRETED_DEVICE, multiplies_e4m3, spl
 SelectKind = Literal["bound", "mean", "mass", "floor", "token", "label", "repair", "top_k"]
 # Rows of scores up to this long are held in registers; longer ones are read in several passes.
 MOST_IN_REGISTERS = 1024
-RADIX_BLOCK = 4096
+RADIX_BLOCK = 2048  # twice as many spill 8 bytes on sm_100
 # Scores are not merged: pieces of the pages cost no more than q, and more of them even out waves.
 PIECES_PER_UNIT = 4
 _FLOATS = {2: "bf16", 4: "fp32"}
@@ -94,7 +94,7 @@ def plan_select(
         return plan_top_k(rows=rows, width=pages, k=pages, device=device, backend=backend)
     case = _Case(
         sequences, query_heads, kv_heads, queries, pages, fmt, kind, device, backend, labels,
-        subpages, own_lists,
+        subpages, own_lists and query_heads != kv_heads,
     )  # fmt: skip
     return _plan(case)
 
@@ -118,7 +118,7 @@ def plan_top_k(
         block, passes = _power_of_two(width, 16, MOST_IN_REGISTERS), 1
         why = f"{width} scores of a row stay in registers: threshold bit by bit"
     else:
-        block, passes = _power_of_two(width, 16, RADIX_BLOCK), 5
+        block, passes = RADIX_BLOCK, 5
         why = f"{width} scores of a row: four radix passes, then one that places"
     return replace(
         draft, block_m=1, block_n=block, warps=max(1, min(8, block // 256)), stages=1, reason=why,
@@ -145,23 +145,25 @@ def _plan(case: _Case) -> Plan:
 
 def _tile(draft: Plan, case: _Case) -> Plan:
     """Rows, pages, padded head dim, warps and stages (`tests/test_aot_select.py` compiles them)."""
-    fmt, floats = case.fmt, _FLOATS[case.fmt.float_bytes]
+    fmt, dot = case.fmt, "bf16"
     width = max(fmt.padded_key_dim, fmt.padded_value_dim if case.kind == "repair" else 0)
-    long = width > 128 or (case.fmt.float_bytes == 4 and width > 64)
-    block_m = _power_of_two(case.queries * case.pack, 16, 16 if long else 32)
-    block_n, warps, stages, dot = PAGE, 4, 2, floats
+    wide = width > 128 or (fmt.float_bytes == 4 and width > 64)
+    block_n, stages = PAGE, 2
     if case.kind == "token":
-        dot = floats if fmt.key.map == "float" else "int8"
+        most_rows = 32 if wide else 64
+        dot = _FLOATS[fmt.float_bytes] if fmt.key.map == "float" else "int8"
         if fmt.key.name == "e4m3":
             dot = "e4m3" if multiplies_e4m3(case.device) else "fp16"
-        block_m = _power_of_two(case.queries * case.pack, 16, 32 if long else 64)
-    elif case.kind != "label":
+    elif case.kind == "label":
+        most_rows = 16 if wide else 32
+    else:  # parts of q and |q|, and fields of the pages beside them
+        most_rows = 32 if width <= 64 and not (wide or case.subpages) else 16
         block_n = 16 if width > 128 else 32 if width > 64 else 64
-        dot = "bf16"
-    width = _power_of_two(fmt.padded_key_dim, 16, 1 << 30)
+        stages = 1 if wide and case.kind == "repair" else 2  # would spill 24 bytes on sm_90
     return replace(
-        draft, dot=dot, block_m=block_m, block_n=block_n, block_k=width, pack=case.pack,
-        warps=warps, stages=stages,
+        draft, dot=dot, block_m=_power_of_two(case.queries * case.pack, 16, most_rows),
+        block_n=block_n, block_k=_power_of_two(fmt.padded_key_dim, 16, 1 << 30), pack=case.pack,
+        warps=4, stages=stages,
     )  # fmt: skip
 
 
@@ -208,19 +210,24 @@ def index_bytes(kind: SelectKind, fmt: PageFormat, subpages: bool = False) -> in
 
 
 def _bytes_moved(case: _Case, plan: Plan) -> int:
-    fmt, size = case.fmt, case.fmt.float_bytes
+    fmt = case.fmt
     blocks = _blocks(case, plan)
-    lists = blocks * (8 * plan.split_k + 8 * case.pages)  # two counts of a program, two of a page
+    lists = _list_bytes(case, plan, plan.split_k, 8)  # two lists: pages, and tokens that count
     index = blocks * case.pages * index_bytes(case.kind, fmt, case.subpages)
-    query = case.rows * fmt.key_dim * size * plan.split_k
-    moved = lists + index + query
+    query = case.rows * fmt.key_dim * fmt.float_bytes
+    if case.kind == "token":
+        return lists + index + _token_bytes(case, plan, query)
+    if case.kind == "label":
+        return lists + _label_bytes(case, plan)
+    moved = lists + index + query * plan.split_k
     if case.kind == "repair":
         return moved + _repair_bytes(case, plan)
-    if case.kind == "label":
-        return moved - query + _label_bytes(case, plan)
-    if case.kind == "token":
-        return moved + _token_bytes(case, plan)
     return moved + 4 * case.rows * case.pages
+
+
+def _list_bytes(case: _Case, plan: Plan, programs: int, per_page: int) -> int:
+    """Lists, and two lengths for each of the programs that share the pages."""
+    return _blocks(case, plan) * (8 * programs + per_page * case.pages)
 
 
 def _repair_bytes(case: _Case, plan: Plan) -> int:
@@ -243,16 +250,26 @@ def _label_bytes(case: _Case, plan: Plan) -> int:
     return blocks * (per_page * case.pages + per_program * plan.split_k) + query + scores
 
 
-def _token_bytes(case: _Case, plan: Plan) -> int:
-    """Keys and their scales, scores; and q·mean, written and read once."""
+def _token_bytes(case: _Case, plan: Plan, query: int) -> int:
+    """Keys with their scales, scores; codes of q and q·mean, written and read."""
     fmt, blocks = case.fmt, _blocks(case, plan)
     scores = 4 * case.rows * case.pages * PAGE
     if fmt.key.map == "float":
-        return blocks * case.pages * PAGE * fmt.key_dim * fmt.float_bytes + scores
+        keys = blocks * case.pages * PAGE * fmt.key_dim * fmt.float_bytes
+        return keys + query * plan.split_k + scores
     scales = 4 + (4 * PAGE if fmt.key.scale_per_token else 0)
-    keys = fmt.fields["keys"].nbytes + (fmt.fields["keys_low"].nbytes if fmt.key.planes == 2 else 0)
+    planes = [fmt.fields[name].nbytes for name in ("keys", "keys_low") if name in fmt.fields]
+    keys = blocks * case.pages * (sum(planes) + scales)
+    # The kernel before the loop of attention takes so many pages for a program.
+    pages_each = 16 if fmt.padded_key_dim > 128 else 32 if fmt.float_bytes == 4 else 64
+    programs = -(-case.pages // pages_each)
+    tiles = max(1, plan.block_m // pages_each)  # it has no more rows than pages
+    before = tiles * (_list_bytes(case, plan, programs, 4)) + query * programs
+    before += (tiles - 1) * blocks * case.pages * index_bytes("token", fmt)
+    code = 2 if plan.dot == "fp16" else 1
+    codes = blocks * plan.block_m * (fmt.padded_key_dim * code + 4) * (1 + plan.split_k)
     corrections = 2 * 4 * blocks * plan.block_m * case.pages
-    return blocks * case.pages * (keys + scales) + corrections + scores
+    return keys + before + codes + corrections + scores
 
 
 def _operations(case: _Case) -> int:

@@ -19,8 +19,9 @@ from lath.formats.plan import Plan
 from lath.formats.selection import PageScore
 from lath.kernels.attention import triton as attention
 from lath.kernels.attention import triton_corrections as corrections
-from lath.kernels.attention.plan import INTERPRETED_DEVICE
+from lath.kernels.attention.plan import DTYPE_NAMES, INTERPRETED_DEVICE
 from lath.kernels.attention.triton_arguments import check as check_attention
+from lath.kernels.attention.triton_arguments import page_lists as lists_as_attended
 from lath.kernels.select import triton_pages, triton_tokens, triton_top_k
 from lath.kernels.select.plan import MOST_IN_REGISTERS, SelectKind, plan_select, plan_top_k
 from lath.kernels.select.triton_arguments import (
@@ -30,6 +31,9 @@ from lath.kernels.select.triton_arguments import (
     check_unread,
     page_lists,
 )
+
+# bfloat16 numbers whose sum is one of a type.
+_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 def page_scores(
@@ -160,9 +164,7 @@ def token_scores(
     options = ScoreOptions(scale, query=query)
     with attention._device_of(q):
         plan = plan or _plan(queries, pages, "token")
-        if plan.dot == "int8" and query == "e4m3":
-            plan = dataclasses.replace(plan, dot="e4m3")
-        as_attended = dataclasses.replace(plan, dataflow="decode", split_k=1)
+        as_attended = _as_attended(plan, q, pages.format, query)
         check_attention(queries, pages, options, as_attended)
         settings = attention._settings(
             pages.format, q.dtype, pages.draft, attention._switches(queries, pages, options),
@@ -174,7 +176,7 @@ def token_scores(
         padded = grid[0] * plan.block_m
         prepared = attention._prepare(
             queries, pages, as_attended, settings, 0, padded, records[2],
-            attention.page_lists(pages),
+            lists_as_attended(pages),
         )  # fmt: skip
         kept = {name: settings.loop[name] for name in ("KEYS", "PAGES", "MATH", "PACK", "BLOCK_M")}
         triton_tokens.token_scores_kernel[grid](
@@ -233,6 +235,16 @@ def _plan(queries: Queries, pages: PageView, kind: SelectKind, **given: Any) -> 
     )  # fmt: skip
 
 
+def _as_attended(plan: Plan, q: Tensor, fmt: PageFormat, query: QueryFormat) -> Plan:
+    """The plan under which the loop of attention would compute these scores."""
+    dot = plan.dot
+    if fmt.key.map == "float":
+        dot = DTYPE_NAMES[q.dtype]
+    elif query == "e4m3" and dot == "int8":  # of keys that int8 queries meet as well
+        dot = "e4m3"
+    return dataclasses.replace(plan, dataflow="decode", split_k=1, dot=dot)
+
+
 def _device(x: Tensor) -> DeviceDescription:
     """Where kernels for x run."""
     if x.is_cuda:
@@ -266,7 +278,7 @@ def _settings(fmt: PageFormat, plan: Plan, q: Tensor) -> dict[str, Any]:
             fields["value_mean"].offset // 2,
         ),
         "DIMS": (fmt.key_dim, fmt.value_dim, *blocks),
-        "DOT": attention._fp32_dot(attention._target(q)),
+        "RELOAD": _PARTS[q.dtype] * _power_of_two(fmt.key_dim) > triton_pages.KEPT,
         "BLOCK_R": plan.block_m,
         "BLOCK_P": plan.block_n,
         "STAGES": plan.stages,

@@ -1,8 +1,9 @@
 """Scores of pages from their index rows, and the repair that rests on them.
 
 Every field of an index row is exact in bfloat16, and a row of q is the sum of one to three bf16:
-its products on tensor cores are exact, and only their sum is rounded, in fp32. The squares of q and
-of deviations need more bits and are multiplied as fp32.
+their products on tensor cores are exact, and only the sums are rounded, in fp32. With the middle
+and the half width of a page's extremes, relu(q)·max - relu(-q)·min is q·middle + |q|·half, so that
+q and |q| are all that is kept of a row.
 
 A program takes the rows of one KV head (heads of a query side by side) and a run of the pages.
 Constexpr tuples:
@@ -22,23 +23,40 @@ _FREEZING = tl.constexpr(FREEZING)
 _LOGISTIC = tl.constexpr(LOGISTIC)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
+# A row of q whose parts have more channels than this, all together, is not kept over a loop: parts
+# of q take a quarter of it in registers, and those of |q| or of q squared as much again.
+KEPT = 256
+_KEPT = tl.constexpr(KEPT)
 # How far a mean that was rounded to bfloat16 lies from the true one, relatively.
 _MEAN_ROUNDING = tl.constexpr(2.0**-8)
 
 
 @triton.jit
-def times(x, tile):
-    """x [R, K] times bf16 [K, C] with exact products, fp32 [R, C]. x: bf16, fp16 or fp32."""
+def _rest(x, part):
+    """What is left of fp32 x without a bf16 part of it. What is not finite is so in its first part;
+    its rest would turn infinity into NaN."""
+    wide = part.to(tl.float32)
+    return tl.where(tl.abs(wide) < float("inf"), x - wide, 0.0)
+
+
+@triton.jit
+def _times_parts(x, tile, PARTS: tl.constexpr):
+    """fp32 x [R, K], the sum of so many bf16, times bf16 [K, C]: exact products, fp32 [R, C]."""
     first = x.to(tl.bfloat16)
-    if x.dtype == tl.bfloat16:
+    if PARTS == 1:
         return tl.dot(first, tile)
+    elif PARTS * x.shape[1] > _KEPT:  # one part at a time is in registers
+        total = tl.zeros((x.shape[0], tile.shape[1]), tl.float32)
+        for _ in tl.range(0, PARTS):
+            part = x.to(tl.bfloat16)
+            total = tl.dot(part, tile, total)
+            x = _rest(x, part)
+        return total
     else:
-        wide = first.to(tl.float32)
-        # What is not finite is so in its first part; its rest would turn infinity into NaN.
-        rest = tl.where(tl.abs(wide) < float("inf"), x.to(tl.float32) - wide, 0.0)
+        rest = _rest(x, first)
         second = rest.to(tl.bfloat16)
-        if x.dtype == tl.float32:
-            third = (rest - second.to(tl.float32)).to(tl.bfloat16)
+        if PARTS == 3:
+            third = _rest(rest, second).to(tl.bfloat16)
             total = tl.dot(second, tile, tl.dot(third, tile))
         else:
             total = tl.dot(second, tile)
@@ -46,12 +64,23 @@ def times(x, tile):
 
 
 @triton.jit
-def _load_rows(q, strides, head, token, present, DIMS: tl.constexpr):
-    """[R, block] of q at its sequence; rows that are not present are 0."""
+def times(x, tile):
+    """x [R, K], bf16, fp16 or fp32, times bf16 [K, C] with exact products, fp32 [R, C]."""
+    NARROW: tl.constexpr = 1 if x.dtype == tl.bfloat16 else 2
+    return _times_parts(x.to(tl.float32), tile, 3 if x.dtype == tl.float32 else NARROW)
+
+
+@triton.jit
+def _load_rows(q, head, token, present, RELOAD: tl.constexpr, DIMS: tl.constexpr):
+    """[R, block] of q at its sequence; rows that are not present are 0.
+
+    q: (pointer, strides of sequence, head and token). RELOAD: never kept over a loop.
+    """
     channel = tl.arange(0, DIMS[2])
-    at = head.to(tl.int64) * strides[1] + token.to(tl.int64) * strides[2]
+    at = head.to(tl.int64) * q[2] + token.to(tl.int64) * q[3]
     inside = present[:, None] & (channel < DIMS[0])[None, :]
-    return tl.load(q + at[:, None] + channel[None, :], mask=inside, other=0.0)
+    pointers = q[0] + at[:, None] + channel[None, :]
+    return tl.load(pointers, mask=inside, other=0.0, volatile=RELOAD)
 
 
 @triton.jit
@@ -71,12 +100,17 @@ def _load_means(index, record, there, INDEX: tl.constexpr, DIMS: tl.constexpr):
 
 
 @triton.jit
-def _spread(x, index, record, there, unit, INDEX: tl.constexpr, DIMS: tl.constexpr, DOT):
+def _spread(x, index, record, there, unit, INDEX: tl.constexpr, DIMS: tl.constexpr):
     """Spread [R, P] of the products of rows x with a page's keys."""
     steps = _load_bytes(index[1] + INDEX[5], record, there, INDEX[1], DIMS)
-    steps = steps.to(tl.uint8, bitcast=True).to(tl.float32)
+    steps = steps.to(tl.uint8, bitcast=True).to(tl.int32)
+    # A square of eight bits is two numbers of eight bits, that of a bf16 the sum of two of them.
+    high = (steps * steps >> 8).to(tl.float32).to(tl.bfloat16)
+    low = (steps * steps & 255).to(tl.float32).to(tl.bfloat16)
+    PARTS: tl.constexpr = 2 if x.dtype == tl.bfloat16 else 3
     wide = x.to(tl.float32)
-    variance = tl.dot(wide * wide, steps * steps, input_precision=DOT)
+    squares = wide * wide
+    variance = _times_parts(squares, high, PARTS) * 256.0 + _times_parts(squares, low, PARTS)
     return tl.sqrt(variance) * (unit * 0.5)[None, :]
 
 
@@ -88,11 +122,11 @@ def _log_mean(sigma):
 
 
 @triton.jit
-def _reach(x, most, least):
-    """The largest products [R, P] of rows x with anything between `least` and `most`."""
-    zero = tl.zeros_like(x)
-    above, below = tl.where(x > zero, x, zero), tl.where(x < zero, x, zero)
-    return times(above, most.to(tl.bfloat16)) + times(below, least.to(tl.bfloat16))
+def _reach(x, sign, most, least):
+    """The largest products [R, P] of rows sign * x with any key between `least` and `most`."""
+    middle = (most.to(tl.int32) + least.to(tl.int32)).to(tl.float32).to(tl.bfloat16)
+    half = (most.to(tl.int32) - least.to(tl.int32)).to(tl.float32).to(tl.bfloat16)
+    return (times(x, middle) * sign + times(tl.abs(x), half)) * 0.5
 
 
 @triton.jit
@@ -109,7 +143,7 @@ def _slack(x, mean, index, record, there, count, unit, INDEX: tl.constexpr, DIMS
     if tl.max((there & ~whole).to(tl.int32), 0) != 0:
         most = _load_bytes(index[1] + INDEX[3], record, there, INDEX[1], DIMS)
         least = _load_bytes(index[1] + INDEX[4], record, there, INDEX[1], DIMS)
-        widest = _reach(-x, most, least) * unit[None, :]
+        widest = _reach(x, -1.0, most, least) * unit[None, :]
         slack = tl.where(whole[None, :], slack, widest)
     return slack
 
@@ -124,12 +158,13 @@ def _bound_of_subpages(x, extremes, record, there, count, DIMS: tl.constexpr):
     """The largest reach [R, P] of the sub-pages of 16 tokens that hold some which count."""
     CHANNELS: tl.constexpr = DIMS[0]
     reach = tl.full((x.shape[0], record.shape[0]), float("-inf"), tl.float32)
-    for part in tl.static_range(4):
+    for part in tl.range(0, 4):  # not unrolled: one part's extremes in registers at a time
         own = there & (count > part * 16)
         at = extremes + part * 2 * CHANNELS
         most = _load_bytes(at, record, own, 8 * CHANNELS, DIMS)
         least = _load_bytes(at + CHANNELS, record, own, 8 * CHANNELS, DIMS)
-        further = tl.maximum(reach, _reach(x, most, least), propagate_nan=tl.PropagateNan.ALL)
+        further = _reach(x, 1.0, most, least)
+        further = tl.maximum(reach, further, propagate_nan=tl.PropagateNan.ALL)
         reach = tl.where(own[None, :], further, reach)
     return reach
 
@@ -147,7 +182,6 @@ def _score(
     SUBPAGES: tl.constexpr,
     INDEX: tl.constexpr,
     DIMS: tl.constexpr,
-    DOT: tl.constexpr,
 ):
     """Scores [R, P] of pages; `there`: which of them a sequence has got."""
     mean = _load_means(index, record, there, INDEX, DIMS)
@@ -162,12 +196,12 @@ def _score(
             else:
                 most = _load_bytes(index[1] + INDEX[3], record, there, INDEX[1], DIMS)
                 least = _load_bytes(index[1] + INDEX[4], record, there, INDEX[1], DIMS)
-                reach = _reach(x, most, least)
+                reach = _reach(x, 1.0, most, least)
             return (centre + unit[None, :] * reach) * scale
         else:
             tokens = tl.log(count.to(tl.float32))[None, :]
             if KIND == "mass":
-                sigma = _spread(x, index, record, there, unit, INDEX, DIMS, DOT) * scale
+                sigma = _spread(x, index, record, there, unit, INDEX, DIMS) * scale
                 return centre * scale + _log_mean(sigma) + tokens
             else:
                 slack = _slack(x, mean, index, record, there, count, unit, INDEX, DIMS)
@@ -192,7 +226,7 @@ def page_scores_kernel(
     SUBPAGES: tl.constexpr,
     INDEX: tl.constexpr,
     DIMS: tl.constexpr,
-    DOT: tl.constexpr,
+    RELOAD: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     STAGES: tl.constexpr,
@@ -202,7 +236,7 @@ def page_scores_kernel(
     q: ([S, Hq, rows, D], its first three strides). lengths: int32 [S], rows of each sequence.
     lists: (table, counts, int32 [S, width], page_counts int32 [S]). index: the index as bf16*,
     int8* and fp32*. extremes: int8 [N, Hkv, 4, 2, D] where SUBPAGES. scores: fp32 [S, Hq, rows,
-    width], all of it written. DOT: how Triton multiplies fp32 numbers.
+    width], all of it written. RELOAD: rows of q that registers cannot keep.
     """
     kv_head = tl.program_id(1)
     sequence, piece = tl.program_id(2) // pieces, tl.program_id(2) % pieces
@@ -210,7 +244,9 @@ def page_scores_kernel(
     lane = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     token, head = lane // group, kv_head * group + lane % group
     present = token < tl.load(lengths + sequence)
-    x = _load_rows(q[0] + wide * q[1], (q[1], q[2], q[3]), head, token, present, DIMS)
+    own_rows = (q[0] + wide * q[1], q[1], q[2], q[3])
+    if not RELOAD:
+        x = _load_rows(own_rows, head, token, present, RELOAD, DIMS)
     pages = tl.load(lists[2] + sequence)
     to = scores + ((wide * heads + head) * rows + token) * width
     each = tl.cdiv(width, pieces * BLOCK_P) * BLOCK_P
@@ -221,9 +257,9 @@ def page_scores_kernel(
         number = tl.load(lists[0] + wide * width + page, mask=there, other=0)
         count = tl.load(lists[1] + wide * width + page, mask=there, other=1)
         record = number.to(tl.int64) * kv_heads + kv_head
-        found = _score(
-            x, index, extremes, record, there, count, scale, KIND, SUBPAGES, INDEX, DIMS, DOT
-        )
+        if RELOAD:
+            x = _load_rows(own_rows, head, token, present, RELOAD, DIMS)
+        found = _score(x, index, extremes, record, there, count, scale, KIND, SUBPAGES, INDEX, DIMS)
         found = tl.where(present[:, None] & there[None, :], found, float("-inf"))
         stored = (token < rows)[:, None] & (page < last)[None, :]
         tl.store(to[:, None] + page[None, :], found, mask=stored)
@@ -248,7 +284,7 @@ def _load_value_means(index, record, there, INDEX: tl.constexpr, DIMS: tl.conste
 def _weighted(p, taken, means, OWN_LISTS: tl.constexpr):
     """p [R, P] times the values' means [P, E], fp32; what is not taken adds nothing, NaN or not.
 
-    OWN_LISTS: rows differ in what they take, and a mean that is not finite reaches those alone that
+    taken: [P]; where OWN_LISTS [R, P], and a mean that is not finite reaches those rows alone that
     take its page.
     """
     if OWN_LISTS:
@@ -260,8 +296,7 @@ def _weighted(p, taken, means, OWN_LISTS: tl.constexpr):
             product = tl.where(met, float("nan"), product)
         return product
     else:
-        anywhere = tl.max(taken.to(tl.int32), 0) != 0
-        return times(p, tl.where(anywhere[:, None], means, 0.0))
+        return times(p, tl.where(taken[:, None], means, 0.0))
 
 
 @triton.jit
@@ -282,7 +317,7 @@ def repair_kernel(
     PARTIAL: tl.constexpr,
     INDEX: tl.constexpr,
     DIMS: tl.constexpr,
-    DOT: tl.constexpr,
+    RELOAD: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     STAGES: tl.constexpr,
@@ -299,7 +334,9 @@ def repair_kernel(
     lane = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     token, head = lane // group, kv_head * group + lane % group
     present = token < tl.load(lengths + sequence)
-    x = _load_rows(q[0] + wide * q[1], (q[1], q[2], q[3]), head, token, present, DIMS)
+    own_rows = (q[0] + wide * q[1], q[1], q[2], q[3])
+    if not RELOAD:
+        x = _load_rows(own_rows, head, token, present, RELOAD, DIMS)
     pages = tl.load(lists[2] + sequence)
     own_list = (wide * unread[1] + kv_head * unread[1] // kv_heads) * width
     own_lists = (wide * heads + head) * width
@@ -313,19 +350,22 @@ def repair_kernel(
         number = tl.load(lists[0] + wide * width + page, mask=there, other=0)
         count = tl.load(lists[1] + wide * width + page, mask=there, other=1)
         record = number.to(tl.int64) * kv_heads + kv_head
+        if RELOAD:
+            x = _load_rows(own_rows, head, token, present, RELOAD, DIMS)
         if OWN_LISTS:
             inside = present[:, None] & there[None, :]
             pointers = unread[0] + own_lists[:, None] + page[None, :]
             quantile = tl.load(pointers, mask=inside, other=float("-inf"))
+            taken = quantile != float("-inf")
         else:
-            quantile = tl.load(unread[0] + own_list + page, mask=there, other=float("-inf"))
-            quantile = quantile[None, :] + tl.zeros((BLOCK_R, 1), tl.float32)
-        taken = quantile != float("-inf")
+            of_page = tl.load(unread[0] + own_list + page, mask=there, other=float("-inf"))
+            quantile, taken = of_page[None, :], of_page != float("-inf")
         mean = _load_means(index, record, there, INDEX, DIMS)
         unit = _load_unit(index, record, there, INDEX)
-        sigma = _spread(x, index, record, there, unit, INDEX, DIMS, DOT) * scale
+        sigma = _spread(x, index, record, there, unit, INDEX, DIMS) * scale
         score = times(x, mean) * scale + _log_mean(sigma) + tl.log(count.to(tl.float32))[None, :]
-        score = tl.where(taken, score + _log_rest(quantile - sigma), float("-inf"))
+        score += _log_rest(quantile - sigma)
+        score = tl.where(quantile == float("-inf"), float("-inf"), score)
         new = tl.maximum(top, tl.max(score, 1))
         shift = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2((score - shift[:, None]) * _LOG2E)

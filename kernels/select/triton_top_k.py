@@ -70,34 +70,36 @@ def top_k_kernel(scores, out, width, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _next_digit(source, width, threshold, wanted, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+    """(threshold, wanted) with the eight bits at SHIFT of the `wanted`-th largest of the keys that
+    agree with the threshold so far; then wanted is counted among those that still agree."""
+    digit, counts = tl.arange(0, 256), tl.zeros((256,), tl.int32)
+    for first in tl.range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        keys = _ordered(tl.load(source + column, mask=column < width, other=float("-inf")))
+        same = column < width
+        if SHIFT < 24:
+            same &= (keys >> (SHIFT + 8)) == (threshold >> (SHIFT + 8))
+        counts += tl.histogram(((keys >> SHIFT) & 255).to(tl.int32), 256, mask=same)
+    from_here = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts  # this digit or a higher one
+    chosen = tl.max(tl.where(from_here >= wanted, digit, 0), 0)
+    higher = tl.sum(tl.where(digit > chosen, counts, 0), 0)
+    return threshold | (chosen.to(tl.uint32) << SHIFT), wanted - higher
+
+
+@triton.jit
 def radix_top_k_kernel(scores, out, width, k, BLOCK: tl.constexpr):
     """Grid: rows. As `top_k_kernel` for any width: the threshold is found by four passes over the
     row, each a histogram of the next eight bits of the keys that agree with it so far."""
     row = tl.program_id(0).to(tl.int64)
-    source, digit = scores + row * width, tl.arange(0, 256)
+    source = scores + row * width
     nothing, threshold = tl.zeros((), tl.int32), tl.full((), 0, tl.uint32)
     wanted = nothing + k
     for part in tl.static_range(4):
-        SHIFT: tl.constexpr = 24 - 8 * part
-        counts = tl.zeros((256,), tl.int32)
-        for first in tl.range(0, width, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            x = tl.load(source + column, mask=column < width, other=float("-inf"))
-            keys = _ordered(x)
-            same = column < width
-            if part > 0:
-                same &= (keys >> (SHIFT + 8)) == (threshold >> (SHIFT + 8))
-            digits = ((keys >> SHIFT) & 255).to(tl.int32)
-            counts += tl.histogram(digits, 256, mask=same)
-        # Keys with this digit or a higher one; those with a higher one are wanted for sure.
-        from_here = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
-        chosen = tl.max(tl.where(from_here >= wanted, digit, 0), 0)
-        wanted -= tl.sum(tl.where(digit > chosen, counts, 0), 0)
-        threshold |= chosen.to(tl.uint32) << SHIFT
+        threshold, wanted = _next_digit(source, width, threshold, wanted, 24 - 8 * part, BLOCK)
     above, equal = nothing, nothing
     for first in tl.range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)
         x = tl.load(source + column, mask=column < width, other=float("-inf"))
-        keys = tl.where(column < width, _ordered(x), 0).to(tl.uint32)
-        above, equal = _place(out + row * k, column, keys, threshold, wanted, above, equal)
+        above, equal = _place(out + row * k, column, _ordered(x), threshold, wanted, above, equal)
     _blank(out + row * k, above + tl.minimum(equal, wanted), k, BLOCK)

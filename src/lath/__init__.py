@@ -32,7 +32,9 @@ from lath.verbs.attention import attention
 from lath.verbs.budgets import TopMass
 from lath.verbs.channel_scales import key_channel_scales
 from lath.verbs.decode import decode_attention
+from lath.verbs.eviction import PagedEviction, Scope
 from lath.verbs.index_lists import index_list
+from lath.verbs.layer_budgets import prefix_kv_budgets, scale_kv_budgets
 from lath.verbs.linear import linear
 from lath.verbs.merge import merge
 from lath.verbs.misses import captured_mass, recall
@@ -57,10 +59,12 @@ __all__ = [
     "IndexList",
     "LathCache",
     "PageCodec",
+    "PagedEviction",
     "PagedKV",
     "PatchReport",
     "Plan",
     "QTensor",
+    "Scope",
     "Selection",
     "Selector",
     "TopMass",
@@ -77,8 +81,10 @@ __all__ = [
     "patch",
     "plan",
     "plan_attention",
+    "prefix_kv_budgets",
     "quantize",
     "recall",
+    "scale_kv_budgets",
     "scaled_dot_product_attention",
     "select",
     "selector",

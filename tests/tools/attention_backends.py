@@ -33,6 +33,7 @@ def attend_with(backend: str) -> Callable[[Queries, PageView, ScoreOptions], Ten
             device=device,
             backend=backend,
             lists=pages.list_heads,
+            tokens=pages.tokens is not None,
             draft=pages.draft,
         )
         o: Tensor = kernels.attend(queries, pages, options, plan)[0]

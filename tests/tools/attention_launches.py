@@ -63,7 +63,8 @@ def record_attend(text: str, architecture: str) -> Launched:
     plan = plan_attention(
         sequences=1, query_heads=heads, kv_heads=kv_heads, queries=rows, keys=keys, fmt=fmt,
         dtype=dtype, options=options, device=device, backend="triton", lists=view.list_heads,
-        float_keys=2 * PAGE if "parts" in features else 0, draft=view.draft,
+        tokens=view.tokens is not None, float_keys=2 * PAGE if "parts" in features else 0,
+        draft=view.draft,
     )  # fmt: skip
     with fake_gpu(device) as recording:
         attention.attend(queries, view, options, plan)

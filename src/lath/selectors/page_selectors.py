@@ -105,18 +105,18 @@ class PagedEviction(_FromIndex):
 
 
 def norm_ratios(request: Request) -> tuple[Tensor, ...]:
-    """(fp32 [N, Hkv],): the mean over a page's tokens of |v| / |k| as they are stored."""
+    """(fp32 [N, Hkv],): the mean over a page's tokens of |v| / |k|."""
     kv = request.kv
-    table = kv.pool.side_tables.setdefault(
-        "norm_ratios", SideTable(functools.partial(_norm_ratios, kv.format, kv.dtype))
-    )
+    compute = functools.partial(_norm_ratios, kv.format, kv.dtype, kv.key_channel_scales)
+    table = kv.pool.side_tables.setdefault("norm_ratios", SideTable(compute))
     return table.of(kv.pool, request.pages, request.view.table)
 
 
 def _norm_ratios(
-    fmt: PageFormat, dtype: torch.dtype, records: Tensor, index: Tensor
+    fmt: PageFormat, dtype: torch.dtype, scales: Tensor | None, records: Tensor, index: Tensor
 ) -> tuple[Tensor]:
     keys, values = decode_pages(records, index, fmt, dtype)
+    keys = keys if scales is None else keys * scales[:, None]
     ratios = values.norm(dim=-1) / keys.norm(dim=-1).clamp(min=1e-30)
     written = _tokens_written(index, fmt)
     used = torch.arange(PAGE, device=index.device) < written[..., None]

@@ -107,7 +107,7 @@ def decode_attention(
     lengths = check_lengths("query_lengths", query_lengths, batch, rows)
     view = kv.view(check_flag("draft", draft))
     check_scheme(options, view)
-    check_positions(kv, given)
+    check_positions(kv, given, rows)
     row = scaled_query(q, kv)
     chosen = resolve_backend(kv.backend if backend == "auto" else backend, q.device)
     if pages is None:
@@ -122,16 +122,21 @@ def decode_attention(
     return (o, lse) if check_flag("return_lse", return_lse) else o
 
 
-def check_positions(kv: PagedKV, given: dict[str, Any]) -> None:
+def check_positions(kv: PagedKV, given: dict[str, Any], rows: int) -> None:
     """Positions must be known to those options that count by them."""
     if kv.exact_positions:
         return
+    why = (
+        "goes by positions, and this cache does not know those of all its tokens any more "
+        "(compact(renumber=False), append(keep=), compact_frequencies)"
+    )
     for name in ("window", "mask", "bias", "alibi"):
         if given[name] is not None:
-            raise NotImplementedError(
-                f"{name} goes by positions, and this cache was compacted with renumber=False: it "
-                "does not know the positions of its tokens any more"
-            )
+            raise NotImplementedError(f"{name} {why}")
+    # Rows read what stands before them: right as long as that is exact from the first row on.
+    for exact, length in zip(kv.exact_from, kv.lengths, strict=True):
+        if rows > 1 and exact > length - rows + 1:
+            raise NotImplementedError(f"q of {rows} rows {why}")
 
 
 def run_decode(

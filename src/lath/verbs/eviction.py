@@ -205,8 +205,9 @@ def _page_ratios(
 
 
 def _ratios(keys: Tensor, values: Tensor) -> Tensor:
-    of_keys: Tensor = torch.linalg.vector_norm(keys, dim=-1)
-    return torch.linalg.vector_norm(values, dim=-1) / of_keys
+    norms = [torch.linalg.vector_norm(side, dim=-1) for side in (values, keys)]
+    ratios: Tensor = norms[0] / norms[1]
+    return ratios
 
 
 def _lowest(scores: list[float], counts: list[int], free: range, surplus: int) -> list[int]:

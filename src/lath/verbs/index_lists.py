@@ -85,16 +85,12 @@ def _check_list(kv: PagedKV, s: int, head: int, own: list[int], kind: Granularit
 
 def _slots(kv: PagedKV, s: int, positions: list[int]) -> list[int]:
     """64 * entry + token of positions in pages; others are in float parts, or were dropped."""
-    view = kv.view()
-    number = int(view.page_counts[s])
-    starts, counts = view.starts[s, :number].tolist(), view.counts[s, :number].tolist()
-    slots, entry = [], 0
-    for position in positions:
-        while entry < number and starts[entry] + counts[entry] <= position:
-            entry += 1
-        if entry < number and position >= starts[entry]:
-            slots.append(PAGE * entry + position - starts[entry])
-    return slots
+    slot_of = {
+        position: PAGE * entry + token
+        for entry, places in enumerate(kv.spans[s].pages_at)
+        for token, position in enumerate(places)
+    }
+    return [slot_of[position] for position in positions if position in slot_of]
 
 
 def check_lists(ids: Any, view: PageView, query_heads: int) -> IndexList:

@@ -57,7 +57,7 @@ def linear(
     activations = activation_format(activations)
     if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
         y: Tensor = _operator(
-            x, weight.codes, weight.scales, weight.zeros, bias,
+            x, weight.codes, weight.scales, weight.zeros, weight.outer, weight.table, bias,
             str(weight.codec), rows, columns, str(activations), backend,
         )  # fmt: skip
         return y
@@ -101,7 +101,7 @@ def _run_reference(
     rows = weight.shape[0]
 
     def array(side: Tensor | None) -> Any:
-        return None if side is None else side[:, :rows].cpu().numpy()
+        return None if side is None else side[..., :rows].cpu().numpy()
 
     y = reference.linear(
         x.detach().float().cpu().numpy(),
@@ -111,6 +111,8 @@ def _run_reference(
         weight.codec,
         None if bias is None else bias.detach().float().cpu().numpy(),
         activations,
+        array(weight.outer),
+        None if weight.table is None else weight.table.cpu().numpy(),
     )
     return torch.from_numpy(np.ascontiguousarray(y)).to(device=x.device, dtype=x.dtype)
 
@@ -121,6 +123,8 @@ def _operator(
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
+    outer: Tensor | None,
+    table: Tensor | None,
     bias: Tensor | None,
     codec: str,
     rows: int,
@@ -129,7 +133,7 @@ def _operator(
     backend: str,
 ) -> Tensor:
     """`linear` on bare tensors: what torch.compile and torch.export record."""
-    packed = QTensor(parse_codec(codec), (rows, columns), codes, scales, zeros)
+    packed = QTensor(parse_codec(codec), (rows, columns), codes, scales, zeros, outer, table)
     chosen = resolve_backend(backend, codes.device)
     y = run_linear(x.detach(), packed, bias, activation_format(activations), chosen)
     return y.contiguous()
@@ -141,6 +145,8 @@ def _fake(
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
+    outer: Tensor | None,
+    table: Tensor | None,
     bias: Tensor | None,
     codec: str,
     rows: int,
@@ -154,16 +160,15 @@ def _fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, scales, zeros, _, codec, rows, columns, _, _ = inputs
-    ctx.save_for_backward(codes, scales, zeros)
+    _, codes, scales, zeros, outer, table, _, codec, rows, columns, _, _ = inputs
+    ctx.save_for_backward(codes, scales, zeros, outer, table)
     ctx.weight = (codec, (rows, columns))
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    codes, scales, zeros = ctx.saved_tensors
     codec, shape = ctx.weight
-    dense = QTensor(parse_codec(codec), shape, codes, scales, zeros).dequantize(grad.dtype)
-    return (grad @ dense, *[None] * 9)
+    dense = QTensor(parse_codec(codec), shape, *ctx.saved_tensors).dequantize(grad.dtype)
+    return (grad @ dense, *[None] * 11)
 
 
 _operator.register_autograd(_backward, setup_context=_save_for_backward)

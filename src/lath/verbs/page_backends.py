@@ -87,7 +87,8 @@ def attend(
         sequences=pages.num_sequences, query_heads=q.shape[1], kv_heads=pages.num_kv_heads,
         queries=queries.longest, keys=pages.most_keys, fmt=pages.format, dtype=q.dtype,
         options=options, device=describe_device(q.device), backend=backend,
-        lists=pages.list_heads, float_keys=_float_keys(pages), draft=pages.draft,
+        lists=pages.list_heads, tokens=pages.tokens is not None, float_keys=_float_keys(pages),
+        draft=pages.draft,
     )  # fmt: skip
     if splits is not None:
         plan = dataclasses.replace(plan, split_k=splits)

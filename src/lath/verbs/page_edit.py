@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lath.formats.page_span import Positions, as_positions, joined
+from lath.formats.page_span import NOWHERE, Positions, as_positions, joined
 from lath.formats.pages import PAGE
 from lath.verbs.page_decode import decode_pages
 
@@ -113,43 +115,49 @@ def compact(kv: StoreOperations, s: int, keep: list[int], renumber: bool) -> Non
     """Keep the ascending positions `keep` of sequence s; position keep[i] becomes i where
     `renumber`."""
     span = kv.spans[s]
-    becomes = {position: i if renumber else position for i, position in enumerate(keep)}
-    nothing_goes = all(position in becomes for position in span.positions)
-    if nothing_goes and (not renumber or len(keep) == span.length):
+    head, head_at = _kept(span.first_at, keep, renumber)
+    tail, tail_at = _kept(span.last_at, keep, renumber)
+    inside = [_kept(places, keep, renumber) for places in span.pages_at]
+    length = len(keep) if renumber else span.length
+    left = len(head) + len(tail) + sum(len(slots) for slots, _ in inside)
+    if length == span.length and left == span.tokens:
         return
-    head, head_at = _kept(span.first_at, becomes)
-    tail, tail_at = _kept(span.last_at, becomes)
     pages: list[tuple[int, Positions]] = []
     loose: list[_Loose] = []
-    for page, places in zip(span.pages, span.pages_at, strict=True):
-        slots, places = _kept(places, becomes)
+    for page, (slots, places) in zip(span.pages, inside, strict=True):
         whole = _prefix(slots)
         if whole:
             pages += _quantise_loose(kv, loose)
             pages.append((page, as_positions(places[:whole])))
         if len(slots) > whole:
-            loose.append(_tokens(kv, page, slots[whole:], as_positions(places[whole:])))
+            loose.append(_tokens(kv, page, list(slots[whole:]), as_positions(places[whole:])))
     joins = _Loose.together(loose) if loose and _joins(loose, tail_at) else None
     if joins is None:
         pages += _quantise_loose(kv, loose)
     kv.replace_pages(s, pages)
     if kv.keep_first:
-        _gather(kv.first_keys, kv.first_values, s, head, 0)
+        _gather(kv.first_keys, kv.first_values, s, list(head), 0)
     moved = 0 if joins is None else len(joins.places)
-    _gather(kv.last_keys, kv.last_values, s, tail, moved)
+    _gather(kv.last_keys, kv.last_values, s, list(tail), moved)
     if joins is not None:
         kv.last_keys[s, :, :moved] = joins.keys.to(kv.dtype)
         kv.last_values[s, :, :moved] = joins.values.to(kv.dtype)
         tail_at = joined(joins.places, tail_at)
-    span.first_at, span.last_at = head_at, tail_at
-    span.length = len(keep) if renumber else span.length
+    span.place(length, head_at, tail_at)
     kv.changed()
 
 
-def _kept(places: Positions, becomes: dict[int, int]) -> tuple[list[int], Positions]:
+def _kept(places: Positions, keep: list[int], renumber: bool) -> tuple[Sequence[int], Positions]:
     """Which slots of a part are kept, and where they stand then."""
-    slots = [slot for slot, position in enumerate(places) if position in becomes]
-    return slots, as_positions([becomes[places[slot]] for slot in slots])
+    if not places:
+        return NOWHERE, NOWHERE
+    begin, end = bisect_left(keep, places[0]), bisect_right(keep, places[-1])
+    if isinstance(places, range) and end - begin == len(places):
+        return range(len(places)), range(begin, end) if renumber else places
+    slot_of = {position: slot for slot, position in enumerate(places)}
+    chosen = [i for i in range(begin, end) if keep[i] in slot_of]
+    positions = chosen if renumber else [keep[i] for i in chosen]
+    return [slot_of[keep[i]] for i in chosen], as_positions(positions)
 
 
 def _joins(loose: list[_Loose], tail_at: Positions) -> bool:
@@ -158,9 +166,11 @@ def _joins(loose: list[_Loose], tail_at: Positions) -> bool:
     return len(places) + len(tail_at) < PAGE and (not tail_at or tail_at[0] == places[-1] + 1)
 
 
-def _prefix(slots: list[int]) -> int:
+def _prefix(slots: Sequence[int]) -> int:
     """How many tokens of a page stay where they are: the first n, if those are all that is kept or
     at least half a page (or a cache that is often thinned out would come to hold slivers)."""
+    if isinstance(slots, range):
+        return len(slots)
     run = 0
     while run < len(slots) and slots[run] == run:
         run += 1

@@ -134,11 +134,15 @@ def plan_attention(
         scale=max(head_dim, 1) ** -0.5, causal=causal, window=window,
         query=choose_query("auto", fmt), precision=choose_precision(precision, fmt),
     )  # fmt: skip
+    if lists is not None:
+        check_size("lists", lists)
+    if check_flag("draft", draft) and max(fmt.key.planes, fmt.value.planes) < 2:
+        raise ValueError(f"draft needs the codec 'int8-planes' for keys or values, got {fmt}")
     description = describe_device(device)
     first = min(keys, PAGE)  # they and, beside codes, those of the unfilled page stay floats
     last = (keys - first) % PAGE if fmt.value.map != "float" else 0
     return make_plan(
         **sizes, fmt=fmt, dtype=dtype, options=options, device=description,
         backend="cpu" if description.kind == "cpu" else "triton", lists=lists,
-        float_keys=first + last, draft=check_flag("draft", draft),
+        float_keys=first + last, draft=draft,
     )  # fmt: skip

@@ -7,34 +7,45 @@ from torch import Tensor
 
 from lath.formats.codec import Codec
 from lath.formats.codec import codec as parse_codec
-from lath.formats.qtensor import QTensor
+from lath.formats.qtensor import OUTER_DTYPES, QTensor
 from lath.kernels import quantize as kernel
 from lath.verbs.checks import check_flag, check_tensor
 
 
 @torch.library.custom_op("lath::quantize", mutates_args=())
-def _quantize(weight: Tensor, codec: str, search: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensors of a QTensor: codes, scales, zeros (empty where the codec has none)."""
-    packed = kernel.quantize(weight, parse_codec(codec), search)
-    zeros = packed.zeros if packed.zeros is not None else packed.scales.new_empty(0)
-    return packed.codes, packed.scales, zeros
+def _quantize(
+    weight: Tensor, codec: str, search: bool, table: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of a QTensor, empty where the codec has none."""
+    return _five(kernel.quantize(weight, parse_codec(codec), search, table))
 
 
 @_quantize.register_fake
-def _(weight: Tensor, codec: str, search: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    weight: Tensor, codec: str, search: bool, table: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, columns = weight.shape
-    empty = QTensor.empty(parse_codec(codec), (rows, columns), device=weight.device)
-    zeros = empty.zeros if empty.zeros is not None else empty.scales.new_empty(0)
-    return empty.codes, empty.scales, zeros
+    return _five(QTensor.empty(parse_codec(codec), (rows, columns), device=weight.device))
 
 
-def quantize(weight: Tensor, codec: str | Codec, *, search: bool = False) -> QTensor:
+def _five(packed: QTensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def present(tensor: Tensor | None) -> Tensor:
+        return packed.scales.new_empty(0) if tensor is None else tensor.clone()
+
+    zeros, outer, table = (present(t) for t in (packed.zeros, packed.outer, packed.table))
+    return packed.codes, packed.scales, zeros, outer, table
+
+
+def quantize(
+    weight: Tensor, codec: str | Codec, *, search: bool = False, table: Tensor | None = None
+) -> QTensor:
     """Round a weight to nearest in a codec and pack it.
 
     weight: [N, K] float16, bfloat16 or float32, any N and K (K need not be a multiple of the
     group), on any device; not changed. codec: a `Codec` or its text form, "int4-g128".
     search: choose each group's range among 33 fractions of the full one by squared error (about
-    forty times the work, usually a better weight; see `lath.reference.codecs.quantize`).
+    forty times the work, usually a better weight; see `lath.reference.codecs.quantize`). table: the
+    ascending numbers of a "lut" codec, [2**bits]; None: found by k-means.
 
     Returns a QTensor on the same device. Raises ValueError if the weight has NaN or infinity or
     does not fit the codec's scale dtype.
@@ -43,6 +54,16 @@ def quantize(weight: Tensor, codec: str | Codec, *, search: bool = False) -> QTe
     if weight.dim() != 2:
         raise ValueError(f"weight must be [N, K], got shape {list(weight.shape)}")
     parsed = parse_codec(codec)
-    codes, scales, zeros = _quantize(weight.detach(), str(parsed), check_flag("search", search))
-    shape = (weight.shape[0], weight.shape[1])
-    return QTensor(parsed, shape, codes, scales, None if parsed.zero == "none" else zeros)
+    if table is not None and parsed.values != "learned":
+        raise ValueError(f"table is for 'lut' codecs, got codec {str(parsed)!r}")
+    tensors = _quantize(
+        weight.detach(), str(parsed), check_flag("search", search),
+        None if table is None else check_tensor("table", table).detach().float(),
+    )  # fmt: skip
+    codes, scales, zeros, outer, learned = tensors
+    return QTensor(
+        parsed, (weight.shape[0], weight.shape[1]), codes, scales,
+        None if parsed.zero == "none" else zeros,
+        outer if parsed.scale_dtype in OUTER_DTYPES else None,
+        learned if parsed.values == "learned" else None,
+    )  # fmt: skip

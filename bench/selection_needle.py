@@ -1,0 +1,349 @@
+"""Needles and perplexity of SmolLM2-135M-Instruct when decoding reads only what is selected.
+
+    python bench/selection_needle.py [--lengths 1024,2048,4096,8192] [--threads 1]
+
+writes bench/results/selection_needle.md and .json. Needle: a sentence with a random number, at five
+depths of a filler text in which no sentence comes twice; the number is asked for at the end. A
+prompt is read once into an int8 cache, but for its last token; every selection goes on from there,
+on a fork of the cache, and its greedy answer holds the number or not. Perplexity: of the last 256
+tokens of the shipped English text, one token after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import lath
+from lath.integration.benchmark import machine_facts
+from lath.integration.cache import LathCache, cache_argument
+from lath.integration.models import load_model
+from lath.integration.text_sample import english_text
+from lath.selectors import Request, Scored, Selector
+
+RESULTS = Path(__file__).parent / "results"
+SELECTORS = [*lath.selectors.SELECTORS, "centroid-mass"]
+BUDGETS = [256, 512, 1024]
+DEPTHS = [0, 0.25, 0.5, 0.75, 1]
+CHUNK = 512
+ANSWER = 8  # tokens; the number needs 6
+SEQUENCES, STEPS = 8, 32  # of the perplexity: 256 tokens
+
+QUESTION = (
+    "\nQuestion: What is the special magic number?\nAnswer: The special magic number is"
+)  # fmt: skip
+WHO = "The baker,A gardener,The old clerk,A young painter,The miller,Our neighbour,The carpenter,A quiet student,The ferryman,The tailor,A travelling doctor,The librarian,A shepherd,The mason,The cook,A retired sailor"  # noqa: E501
+DID = "carried,repaired,painted,described,borrowed,measured,sold,admired,forgot,cleaned,sketched,moved,counted,hid,polished,returned"  # noqa: E501
+HOW = "small,wooden,heavy,plain,green,broken,narrow,grey,striped,pale,round,rusty,warm,empty,bright,folded"  # noqa: E501
+WHAT = "table,lantern,basket,ladder,blanket,window frame,kettle,clock,boat,fence,chair,map,bucket,wheel,coat,drum"  # noqa: E501
+WHERE = "near the harbour,behind the mill,in the long hall,by the river,under the bridge,beside the orchard,at the edge of the field,on the upper floor,across the square,close to the station,below the hill,outside the workshop,along the canal,inside the barn,next to the well,in front of the school"  # noqa: E501
+WHEN = "before breakfast,on a windy morning,after the rain,late in the evening,during the fair,in early spring,when the bells rang,at noon,on market day,as the snow fell,before the guests arrived,after a long walk,while the children slept,towards the end of summer,at first light,on the way home"  # noqa: E501
+
+
+class RecentOnly(Selector):
+    """Nothing but what is read in any case: the negative control."""
+
+    name = "recent"
+
+    def scores(self, request: Request) -> Scored:
+        view = request.view
+        nothing = torch.full((len(view.lengths), request.lists, view.table.shape[1]), -math.inf)
+        return Scored(nothing)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A selection, or dense; what a line of the tables is about."""
+
+    selector: str
+    budget: int = 0
+    repair: bool = False
+
+    @property
+    def selection(self) -> lath.Selection | None:
+        if self.selector == "dense":
+            return None
+        chosen = RecentOnly() if self.selector == "recent" else lath.selector(self.selector)
+        return lath.Selection(chosen, self.budget, repair=self.repair)
+
+
+def contenders() -> Iterator[Contender]:
+    yield Contender("dense")
+    yield Contender("recent", 64)
+    for selector in SELECTORS:
+        for budget in BUDGETS:
+            for repair in (False, True):
+                yield Contender(selector, budget, repair)
+
+
+# Texts
+
+
+def filler(tokenizer: Any, rng: random.Random, count: int) -> list[int]:
+    """`count` tokens of plain sentences, of which no two are the same."""
+    parts = [words.split(",") for words in (WHO, DID, HOW, WHAT, WHERE, WHEN)]
+    ids: list[int] = []
+    seen = set()
+    while len(ids) < count:
+        who, did, how, what, where, when = (rng.choice(words) for words in parts)
+        sentence = f" {who} {did} the {how} {what} {where} {when}."
+        if sentence not in seen:
+            seen.add(sentence)
+            ids += tokenizer(sentence).input_ids
+    return ids[:count]
+
+
+def prompt(tokenizer: Any, length: int, depth: float) -> tuple[list[int], str]:
+    """`length` tokens and the number that is asked for."""
+    rng = random.Random(f"{length} {depth}")
+    number = str(rng.randint(10000, 99999))
+    needle = tokenizer(f" The special magic number is {number}.").input_ids
+    question = tokenizer(QUESTION).input_ids
+    text = filler(tokenizer, rng, length - len(needle) - len(question))
+    at = int(depth * len(text))
+    return text[:at] + needle + text[at:] + question, number
+
+
+# Running
+
+
+class Runner:
+    """The model, patched to read LathCaches, and steps of it."""
+
+    def __init__(self, model: Any, backend: str) -> None:
+        self.model, self.backend = model, backend
+        self.cache_name = cache_argument(model)
+
+    def step(self, ids: Tensor, cache: LathCache, **given: Any) -> Tensor:
+        """Logits [B, V] behind the last of ids [B, L]."""
+        given[self.cache_name] = cache
+        logits: Tensor = self.model(ids, use_cache=True, logits_to_keep=1, **given).logits
+        return logits[:, -1].float()
+
+    def prefill(self, ids: Tensor) -> LathCache:
+        cache = LathCache(self.model.config, "int8", backend=self.backend)
+        for piece in torch.split(ids, CHUNK, dim=1):
+            self.step(piece, cache)
+        return cache
+
+    def fork(self, cache: LathCache, contender: Contender) -> LathCache:
+        """A cache that shares the pages of `cache`, and reads by the contender's selection."""
+        other = LathCache(
+            self.model.config, "int8", backend=self.backend, select=contender.selection
+        )
+        for mine, theirs in zip(other.layers, cache.layers, strict=True):
+            states = theirs.pages.first_keys[:, :, :0]
+            mine.lazy_initialization(states, states)
+            mine.pages, mine.slots, mine.valid = theirs.pages.fork(), theirs.slots, theirs.valid
+        return other
+
+    def answers(self, cache: LathCache, last: Tensor, tokenizer: Any, want: list[str]) -> list[str]:
+        """Greedy continuations behind the prompts' last tokens [B, 1]; they end early where every
+        one holds what is wanted."""
+        taken: list[Tensor] = []
+        for _ in range(ANSWER):
+            last = self.step(last, cache).argmax(-1, keepdim=True)
+            taken.append(last)
+            texts = [tokenizer.decode(row) for row in torch.cat(taken, dim=1)]
+            if all(number in text for number, text in zip(want, texts, strict=True)):
+                break
+        return texts
+
+
+def needles(runner: Runner, tokenizer: Any, lengths: list[int]) -> list[dict[str, Any]]:
+    rows = []
+    for length in lengths:
+        start = time.perf_counter()
+        # The answer stays within the length.
+        made = [prompt(tokenizer, length - ANSWER, depth) for depth in DEPTHS]
+        ids, numbers = torch.tensor([own for own, _ in made]), [number for _, number in made]
+        filled = runner.prefill(ids[:, :-1])
+        read = time.perf_counter()
+        for contender in contenders():
+            began = time.perf_counter()
+            got = runner.answers(runner.fork(filled, contender), ids[:, -1:], tokenizer, numbers)
+            found = [number in text for number, text in zip(numbers, got, strict=True)]
+            rows.append({
+                "length": length, **vars(contender), "found": found, "answers": got,
+                "wanted": numbers, "seconds": time.perf_counter() - began,
+            })  # fmt: skip
+        seconds = f"prompts {read - start:.0f} s, answers {time.perf_counter() - read:.0f} s"
+        print(f"{length} tokens: {seconds}", file=sys.stderr, flush=True)
+    return rows
+
+
+def perplexities(runner: Runner, tokenizer: Any) -> tuple[list[dict[str, Any]], int]:
+    """Of SEQUENCES pieces of STEPS tokens at the end of the text, each behind all that stands
+    before it; and the context of the first piece."""
+    ids = tokenizer(english_text(), return_tensors="pt", verbose=False).input_ids[0]
+    first = len(ids) - SEQUENCES * STEPS
+    cache, mask = staggered(runner, ids, first - 1)
+    rows = []
+    for contender in contenders():
+        began = time.perf_counter()
+        own, total = runner.fork(cache, contender), 0.0
+        for i in range(STEPS):
+            at = first + torch.arange(SEQUENCES) * STEPS + i
+            longer = functional.pad(mask, (0, i + 1), value=1)
+            logits = runner.step(
+                ids[at - 1, None], own, attention_mask=longer, position_ids=at[:, None] - 1
+            )
+            total += functional.cross_entropy(logits, ids[at], reduction="sum").item()
+        seconds = time.perf_counter() - began
+        perplexity = math.exp(total / (SEQUENCES * STEPS))
+        rows.append({**vars(contender), "perplexity": perplexity, "seconds": seconds})
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows, first
+
+
+def staggered(runner: Runner, ids: Tensor, first: int) -> tuple[LathCache, Tensor]:
+    """A cache of the first `first + STEPS * s` tokens in sequence s, and its mask of slots. What
+    all have in common is read once; the rest is padded on its left."""
+    cache = runner.prefill(ids[None, :first])
+    cache.batch_repeat_interleave(SEQUENCES)
+    width = STEPS * (SEQUENCES - 1)
+    places = torch.arange(width) - width + STEPS * torch.arange(SEQUENCES)[:, None]
+    mask = torch.cat([torch.ones(SEQUENCES, first), (places >= 0).float()], dim=1).long()
+    at = first + places.clamp(min=0)
+    runner.step(ids[at], cache, attention_mask=mask, position_ids=at)
+    return cache, mask
+
+
+# The report
+
+
+def named(row: dict[str, Any]) -> str:
+    return row["selector"] + (" with repair" if row["repair"] else "")
+
+
+def table(head: list[str], lines: list[list[str]]) -> list[str]:
+    rows = [f"| {' | '.join(line)} |" for line in [head, *lines]]
+    return [rows[0], "|---" * len(head) + "|", *rows[1:], ""]
+
+
+def hits(rows: list[dict[str, Any]], **wanted: Any) -> str:
+    found = [hit for row in rows for hit in row["found"]
+             if all(row[key] == value for key, value in wanted.items())]  # fmt: skip
+    return f"{sum(found)}/{len(found)}"
+
+
+def lines_of(rows: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+    return list(dict.fromkeys((row["selector"], row["repair"]) for row in rows))
+
+
+def needle_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for selector, repair in lines_of(rows):
+        own = [r for r in rows if (r["selector"], r["repair"]) == (selector, repair)]
+        budgets = sorted({r["budget"] for r in own})
+        cells = {budget: hits(own, budget=budget) for budget in budgets}
+        if len(budgets) == 1:  # dense, and the control
+            cells = dict.fromkeys(BUDGETS, cells[budgets[0]])
+        lines.append([named(own[0]), *(cells[budget] for budget in BUDGETS)])
+    return table(["reads", *(f"budget {budget}" for budget in BUDGETS)], lines)
+
+
+def length_table(rows: list[dict[str, Any]], budget: int) -> list[str]:
+    lengths = sorted({row["length"] for row in rows})
+    lines = [
+        [named({"selector": s, "repair": r})]
+        + [hits(rows, selector=s, repair=r, budget=budget, length=n) for n in lengths]
+        for s, r in lines_of([row for row in rows if row["budget"] == budget])
+    ]
+    return table([f"budget {budget}", *(f"{n} tokens" for n in lengths)], lines)
+
+
+def perplexity_table(rows: list[dict[str, Any]]) -> list[str]:
+    dense = next(row["perplexity"] for row in rows if row["selector"] == "dense")
+    lines = []
+    for selector, repair in lines_of(rows):
+        own = [r for r in rows if (r["selector"], r["repair"]) == (selector, repair)]
+        cells = [f"{r['perplexity']:.3f} ({r['perplexity'] / dense - 1:+.2%})" for r in own]
+        lines.append([named(own[0]), *(cells if len(cells) > 1 else cells * len(BUDGETS))])
+    return table(["reads", *(f"budget {budget}" for budget in BUDGETS)], lines)
+
+
+def as_good_as_dense(rows: list[dict[str, Any]], budget: int, repair: bool) -> list[str]:
+    dense = hits(rows, selector="dense")
+    return [s for s in SELECTORS if hits(rows, selector=s, repair=repair, budget=budget) == dense]
+
+
+def report(result: dict[str, Any]) -> str:
+    assert __doc__ is not None
+    rows = result["needles"]
+    facts = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    parts = [
+        "# SmolLM2-135M-Instruct: decoding over selections", "", __doc__.strip(), "",
+        f"{facts}; backend {result['backend']}, {result['threads']} thread(s), bf16 model, "
+        f"{result['seconds']:.0f} s in all. Command: `{result['command']}`", "",
+        "## Needles found", "",
+        "Of five depths (0, 25, 50, 75, 100 %) at each of "
+        f"{', '.join(map(str, result['lengths']))} tokens. recent: the first 64 tokens and the "
+        "last 64 to 128 alone, the negative control. A budget counts the tokens of pages that are "
+        "read besides those (clusterkv: besides the last 5 pages, hgca: the last 4).", "",
+        *needle_table(rows),
+    ]  # fmt: skip
+    for repair in (False, True):
+        good = as_good_as_dense(rows, BUDGETS[-1], repair)
+        parts += [
+            f"As many as dense at budget {BUDGETS[-1]}, {'with' if repair else 'without'} repair: "
+            f"{len(good)} of {len(SELECTORS)} ({', '.join(good) or 'none'}).", "",
+        ]  # fmt: skip
+    for budget in BUDGETS:
+        parts += length_table(rows, budget)
+    parts += [
+        "## Perplexity", "",
+        f"{SEQUENCES * STEPS} tokens, each behind {result['context']} tokens or more of the same "
+        f"text, in {SEQUENCES} pieces of {STEPS}: within a piece every token is read with the "
+        "selection, what stands before a piece was read whole. In brackets the change against "
+        "dense.", "", *perplexity_table(result["perplexities"]),
+    ]  # fmt: skip
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--lengths", default="1024,2048,4096,8192")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    lengths = [int(length) for length in options.lengths.split(",")]
+    torch.set_num_threads(options.threads)
+    start = time.perf_counter()
+    model, tokenizer = load_model("smollm2", "bfloat16")
+    runner = Runner(model, options.backend)
+    with (
+        lath.patch(model, None, attention="int8", kv="int8", backend=options.backend),
+        torch.inference_mode(),
+    ):
+        found = needles(runner, tokenizer, lengths)
+        measured, context = perplexities(runner, tokenizer)
+    command = "python bench/selection_needle.py"
+    for name in ("lengths", "threads"):
+        if getattr(options, name) != parser.get_default(name):
+            command += f" --{name} {getattr(options, name)}"
+    result = {
+        "machine": machine_facts(), "backend": options.backend, "threads": options.threads,
+        "command": command, "seconds": time.perf_counter() - start, "lengths": lengths,
+        "context": context, "needles": found, "perplexities": measured,
+    }  # fmt: skip
+    stored = options.output / "selection_needle.json"
+    stored.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    stored.with_suffix(".md").write_text(report(result))
+
+
+if __name__ == "__main__":
+    main()

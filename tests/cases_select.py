@@ -1,0 +1,92 @@
+"""Caches, and the definition's lists for them, that the tests of selection share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import lath
+from cases_attention import as_array, as_cache
+from lath.reference import select as reference
+from lath.reference import selectors as definition
+from lath.verbs.backends import is_installed
+
+BACKENDS = [
+    "reference",
+    pytest.param("cpu", marks=pytest.mark.skipif(not is_installed("numba"), reason="numba")),
+]
+HEADS, GROUP, DIM = 2, 2, 32
+
+
+def make_cache(
+    tokens: int = 700,
+    batch: int = 1,
+    backend: str = "reference",
+    seed: int = 0,
+    codec: str = "int8",
+) -> tuple[lath.PagedKV, Tensor]:
+    """A cache of biased keys, and queries [batch, Hq, 1, D]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    kv = lath.PagedKV(HEADS, DIM, batch, codec, codec, dtype=torch.float32, backend=backend)
+    keys = normal(batch, HEADS, tokens, DIM) + normal(batch, HEADS, 1, DIM)
+    kv.append(keys, normal(batch, HEADS, tokens, DIM) + 0.3)
+    return kv, 2 * normal(batch, HEADS * GROUP, 1, DIM)
+
+
+def spelled(name: str) -> str:
+    return {"sparq": "sparq-8", "double_sparsity": "double_sparsity-6"}.get(name, name)
+
+
+def defined(name: str, q: Tensor, kv: lath.PagedKV, wish: definition.Wish) -> Any:
+    """The lists of the definition for a text form."""
+    cache, rows = as_cache(kv.view(), q.dtype), np.full(q.shape[0], q.shape[2], np.int32)
+    array = as_array(q)
+    kind, _, option = name.partition("-")
+    if kind in ("quest", "centroid"):
+        score = "bound" if kind == "quest" else option or "mean"
+        extremes = extremes_of(cache) if kind == "quest" and option else None
+        return definition.by_page(array, rows, cache, wish, score, extremes)  # type: ignore[arg-type]
+    if kind == "tokenselect":
+        return definition.token_select(array, rows, cache, wish, "int8")
+    if kind == "hgca":
+        return definition.hgca(array, rows, cache, wish, "int8", 1.0)
+    if kind == "paged_eviction":
+        return definition.paged_eviction(array, rows, cache, wish)
+    if kind == "clusterkv":
+        segments = [[min(len(span.pages), 64)] for span in kv.spans]
+        return definition.cluster_kv(array, rows, cache, wish, segments, 40)
+    count = int(option)
+    if kind == "sparq":
+        every = np.tile(np.arange(DIM, dtype=np.int32), (HEADS, 1))
+        rows_of = definition.sparq_rows(array, count)
+        return definition.by_channels(array, rows, cache, wish, every, rows_of, 8, True)
+    channels = most_spread(cache, count)
+    rows_of = np.tile(np.arange(count, dtype=np.int32), (*q.shape[:2], 1))
+    return definition.by_channels(array, rows, cache, wish, channels, rows_of, 8, False)
+
+
+def extremes_of(cache: Any) -> Any:
+    shape = (*cache.records.shape[:2], 4, 2, cache.format.key_dim)
+    extremes = np.zeros(shape, np.int8)
+    for (number, head), page in definition.pages_of(cache).items():
+        row = reference.read_index(cache.index[number, head], cache.format)
+        extremes[number, head] = reference.subpage_extremes(page, row.unit, row.tokens)
+    return extremes
+
+
+def most_spread(cache: Any, count: int) -> Any:
+    pages = definition.pages_of(cache)
+    channels = []
+    for head in range(HEADS):
+        keys = np.concatenate([page.keys for (_, h), page in pages.items() if h == head])
+        order = np.argsort(-keys.var(axis=0), kind="stable")[:count]
+        channels.append(np.sort(order))
+    return np.array(channels, np.int32)
