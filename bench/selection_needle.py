@@ -5,7 +5,7 @@
 writes bench/results/selection_needle.md and .json. Needle: a sentence with a random number, at five
 depths of a filler text in which no sentence comes twice; the number is asked for at the end. A
 prompt is read once into an int8 cache, but for its last token; every selection goes on from there,
-on a fork of the cache, and its greedy answer holds the number or not. Perplexity: of the last 256
+on a fork of the cache, and its greedy answer holds the number or not. Perplexity: of the last 128
 tokens of the shipped English text, one token after the other.
 """
 
@@ -39,7 +39,7 @@ BUDGETS = [256, 512, 1024]
 DEPTHS = [0, 0.25, 0.5, 0.75, 1]
 CHUNK = 512
 ANSWER = 8  # tokens; the number needs 6
-SEQUENCES, STEPS = 8, 32  # of the perplexity: 256 tokens
+SEQUENCES, STEPS = 8, 16  # of the perplexity: 128 tokens
 
 QUESTION = (
     "\nQuestion: What is the special magic number?\nAnswer: The special magic number is"
@@ -179,6 +179,9 @@ def needles(runner: Runner, tokenizer: Any, lengths: list[int]) -> list[dict[str
                 "length": length, **vars(contender), "found": found, "answers": got,
                 "wanted": numbers, "seconds": time.perf_counter() - began,
             })  # fmt: skip
+            print(
+                length, named(rows[-1]), contender.budget, sum(found), file=sys.stderr, flush=True
+            )
         seconds = f"prompts {read - start:.0f} s, answers {time.perf_counter() - read:.0f} s"
         print(f"{length} tokens: {seconds}", file=sys.stderr, flush=True)
     return rows
@@ -204,7 +207,7 @@ def perplexities(runner: Runner, tokenizer: Any) -> tuple[list[dict[str, Any]], 
         seconds = time.perf_counter() - began
         perplexity = math.exp(total / (SEQUENCES * STEPS))
         rows.append({**vars(contender), "perplexity": perplexity, "seconds": seconds})
-        print(rows[-1], file=sys.stderr, flush=True)
+        print(named(rows[-1]), contender.budget, perplexity, file=sys.stderr, flush=True)
     return rows, first
 
 
@@ -287,7 +290,7 @@ def report(result: dict[str, Any]) -> str:
     parts = [
         "# SmolLM2-135M-Instruct: decoding over selections", "", __doc__.strip(), "",
         f"{facts}; backend {result['backend']}, {result['threads']} thread(s), bf16 model, "
-        f"{result['seconds']:.0f} s in all. Command: `{result['command']}`", "",
+        f"{result['seconds']:.0f} s in all, {result['processor_seconds']:.0f} s of a processor. Command: `{result['command']}`", "",
         "## Needles found", "",
         "Of five depths (0, 25, 50, 75, 100 %) at each of "
         f"{', '.join(map(str, result['lengths']))} tokens. recent: the first 64 tokens and the "
@@ -337,7 +340,8 @@ def main() -> None:
             command += f" --{name} {getattr(options, name)}"
     result = {
         "machine": machine_facts(), "backend": options.backend, "threads": options.threads,
-        "command": command, "seconds": time.perf_counter() - start, "lengths": lengths,
+        "command": command, "seconds": time.perf_counter() - start,
+        "processor_seconds": time.process_time(), "lengths": lengths,
         "context": context, "needles": found, "perplexities": measured,
     }  # fmt: skip
     stored = options.output / "selection_needle.json"

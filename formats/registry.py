@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Family = Literal["8-bit attention", "key-value cache", "decoding", "ragged batches", "trees"]
+Family = Literal[
+    "8-bit attention", "key-value cache", "decoding", "sparse selection", "eviction",
+    "ragged batches", "trees",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,12 @@ _TREE_TESTS = (
 def _tree(name: str, note: str) -> System:
     how = "`kv.append` the nodes, `decode_attention(…, tree_mask=…)`, `kv.compact` to the path"
     return System(name, "trees", how, _TREE_TESTS, note)
+
+
+def _selector(name: str, text: str, note: str, *tests: str) -> System:
+    how = f'`select(q, kv, "{text}", budget)`, `patch(model, kv="int8", select="{text}:1024")`'
+    common = ("test_selectors.py::test_equals_its_definition",)
+    return System(name, "sparse selection", how, (*common, *tests), note)
 
 
 SYSTEMS = (
@@ -116,12 +125,113 @@ SYSTEMS = (
         ("test_decode_attention.py::test_splits_and_schemes_change_nothing",),
         "the flat GEMM and its dataflow are `linear`'s plan",
     ),
-    System(
+    _selector(
+        "Quest",
+        "quest",
+        "the bound of every page, or of its sub-pages (`quest-16`)",
+        "test_selectors.py::test_quest_finds_the_page_of_the_largest_score",
+    ),
+    _selector(
+        "TokenSelect",
+        "tokenselect",
+        "a soft vote of all heads; `Selection(reuse_cosine=0.9)`",
+        "test_selectors.py::test_the_soft_vote_is_not_the_sum_of_the_scores",
+        "test_selectors.py::test_the_selection_cache_serves_like_queries",
+    ),
+    _selector(
+        "SparQ Attention",
+        "sparq",
+        'a copy of the keys by channel; `repair="mean"` is its α mix',
+        "test_selectors.py::test_sparq_with_all_channels_is_the_exact_top_k",
+        "test_selectors.py::test_sparq_mixes_in_the_mean_value",
+    ),
+    _selector(
+        "Double Sparsity",
+        "double_sparsity",
+        "labels of 8 or 4 bits; `double_sparsity_channels`",
+        "test_selectors.py::test_double_sparsity_finds_the_channels",
+        "test_selectors.py::test_labels_take_their_share_of_the_bytes",
+    ),
+    _selector(
+        "ClusterKV",
+        "clusterkv",
+        "cosine k-means of each KV head, whole clusters to the budget",
+        "test_selectors_data.py::test_planted_clusters_are_found",
+        "test_selectors_data.py::test_singleton_clusters_are_the_exact_top_k",
+    ),
+    _selector(
         "HGCA",
-        "decoding",
-        "`merge` of two attentions, on two devices if need be",
-        ("test_decode_contracts.py::test_segments_merge_into_the_whole",),
-        "the merge: sparse selection is not here yet",
+        "hgca",
+        "recent pages, and old tokens of more than the mean weight; or `merge`",
+        "test_selectors_data.py::test_hgca_is_a_merge_of_its_dense_and_its_sparse_part",
+        "test_decode_contracts.py::test_segments_merge_into_the_whole",
+    ),
+    System(
+        "AxFormer",
+        "sparse selection",
+        '`select(q, kv, "tokenselect", …, heads="query")` in some layers',
+        ("test_selectors.py::test_everything_is_dense_attention",),
+        "its hard attention only: pruning is not part of it",
+    ),
+    System(
+        "PagedEviction",
+        "eviction",
+        '`lath.PagedEviction(budget).step(kv)`, or `select(q, kv, "paged_eviction", …)`',
+        (
+            "test_eviction.py::test_paged_eviction_step_by_step",
+            "test_selectors_data.py::test_paged_eviction_reads_pages_of_large_values_and_small_keys",
+        ),
+        "pages are shared by the KV heads: one score for all of them",
+    ),
+    System(
+        "SCOPE",
+        "eviction",
+        "`lath.Scope(budget, prefill, interval).step(kv, q)`",
+        ("test_eviction.py::test_scope_leaves_the_prompt_and_bounds_the_rest",),
+        "the sliding strategy, updated now and then; no growing pool",
+    ),
+    System(
+        "PrefixKV",
+        "eviction",
+        "`lath.prefix_kv_budgets(masses, total)`, `Selection(layer_budgets=…)`",
+        ("test_layer_budgets.py::test_equal_layers_get_equal_budgets_and_skewed_ones_fewer",),
+    ),
+    System(
+        "ScaleKV",
+        "eviction",
+        "`lath.scale_kv_budgets(classes, large, small)`, `Selection(layer_budgets=…)`",
+        ("test_layer_budgets.py::test_the_table_is_respected",),
+        "classing the layers is the caller's",
+    ),
+    System(
+        "FreqKV",
+        "eviction",
+        "`kv.compact_frequencies(keep)`",
+        (
+            "test_store_transforms.py::test_full_retention_changes_nothing",
+            "test_store_transforms.py::test_smooth_signals_stay_and_noise_does_not",
+        ),
+        "keys as they are stored, after their rotation",
+    ),
+    System(
+        "DeltaLLM",
+        "eviction",
+        "`kv.threshold_deltas(threshold, window)`",
+        ("test_store_transforms.py::test_deltas_against_the_definition",),
+        "says how sparse the deltas are; the loop reads whole pages all the same",
+    ),
+    *(
+        System(
+            name,
+            "eviction",
+            "`kv.compact(keep, renumber=False)`, `kv.append(…, keep=…)`",
+            (
+                "test_store_operations.py::test_compaction_is_masking_for_floats",
+                "test_store_operations.py::test_keeping_everything_is_the_identity",
+            ),
+            "what to keep is the caller's list",
+        )
+        for name in ("METok", "Skip-Vision", "Dynamic-LLaVA")
     ),
     System(
         "BASS",

@@ -153,15 +153,17 @@ def entries_of(codec: Codec, table: Floats | None = None) -> Floats:
 
 def exact_scale(block: Floats, codec: Codec, entries: Floats) -> Floats:
     """The scale [N] of a group [N, g] before it is stored; 0 for a group of zeros."""
-    amax = np.abs(block).max(axis=1)
+    amax: Floats = np.abs(block).max(axis=1)
+    steps = np.float32(codec.levels / 2 - 0.5)
     if codec.values == "ternary":
-        return np.abs(block.astype(np.float64)).mean(axis=1).astype(np.float32)
-    if codec.is_table:
-        return amax / np.float32(np.abs(entries[np.isfinite(entries)]).max())
-    if codec.zero == "integer":
-        span = np.maximum(block.max(axis=1), 0) - np.minimum(block.min(axis=1), 0)
-        return span / np.float32(codec.levels - 1)
-    return amax / np.float32(codec.levels / 2 - 0.5)
+        amax, steps = np.abs(block.astype(np.float64)).mean(axis=1), np.float32(1)
+    elif codec.is_table:
+        steps = np.float32(np.abs(entries[np.isfinite(entries)]).max())
+    elif codec.zero == "integer":
+        amax = np.maximum(block.max(axis=1), 0) - np.minimum(block.min(axis=1), 0)
+        steps = np.float32(codec.levels - 1)
+    scale: Floats = amax.astype(np.float32) / steps
+    return scale
 
 
 def nearest(
@@ -187,7 +189,8 @@ def nearest_entry(x: Floats, entries: Floats) -> Codes:
     # Of equal numbers (0 and -0 of a float) and of two as near: the even code, then the lower.
     order = np.lexsort((codes, codes % 2))
     best = order[distance[..., order].argmin(axis=-1)]
-    return codes[best].astype(np.uint8)
+    nearest_codes: Codes = codes[best].astype(np.uint8)
+    return nearest_codes
 
 
 def store_scales(exact: Floats, codec: Codec) -> tuple[Side, Side | None]:
@@ -226,9 +229,11 @@ def store_scales(exact: Floats, codec: Codec) -> tuple[Side, Side | None]:
 def effective_scales(scales: Side, outer: Side | None, codec: Codec) -> NDArray[np.float64]:
     """What codes are multiplied by, [G, N]: exact, but one fp32 product below an outer scale."""
     if codec.scale_dtype == "e8m0":
-        return np.ldexp(1.0, scales.astype(np.int64) - 127)
+        power: NDArray[np.float64] = np.ldexp(1.0, scales.astype(np.int64) - 127)
+        return power
     if outer is None:
-        return scales.astype(np.float64)
+        exact: NDArray[np.float64] = scales.astype(np.float64)
+        return exact
     inner = scales.astype(np.float32)
     if codec.scale_dtype == "e4m3":
         inner = floats.decode_e4m3(scales.astype(np.uint8)).astype(np.float32)

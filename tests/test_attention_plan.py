@@ -176,6 +176,8 @@ def test_lists_move_what_they_hold() -> None:
     assert "4 query head(s): 64 pages in 2 pieces" in on_cpu.reason
     with pytest.raises(ValueError, match="lists must be None, kv_heads, 8, or query_heads, 32"):
         plan(lists=4)
+    with pytest.raises(ValueError, match="tokens, masks of the pages of lists, need lists"):
+        plan(tokens=True)
 
 
 def test_a_draft_moves_its_planes() -> None:

@@ -390,7 +390,7 @@ def test_other_instruction_sets(name: str) -> None:
         import torch; torch.set_num_threads(1)
         from test_cpu_select import AttentionCase, LABELS, check, test_label_scores
         from test_top_k import check_cpu
-        for text in ("int8/int8 4/2 33/17 3 1100,90 bf16 int8 holes",
+        for text in ("int8/int8 4/2 33/17 3 200,90 bf16 int8 holes",
                      "int4/int4 3/1 64/80 1 200 fp16 int8 parts"):
             check(AttentionCase.parse(text))
         test_label_scores(*LABELS[1], 4)

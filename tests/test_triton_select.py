@@ -23,7 +23,11 @@ from lath.reference.pages import read_page
 from tools.sanitizer import sanitize
 
 KINDS = get_args(PageScore)
-CASES = [case for case in CATALOGUE if not case.words.keys() & {"lists", "packed"}]
+# Of those that differ by what selection does not see, one is enough.
+UNSEEN = {"mask", "bias", "alibi", "sink", "window", "unified", "softcap"}
+CASES = [
+    case for case in CATALOGUE if not case.words.keys() & {"lists", "packed", *UNSEEN}
+]  # fmt: skip
 
 
 def small_plan(case: AttentionCase, split: int = 2, **changed: Any) -> Plan:
@@ -81,59 +85,53 @@ def unread_of(pages: PageView, heads: int) -> Tensor:
 
 
 def check_repair(
-    queries: Queries, pages: PageView, z: Tensor, scale: float, plan: Plan | None = None
+    queries: Queries, pages: PageView, z: Tensor, scale: float, *plans: Plan | None
 ) -> None:
     o, lse, o_bound, lse_bound = oracle.repair(queries, pages, z, scale)
-    got_o, got_lse = kernels.repair(queries, pages, z, scale, plan)
-    check(got_o, o, o_bound, f"o of {z.shape[1]} lists")
-    check(got_lse, lse, lse_bound, f"lse of {z.shape[1]} lists")
+    for plan in plans:
+        got_o, got_lse = kernels.repair(queries, pages, z, scale, plan)
+        check(got_o, o, o_bound, f"o of {z.shape[1]} lists")
+        check(got_lse, lse, lse_bound, f"lse of {z.shape[1]} lists")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_repair(case: AttentionCase) -> None:
+@pytest.mark.parametrize(("number", "case"), list(enumerate(CASES)), ids=str)
+def test_repair(number: int, case: AttentionCase) -> None:
+    """One list for all, of KV heads or of query heads; under the plan, and in two pieces."""
     queries, pages, options = make_attention(case)
     heads, kv_heads = (int(count) for count in case.heads.split("/"))
-    for lists, split in ((1, 1), (kv_heads, 2), (heads, 1)):
-        check_repair(
-            queries, pages, unread_of(pages, lists), options.scale, small_plan(case, split)
-        )
-    check_repair(queries, pages, unread_of(pages, kv_heads), options.scale)
+    z = unread_of(pages, (1, kv_heads, heads)[number % 3])
+    check_repair(queries, pages, z, options.scale, None, small_plan(case, 1 + number % 2))
 
 
 WIDE = [
-    AttentionCase("int8/int8", "4/2", "128/128", 3, "1500,200", "bf16", "int8", "holes"),
-    AttentionCase("int4/int2", "3/1", "96/80", 6, "1400", "fp16", "int8", "ragged;parts;holes"),
-    AttentionCase("float/float", "2/2", "256/256", 1, "1200", "fp32", "float", "holes"),
-    AttentionCase("e4m3/e4m3", "8/2", "33/17", 5, "1300,0,64", "bf16", "e4m3", "ragged;e4m3"),
-]
+    AttentionCase("int8/int8", "4/2", "128/128", 2, "700,100", "bf16", "int8", "holes"),
+    AttentionCase("int4/int2", "3/1", "96/80", 6, "1100", "fp16", "int8", "ragged;parts;holes"),
+    AttentionCase("float/float", "2/2", "256/256", 1, "400", "fp32", "float", "holes"),
+    AttentionCase("float/float", "4/2", "64/48", 2, "300", "fp16", "float", "parts"),
+    AttentionCase("e4m3/e4m3", "8/2", "33/17", 3, "900,0,64", "bf16", "e4m3", "ragged;e4m3"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WIDE, ids=str)
 def test_many_pages_in_pieces(case: AttentionCase) -> None:
     """Head dims of all sizes, sequences of several tiles of pages, whole tiles without a page."""
     queries, pages, options = make_attention(case)
+    scale, dot = options.scale, case.dtype if case.codecs.startswith("float") else "int8"
     for kind in KINDS:
-        exact, bound = oracle.page_scores(queries, pages, kind, options.scale)
-        for split in (1, 2):
-            got = kernels.page_scores(
-                queries, pages, kind, options.scale, plan=small_plan(case, split)
-            )
-            check(got, exact, bound, f"{kind} in {split}")
-    exact, bound = oracle.token_scores(queries, pages, options.scale, options.query)
-    plan = small_plan(case, 3, dot="int8" if pages.format.key.map != "float" else case.dtype)
-    plan = dataclasses.replace(plan, block_n=64)
-    check(
-        kernels.token_scores(queries, pages, options.scale, options.query, plan), exact, bound, ""
-    )
-    heads, kv_heads = (int(count) for count in case.heads.split("/"))
-    for lists, split in ((1, 2), (heads, 2), (kv_heads, 1)):
-        check_repair(
-            queries, pages, unread_of(pages, lists), options.scale, small_plan(case, split)
-        )
+        exact, bound = oracle.page_scores(queries, pages, kind, scale)
+        got = kernels.page_scores(queries, pages, kind, scale, plan=small_plan(case))
+        check(got, exact, bound, kind)
+    exact, bound = oracle.token_scores(queries, pages, scale, options.query)
+    plan = small_plan(case, 3, dot=dot, block_n=64)
+    got = kernels.token_scores(queries, pages, scale, options.query, plan)
+    check(got, exact, bound, "tokens")
+    heads = int(case.heads.split("/")[0])
+    check_repair(queries, pages, unread_of(pages, heads), scale, small_plan(case, 2))
+    check_repair(queries, pages, unread_of(pages, 1), scale, small_plan(case, 1))
 
 
 @pytest.mark.parametrize(
-    "case", [CASES[0], CASES[4], WIDE[1], CASES[6], CASES[15], CASES[16]], ids=str
+    "case", [CASES[0], CASES[3], WIDE[1], CASES[5], CASES[13], CASES[15]], ids=str
 )
 def test_bounds_of_subpages(case: AttentionCase) -> None:
     queries, pages, options = make_attention(case)
@@ -159,14 +157,30 @@ def labels_of(pages: PageView, dtype: str, bits: int, channels: Tensor) -> tuple
     return torch.from_numpy(codes), torch.from_numpy(scales)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
-    ("case", "count", "chosen"),
+    ("case", "count", "chosen", "bits"),
     [
-        (AttentionCase("int8/int8", "4/2", "64/32", 1, "400,130", "bf16", "int8", "holes"), 16, 16),
-        (AttentionCase("int4/int8", "4/2", "80/32", 5, "300,9", "fp16", "int8", "ragged"), 20, 7),
-        (AttentionCase("float/int8", "2/2", "48/32", 20, "260", "fp32", "int8", "parts"), 48, 33),
-        (AttentionCase("e4m3/int8", "3/1", "32/32", 1, "200", "fp16", "int8", "e4m3"), 8, 1),
+        (
+            AttentionCase("int8/int8", "4/2", "64/32", 1, "200,70", "bf16", "int8", "holes"),
+            16,
+            16,
+            8,
+        ),
+        (AttentionCase("int8/int8", "4/2", "64/32", 1, "200,9", "bf16", "int8", "-"), 16, 9, 4),
+        (
+            AttentionCase("int4/int8", "2/1", "80/32", 5, "300,9", "fp16", "int8", "ragged"),
+            20,
+            7,
+            4,
+        ),
+        (
+            AttentionCase("float/int8", "2/2", "48/32", 20, "260", "fp32", "int8", "parts"),
+            48,
+            33,
+            8,
+        ),
+        (AttentionCase("e4m3/int8", "3/1", "32/32", 1, "200", "fp16", "int8", "e4m3"), 8, 1, 8),
+        (AttentionCase("float/int8", "2/1", "32/32", 2, "130", "fp16", "int8", "-"), 32, 32, 4),
     ],
     ids=str,
 )
@@ -214,10 +228,10 @@ def check_top_k(scores: Tensor, k: int) -> None:
     np.testing.assert_array_equal(got.numpy(), reference.top_k(as_array(scores), k), f"k = {k}")
 
 
-@pytest.mark.parametrize("width", [1, 2, 63, 64, 65, 512, 1024, 1025, 3000, 4096, 4097])
+@pytest.mark.parametrize("width", [1, 2, 63, 64, 65, 512, 1024, 1025, 3000, 4097])
 def test_top_k_is_exact(width: int) -> None:
-    scores = hard_scores(3, width)
-    for k in {0, 1, 2, width // 8, width // 2, width - 1, width, width + 5}:
+    scores = hard_scores(2, width)
+    for k in {0, 1, width // 8, width // 2, width - 1, width + 5}:
         check_top_k(scores, k)
 
 
@@ -251,14 +265,14 @@ def test_top_k_of_other_blocks() -> None:
     """Neither the block of the radix passes nor padding matters."""
     scores = hard_scores(2, 1100)
     exact = reference.top_k(as_array(scores), 50)
-    for block in (16, 256, 2048):
+    for block in (128, 256, 4096):
         plan = Plan("triton", "select", "none", "a test", 0, 0, block_n=block, warps=1, stages=1)
         np.testing.assert_array_equal(kernels.top_k(scores, 50, plan).numpy(), exact)
 
 
 # What nobody may touch, and NaN
 
-SANITISED = "int4/int4 3/1 96/80 6 400,0,64 bf16 int8 ragged;holes"
+SANITISED = "int4/int4 3/1 96/80 6 200,0,64 bf16 int8 ragged;holes"
 
 
 def calls(text: str) -> dict[str, Callable[[], Any]]:
@@ -292,17 +306,17 @@ def calls(text: str) -> dict[str, Callable[[], Any]]:
 
 
 def test_sanitizer_is_clean() -> None:
-    results: list[dict[str, Any]] = []
+    """And neither the order of programs nor what memory held before matters."""
     made = calls(SANITISED)
-    scores, wide = hard_scores(3, 70), hard_scores(2, 1500)
+    scores, wide = hard_scores(2, 70), hard_scores(1, 1500)
     made["top_k"] = lambda: kernels.top_k(scores, 9)
     made["radix"] = lambda: kernels.top_k(wide, 40)
-    for order in (None, "reverse"):
-        with sanitize(order=order) as report:  # type: ignore[arg-type]
-            results.append({name: call() for name, call in made.items()})
-        report.assert_clean()
-    for name, first in results[0].items():
-        pairs = zip(first, results[1][name], strict=True)
+    results = {name: call() for name, call in made.items()}
+    with sanitize(order="reverse") as report:
+        again = {name: call() for name, call in made.items()}
+    report.assert_clean()
+    for name, first in results.items():
+        pairs = zip(first, again[name], strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), name
 
 
@@ -379,6 +393,42 @@ def test_the_bounds_notice(spoil: str) -> None:
         shares.append(oracle.admitted(part.numpy(), answer, gauge))
     noticed = {"z": shares[1:], "value_mean": shares[1:]}.get(spoil, shares[:1])
     assert max(noticed) > 1
+
+
+def test_offsets_of_64_bits() -> None:
+    """A page more than 2**31 bytes away (virtual memory: little is touched)."""
+    case = AttentionCase("int8/int8", "2/1", "32/32", 1, "64", "fp16", "int8", "-")
+    queries, pages, options = make_attention(case)
+    channels = torch.arange(4, dtype=torch.int32)[None]
+    rows_of = channels.expand(1, 2, 4).contiguous()
+    labels, scales = labels_of(pages, case.dtype, 8, channels)
+
+    def of_index(view: PageView, labels: Tensor, scales: Tensor) -> list[Tensor]:
+        given = (scales, channels, rows_of, options.scale)
+        return [
+            *(kernels.page_scores(queries, view, kind, options.scale) for kind in KINDS),
+            kernels.label_scores(queries, view, labels, *given),
+            *kernels.repair(queries, view, torch.zeros(1, 1, 1), options.scale),
+        ]
+
+    def moved(tensor: Tensor, number: int) -> Tensor:
+        far = torch.empty((number + 1, *tensor.shape[1:]), dtype=tensor.dtype)
+        far[number] = tensor[int(pages.table[0, 0])]
+        return far
+
+    near = of_index(pages, labels, scales)
+    number = 2**31 // pages.index.shape[2] + 1
+    table = torch.tensor([[number]], dtype=torch.int32)
+    distant = dataclasses.replace(pages, index=moved(pages.index, number), table=table)
+    far = of_index(distant, moved(labels, number), moved(scales, number))
+    number = 2**31 // pages.records.shape[2] + 1
+    distant = dataclasses.replace(
+        pages, records=moved(pages.records, number), index=moved(pages.index, number),
+        table=torch.tensor([[number]], dtype=torch.int32),
+    )  # fmt: skip
+    near.append(kernels.token_scores(queries, pages, options.scale, "int8"))
+    far.append(kernels.token_scores(queries, distant, options.scale, "int8"))
+    assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
 
 
 def test_bad_arguments_are_refused() -> None:

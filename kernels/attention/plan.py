@@ -90,7 +90,7 @@ def plan_attention(
     q. device: where it runs; a CPU under backend "triton" is the interpreter. lists: lists of pages
     of a sequence, `PageView.list_heads`: kv_heads, or query_heads (every query head its own: no
     page is shared); None where all heads read one list. tokens: whether its lists have masks of
-    tokens. draft: as in `PageView`. ValueError for another number of lists.
+    tokens. draft: as in `PageView`. ValueError for another number of lists, or tokens without.
 
     `Plan.bytes_moved` counts, for each list of each sequence (a KV head's, or a query head's):
 
@@ -109,6 +109,8 @@ def plan_attention(
         raise ValueError(
             f"lists must be None, kv_heads, {kv_heads}, or query_heads, {query_heads}, got {lists}"
         )
+    if tokens and lists is None:
+        raise ValueError("tokens, masks of the pages of lists, need lists, got lists=None")
     if backend == "triton" and device.kind == "cpu":
         device = INTERPRETED_DEVICE
     case = _Case(

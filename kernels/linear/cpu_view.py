@@ -70,6 +70,8 @@ def record_of(codec: Codec) -> Record:
     """The kind of record of a codec. One bit keeps half its scale, in fp32, where that is exact."""
     width = next(bits for bits in (2, 4, 8) if bits >= codec.bits)
     one_bit = codec.bits == 1 and codec.zero == "none"
+    if codec.is_table:
+        raise NotImplementedError(f"the CPU kernels of lath.linear do not read {codec} yet")
     return Record(width, codec.zero, codec.scale_dtype == "fp16" and not one_bit)
 
 
@@ -94,7 +96,9 @@ def build_view(weight: QTensor, group: int) -> CpuView:
     _pack_codes()(words, widths, blocks, out.view(np.uint32), record.width, group, factor, offset)
     start = group // record.columns * VECTOR_BYTES
     source = np.arange(groups) * group // codec.group_size(columns)
-    scales = weight.scales.detach().numpy()
+    # Two levels of scales are one product here, in fp32.
+    stored = weight.scales if codec.scale_dtype == "fp16" else weight.effective_scales()
+    scales = stored.detach().numpy()
     if factor == 2:
         scales = scales.astype(np.float32) / 2
     _put_side(out, start, scales, source)

@@ -224,6 +224,8 @@ def _settings(
     plan: Plan,
     target: str,
 ) -> _Settings:
+    if codec.is_table or codec.scale_dtype not in ("fp16", "fp32"):
+        raise NotImplementedError(f"the Triton kernels of lath.linear do not read {codec} yet")
     without_dot = plan.dataflow == "gemv"
     step = packing.BLOCK if without_dot else plan.block_k
     dot = "fp32" if without_dot else plan.dot

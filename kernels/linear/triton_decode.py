@@ -54,7 +54,7 @@ def encoding(codec: Codec, dot: str, centred: bool) -> Encoding:
         return Encoding(1, 128, 0.0)
     if dot == "int8":
         return Encoding(1, 0, 0.0)
-    unit = codec.levels
+    unit = 1 << codec.bits
     centre = 1.0 + codec.zero_code / unit if centred and codec.zero == "none" else 0.0
     return Encoding(unit, -unit, centre)
 

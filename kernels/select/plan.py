@@ -148,7 +148,7 @@ def _tile(draft: Plan, case: _Case) -> Plan:
     fmt, dot = case.fmt, "bf16"
     width = max(fmt.padded_key_dim, fmt.padded_value_dim if case.kind == "repair" else 0)
     wide = width > 128 or (fmt.float_bytes == 4 and width > 64)
-    block_n, stages = PAGE, 2
+    block_n = PAGE
     if case.kind == "token":
         most_rows = 32 if wide else 64
         dot = _FLOATS[fmt.float_bytes] if fmt.key.map == "float" else "int8"
@@ -157,13 +157,13 @@ def _tile(draft: Plan, case: _Case) -> Plan:
     elif case.kind == "label":
         most_rows = 16 if wide else 32
     else:  # parts of q and |q|, and fields of the pages beside them
-        most_rows = 32 if width <= 64 and not (wide or case.subpages) else 16
+        crowded = case.subpages or case.kind == "repair"
+        most_rows = 32 if width <= 64 and not (wide or crowded) else 16
         block_n = 16 if width > 128 else 32 if width > 64 else 64
-        stages = 1 if wide and case.kind == "repair" else 2  # would spill 24 bytes on sm_90
     return replace(
         draft, dot=dot, block_m=_power_of_two(case.queries * case.pack, 16, most_rows),
         block_n=block_n, block_k=_power_of_two(fmt.padded_key_dim, 16, 1 << 30), pack=case.pack,
-        warps=4, stages=stages,
+        warps=4, stages=2,
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def page_scores(
         return scores
     with attention._device_of(q):
         plan = plan or _plan(queries, pages, kind, subpages=extremes is not None)
-        arguments = _settings(pages.format, plan, q)
+        arguments = _settings(pages.format, plan, q, triton_pages.KEPT)
         index = _index_views(pages)
         triton_pages.page_scores_kernel[_grid(q, pages, plan)](
             _rows_of(q), queries.lengths, page_lists(pages), index,
@@ -103,7 +103,7 @@ def repair(
             _rows_of(q), queries.lengths, page_lists(pages), _index_views(pages),
             (unread.contiguous(), lists), output, q.shape[1], pages.num_kv_heads, q.shape[2], width,
             plan.split_k, scale, OWN_LISTS=own_lists, PARTIAL=plan.split_k > 1,
-            **_settings(fmt, plan, q),
+            **_settings(fmt, plan, q, triton_pages.KEPT // 2),
         )  # fmt: skip
         if plan.split_k > 1:
             rows = attention._MERGE_ROWS
@@ -267,8 +267,9 @@ def _index_views(pages: PageView) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(pages.index.view(dtype) for dtype in views)  # type: ignore[return-value]
 
 
-def _settings(fmt: PageFormat, plan: Plan, q: Tensor) -> dict[str, Any]:
-    """Constexpr arguments and options of the kernels over index rows."""
+def _settings(fmt: PageFormat, plan: Plan, q: Tensor, kept: int) -> dict[str, Any]:
+    """Constexpr arguments and options of the kernels over index rows. kept: the longest row of q,
+    of all its parts, that is kept over the pages."""
     fields = fmt.index_fields
     blocks = (_power_of_two(channels, 16) for channels in (fmt.key_dim, fmt.value_dim))
     return {
@@ -278,7 +279,7 @@ def _settings(fmt: PageFormat, plan: Plan, q: Tensor) -> dict[str, Any]:
             fields["value_mean"].offset // 2,
         ),
         "DIMS": (fmt.key_dim, fmt.value_dim, *blocks),
-        "RELOAD": _PARTS[q.dtype] * _power_of_two(fmt.key_dim) > triton_pages.KEPT,
+        "RELOAD": _PARTS[q.dtype] * _power_of_two(fmt.key_dim) > kept,
         "BLOCK_R": plan.block_m,
         "BLOCK_P": plan.block_n,
         "STAGES": plan.stages,

@@ -337,8 +337,8 @@ class Asked:
 class Measured:
     """Means over queries and heads. read: the share of the tokens that are read, those outside the
     budget included. mass: of the softmax, recall: of the best list of the same length. dropped,
-    repaired, mixed: Σ|o - dense| / Σ|dense| with repair False, True, "mean" (None: no such). exact: without and with repair
-    it is the dense result, bit for bit."""
+    repaired, mixed: Σ|o - dense| / Σ|dense| with repair False, True, "mean" (None: no such).
+    exact: without and with repair it is the dense result, bit for bit."""
 
     read: float
     mass: float

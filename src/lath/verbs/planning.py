@@ -100,6 +100,7 @@ def plan_attention(
     dtype: torch.dtype = torch.float16,
     device: str | torch.device | DeviceDescription = "cpu",
     lists: int | None = None,
+    tokens: bool = False,
     draft: bool = False,
 ) -> Plan:
     """The plan of `attention` (value_codec "float") or `decode_attention` over `keys` keys.
@@ -107,8 +108,9 @@ def plan_attention(
     queries, keys: of the longest sequence; after a selection keys are those of its longest list,
     the first 64 and the unfilled page included. precision: of P·V, as in `decode_attention`. lists:
     after a selection, how many lists a sequence has, kv_heads or query_heads; None where all heads
-    read the same pages. draft: the draft view of "int8-planes" is read. Pure, as `plan` is, and
-    with a reason: how rows are packed and into how many pieces the keys are split.
+    read the same pages. tokens: the lists hold tokens, not whole pages. draft: the draft view of
+    "int8-planes" is read. Pure, as `plan` is, and with a reason: how rows are packed and into how
+    many pieces the keys are split.
     """
     from lath.kernels.attention.plan import plan_attention as make_plan
     from lath.verbs.attention_options import choose_precision, choose_query
@@ -144,5 +146,5 @@ def plan_attention(
     return make_plan(
         **sizes, fmt=fmt, dtype=dtype, options=options, device=description,
         backend="cpu" if description.kind == "cpu" else "triton", lists=lists,
-        float_keys=first + last, draft=draft,
+        tokens=check_flag("tokens", tokens), float_keys=first + last, draft=draft,
     )  # fmt: skip
