@@ -290,7 +290,8 @@ def report(result: dict[str, Any]) -> str:
     parts = [
         "# SmolLM2-135M-Instruct: decoding over selections", "", __doc__.strip(), "",
         f"{facts}; backend {result['backend']}, {result['threads']} thread(s), bf16 model, "
-        f"{result['seconds']:.0f} s in all, {result['processor_seconds']:.0f} s of a processor. Command: `{result['command']}`", "",
+        f"{result['seconds']:.0f} s in all, {result['processor_seconds']:.0f} s of a processor. "
+        f"Command: `{result['command']}`", "",
         "## Needles found", "",
         "Of five depths (0, 25, 50, 75, 100 %) at each of "
         f"{', '.join(map(str, result['lengths']))} tokens. recent: the first 64 tokens and the "

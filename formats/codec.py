@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from lath.formats import values as value_tables
 from lath.formats.values import Values
@@ -109,17 +109,17 @@ class Codec:
     def parse(text: str) -> Codec:
         """The codec of a text form such as "int4-g128"; ValueError if the text is not one."""
         if text in _FIXED:
-            values, bits, size, scale = _FIXED[text]
-            return Codec(bits, size, "none", scale, values)
+            fixed, bits, size, scale = _FIXED[text]
+            return Codec(bits, size, "none", scale, fixed)
         match, zero = _INTEGER.fullmatch(text), None
-        values = "integer"
+        values: Values = "integer"
         if match is not None:
             zero = match["zero"]
         else:
             match = _TABLE.fullmatch(text)
             if match is None:
                 raise ValueError(f"codec must be {GRAMMAR}; got {text!r}")
-            values = "learned" if match["bits"] else match["values"]
+            values = "learned" if match["bits"] else cast(Values, match["values"])
         bits = int(match["bits"]) if match["bits"] else value_tables.BITS[values]
         group = int(match["group"]) if match["group"] else None
         scale = _SCALE_OF_TEXT[match["scale"]]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,6 +168,7 @@ class Structure:
     first_lengths: Tensor
     last_lengths: Tensor
     exact_from: list[int]  # of each span; it does not change while only tails grow
+    derived: dict[str, Any] = field(default_factory=dict)  # what readers work out of the tables
 
     @staticmethod
     def build(spans: list[Span], device: torch.device) -> Structure:

@@ -11,7 +11,7 @@ sequence is one more than its last position, whatever it holds. Stores that come
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,6 +144,11 @@ class PageStore:
             s.first_lengths if kept else None,
             self.last_keys, self.last_values, s.last_lengths, draft,
         )  # fmt: skip
+
+    @property
+    def derived(self) -> dict[str, Any]:
+        """What readers work out of the tables of `view`; empty again when they are others."""
+        return self._current().derived
 
     def _current(self) -> Structure:
         if self._structure is None:

@@ -324,10 +324,11 @@ def _decode(
 ) -> NDArray[np.float64]:
     """Codes and broadcastable scales and zeros → float64 values."""
     scale = np.asarray(scales).astype(np.float64)
+    code: NDArray[np.float64] = codes.astype(np.float64)
     if codec.is_table:
         assert entries is not None
-        return entries.astype(np.float64)[codes] * scale
-    code = codes.astype(np.float64)
+        code = entries.astype(np.float64)[codes]
+        return code * scale
     if zeros is None or codec.zero == "none":
         return (code - codec.zero_code) * scale
     if codec.zero == "integer":

@@ -134,6 +134,20 @@ def test_small_budgets_with_and_without_repair(name: str) -> None:
     assert not torch.equal(logits[True], logits[False])
 
 
+@pytest.mark.parametrize("select", ["quest:64", "tokenselect:64"])
+def test_the_cpu_kernels_read_the_same(select: str) -> None:
+    pytest.importorskip("numba")
+    model = hf_model("Llama", torch.bfloat16)
+    logits = []
+    for backend in ("cpu", "reference"):
+        with lath.patch(
+            model, None, kv="int8", select=select, repair=True, backend=backend
+        ) as report:
+            logits.append(steps(model, report.new_cache(), tokens(1, PROMPT)))
+    # Two layers whose outputs are rounded to bfloat16, 8 bits: a few of its steps.
+    assert relative(logits[0] - logits[1], logits[1]) < 4 * 2**-8
+
+
 class _Worst(TokenSelect):
     """The tokens of the smallest weights."""
 

@@ -162,8 +162,9 @@ def _tile(draft: Plan, case: _Case) -> Plan:
         block_n = 16 if width > 128 else 32 if width > 64 else 64
     return replace(
         draft, dot=dot, block_m=_power_of_two(case.queries * case.pack, 16, most_rows),
+        warps=8 if case.kind == "repair" else 4,  # scores, weights, sums: four would spill
         block_n=block_n, block_k=_power_of_two(fmt.padded_key_dim, 16, 1 << 30), pack=case.pack,
-        warps=4, stages=2,
+        stages=2,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -180,23 +181,36 @@ def token_masks(view: PageView, ids: IndexList) -> Tensor:
     return masks.scatter_add_(2, slots.clamp(min=0) // PAGE, bits)
 
 
-def unread_quantiles(view: PageView, ids: IndexList, rows: int) -> Tensor:
+def unread_quantiles(kv: PagedKV, view: PageView, ids: IndexList, rows: int) -> Tensor:
     """fp32 [S, H, P]: `reference.select.unread_quantile` of every entry.
 
     An entry that some of the `rows` last positions may not read wholly counts as read.
     """
-    sequences, heads, _ = ids.indices.shape
-    width = view.table.shape[1]
-    counts = view.counts[:, None].expand(-1, heads, -1)
-    entries = ids.indices.long().clamp(min=0)
-    if ids.granularity == "token":
-        entries = entries // PAGE
-    read = torch.zeros((sequences, heads, width), dtype=torch.float64, device=view.table.device)
-    weight = (ids.indices >= 0).double()
-    read.scatter_add_(2, entries, weight)
+    unread = _all_unread(kv, view, rows)[:, None].expand(-1, ids.num_heads, -1)
+    width = unread.shape[2]
     if ids.granularity == "page":
-        read = read * counts
-    share = read / counts.clamp(min=1)
-    z = torch.special.ndtri(1 - share.clamp(max=1)).float()
-    hidden = view.starts + view.counts > (view.lengths - rows + 1)[:, None]
-    return torch.where((hidden[:, None]) | (counts == 0), float("-inf"), z)
+        # A column more, for what stands behind the last of a list.
+        wide = torch.nn.functional.pad(unread, (0, 1))
+        at = torch.where(ids.indices >= 0, ids.indices, width).long()
+        return wide.scatter_(2, at, -math.inf)[..., :width].contiguous()
+    counts = view.counts[:, None].expand_as(unread)
+    read = torch.zeros(unread.shape, dtype=torch.float64, device=unread.device)
+    entries = ids.indices.long().clamp(min=0) // PAGE
+    read.scatter_add_(2, entries, (ids.indices >= 0).double())
+    share = (read / counts.clamp(min=1)).clamp(max=1)
+    return torch.minimum(torch.special.ndtri(1 - share).float(), unread)
+
+
+def _all_unread(kv: PagedKV, view: PageView, rows: int) -> Tensor:
+    """fp32 [S, P]: inf for the entries that all rows may read wholly, else -inf."""
+    known = kv.derived
+    if rows <= 1 and "unread" in known:
+        unread: Tensor = known["unread"]
+        return unread
+    absent = view.counts == 0
+    if rows > 1:
+        absent = absent | (view.starts + view.counts > (view.lengths - rows + 1)[:, None])
+    unread = torch.where(absent, -math.inf, math.inf)
+    if rows <= 1:
+        known["unread"] = unread
+    return unread

@@ -104,7 +104,7 @@ def pick(
         if size >= width * unit:
             return everything(request, selector.granularity)
     scored = selector.scores(request)
-    scores = _force(scored.scores, forced(request, recent), view, unit)
+    scores = scored.scores.masked_fill(_always(request, recent, unit), math.inf)
     if isinstance(budget, TopMass):
         scores = _cut_by_mass(selector, request, scores, budget.mass)
     indices = top_k(scores, size, request.backend)
@@ -139,12 +139,19 @@ def forced(request: Request, recent: int) -> Tensor:
     return always if request.hidden is None else always | request.hidden
 
 
-def _force(scores: Tensor, always: Tensor, view: PageView, unit: int) -> Tensor:
-    """Scores [S, H, W] with inf where a page is read in any case."""
+def _always(request: Request, recent: int, unit: int) -> Tensor:
+    """`forced`, as bool [S, 1, W] over pages or over slots of tokens."""
+    known, key = request.kv.derived, f"always-{recent}-{unit}"
+    if request.hidden is None and key in known:
+        mask: Tensor = known[key]
+        return mask
+    always = forced(request, recent)
     if unit == PAGE:
-        slots = torch.arange(PAGE, device=scores.device) < view.counts[..., None]
+        slots = torch.arange(PAGE, device=always.device) < request.view.counts[..., None]
         always = (always[..., None] & slots).flatten(1)
-    return scores.masked_fill(always[:, None], math.inf)
+    if request.hidden is None:
+        known[key] = always[:, None]
+    return always[:, None]
 
 
 def _cut_by_mass(selector: Selector, request: Request, scores: Tensor, mass: float) -> Tensor:

@@ -76,12 +76,16 @@ def run_sparse(
     if sparse.repair == "mean":
         rest = _mean_part(kv, view, queries, sparse.ids, lse)
     else:
-        unread = unread_quantiles(view, sparse.ids, q.shape[2])
+        unread = unread_quantiles(kv, view, sparse.ids, q.shape[2])
         rest = repair_pages(queries, view, unread, options.scale, backend)
-    from lath.kernels.attention.merge import merge
+    return _joined(o, lse, *rest)
 
-    merged, total = merge(torch.stack([o.float(), rest[0]]), torch.stack([lse, rest[1]]))
-    return merged.to(o.dtype), total
+
+def _joined(o: Tensor, lse: Tensor, rest: Tensor, rest_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge` of two parts whose outputs are 0 where they read nothing."""
+    total = torch.logaddexp(lse, rest_lse)
+    share = torch.exp(rest_lse - total).masked_fill(total == float("-inf"), 0)
+    return torch.lerp(o.float(), rest, share[..., None]).to(o.dtype), total
 
 
 def _mean_part(
