@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lath.formats.memory import zeros
 from lath.formats.pages import PageFormat
 
 
@@ -70,7 +71,7 @@ class PagePool:
         grown = max(pages, 2 * size)
         for name in ("records", "index"):
             old = getattr(self, name)
-            new = old.new_zeros((grown, *old.shape[1:]))
+            new = zeros((grown, *old.shape[1:]), self.device)
             new[:size] = old
             setattr(self, name, new)
         self.references += [0] * (grown - size)

@@ -140,9 +140,7 @@ def test_the_cpu_kernels_read_the_same(select: str) -> None:
     model = hf_model("Llama", torch.bfloat16)
     logits = []
     for backend in ("cpu", "reference"):
-        with lath.patch(
-            model, None, kv="int8", select=select, repair=True, backend=backend
-        ) as report:
+        with patched(model, select=select, repair=True, backend=backend) as report:
             logits.append(steps(model, report.new_cache(), tokens(1, PROMPT)))
     # Two layers whose outputs are rounded to bfloat16, 8 bits: a few of its steps.
     assert relative(logits[0] - logits[1], logits[1]) < 4 * 2**-8

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 from lath.formats.device import DeviceDescription
 from lath.formats.pages import PAGE, PageFormat
 from lath.formats.plan import Backend, Plan
-from lath.kernels.attention.plan import INTERPRETED_DEVICE, multiplies_e4m3, splits
+from lath.kernels.attention.plan import INTERPRETED_DEVICE, NARROW, multiplies_e4m3, splits
 
 SelectKind = Literal["bound", "mean", "mass", "floor", "token", "label", "repair", "top_k"]
 # Rows of scores up to this long are held in registers; longer ones are read in several passes.
@@ -148,9 +148,9 @@ def _tile(draft: Plan, case: _Case) -> Plan:
     fmt, dot = case.fmt, "bf16"
     width = max(fmt.padded_key_dim, fmt.padded_value_dim if case.kind == "repair" else 0)
     wide = width > 128 or (fmt.float_bytes == 4 and width > 64)
-    block_n = PAGE
+    block_n, warps = PAGE, 4
     if case.kind == "token":
-        most_rows = 32 if wide else 64
+        most_rows = 32 if wide or fmt.key.name in NARROW else 64
         dot = _FLOATS[fmt.float_bytes] if fmt.key.map == "float" else "int8"
         if fmt.key.name == "e4m3":
             dot = "e4m3" if multiplies_e4m3(case.device) else "fp16"
@@ -160,11 +160,13 @@ def _tile(draft: Plan, case: _Case) -> Plan:
         crowded = case.subpages or case.kind == "repair"
         most_rows = 32 if width <= 64 and not (wide or crowded) else 16
         block_n = 16 if width > 128 else 32 if width > 64 else 64
+        if case.kind == "repair":  # scores, weights and sums at once
+            amd = case.device.kind == "hip"  # its lanes have twice the registers, of four warps
+            warps, block_n = 4 if amd else 8, 16 if wide else 32 if amd else block_n
     return replace(
         draft, dot=dot, block_m=_power_of_two(case.queries * case.pack, 16, most_rows),
-        warps=8 if case.kind == "repair" else 4,  # scores, weights, sums: four would spill
         block_n=block_n, block_k=_power_of_two(fmt.padded_key_dim, 16, 1 << 30), pack=case.pack,
-        stages=2,
+        warps=warps, stages=2,
     )  # fmt: skip
 
 

@@ -44,6 +44,13 @@ class Request:
     def group(self) -> int:
         return int(self.queries.q.shape[1]) // self.view.num_kv_heads
 
+    @property
+    def full(self) -> bool:
+        """Whether every entry of the tables is a page that the last row of its sequence reads."""
+        width = int(self.view.table.shape[1])
+        whole = all(len(span.pages) == width for span in self.kv.spans)
+        return whole and self.rows == 1 and self.queries.longest == 1
+
     def pages(self) -> list[int]:
         """Page numbers of all sequences."""
         return [page for span in self.kv.spans for page in span.pages]
@@ -109,8 +116,11 @@ def parse_count(name: str, option: str, default: int) -> int:
     return int(option)
 
 
-def pool(scores: Tensor, lists: int, extra: Tensor | None = None) -> Tensor:
-    """[S, Hq, L, W] → [S, lists, W]: see `reference.select.pool`."""
+def pool(scores: Tensor, lists: int, extra: Tensor | None = None, *, full: bool = False) -> Tensor:
+    """[S, Hq, L, W] → [S, lists, W]: see `reference.select.pool`.
+
+    full: it is known that no entry is -inf in all rows of a list.
+    """
     sequences, query_heads, rows, width = scores.shape
     grouped = scores.reshape(sequences, lists, query_heads // lists * rows, width)
     if grouped.shape[2] == 1:
@@ -128,8 +138,10 @@ def pool(scores: Tensor, lists: int, extra: Tensor | None = None) -> Tensor:
             others = extra.reshape(grouped.shape[:3])
         total = torch.logaddexp(torch.logsumexp(grouped, dim=-1), others)[..., None]
         votes = torch.exp(grouped - total.masked_fill(total == -math.inf, 0))
-    unread = (grouped == -math.inf).all(dim=2)
-    return votes.sum(dim=2).masked_fill(unread, -math.inf)
+    total_votes = votes.sum(dim=2)
+    if full:
+        return total_votes
+    return total_votes.masked_fill((grouped == -math.inf).all(dim=2), -math.inf)
 
 
 def part_mass(request: Request, q: Tensor | None = None, scale: Tensor | float = 0.0) -> Tensor:

@@ -56,7 +56,7 @@ class Quest(_FromIndex):
 
     def scores(self, request: Request) -> Scored:
         extremes = subpage_extremes(request) if self.subpages else None
-        return Scored(pool(_pages_by(request, "bound", extremes), request.lists))
+        return Scored(pool(_pages_by(request, "bound", extremes), request.lists, full=request.full))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Centroid(_FromIndex):
 
     def scores(self, request: Request) -> Scored:
         kind = "mass" if self.mass else "mean"
-        return Scored(pool(_pages_by(request, kind), request.lists))
+        return Scored(pool(_pages_by(request, kind), request.lists, full=request.full))
 
 
 @dataclass(frozen=True)
