@@ -113,7 +113,8 @@ def as_markdown(rows: list[Row], command: str, keys: int, budget: int, threads: 
         f"{facts}. {threads} thread(s), calls interleaved, medians over rounds, caches cold. "
         f"{keys} keys, {KV_HEADS} KV heads, {GROUP} query heads each, D {HEAD_DIM}, batch 1, bf16 "
         f"q, int8 pages; budget {budget} tokens ({budget // PAGE} of {keys // PAGE} pages). "
-        "Selection: the share of `lath.select` in the step. Dense, torch: their time over that of the step.",
+        "Selection: the share of `lath.select` in the step. Dense, torch: their time over that of "
+        "the step.",
         "",
         "| | µs | selection | dense / this | torch / this |",
         "|---|---|---|---|---|",
