@@ -2,18 +2,47 @@
 
     pytest bench --benchmark-only
 
-For ratios against peers in one run use `lath bench linear`, which interleaves the calls.
+For ratios against peers in one run use `lath bench linear`, which interleaves the calls; to see how
+far each codec is from what one core can read,
+
+    python bench/bench_linear.py [--tokens 1,8,128] [--codecs mxfp4/int8,nf4-g64/float] [--rounds 7]
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
 import cases
 import lath
+from lath.formats.activations import ActivationFormat
+from lath.integration.benchmark import COLD_BYTES
+from lath.kernels.linear import cpu
+from lath.kernels.simd import isa
+from lath.kernels.simd.compile import compile_kernel
 
 torch.set_num_threads(1)
+
+TABLE_CODECS = (
+    "ternary/int8", "int4-g128/int8-g128", "int8-g128/int8-g128", "fp4-g64/int8-g64", "mxfp4/int8",
+    "mxfp4/int8-g32", "nvfp4/int8", "mxfp6/int8", "nf4-g64/int8-g64", "nf4-g64/float",
+    "mxfp4/float", "e4m3/float", "e4m3/int8",
+)  # fmt: skip
+# Blocks of calls in turn: long against the clock, short against what else the machine does.
+BLOCK_SECONDS = 0.03
 
 
 @pytest.mark.parametrize("case", cases.SPEED, ids=str)
@@ -29,3 +58,103 @@ def test_torch(case: cases.LinearCase, benchmark) -> None:  # type: ignore[no-un
     dense = data.weight.dequantize(data.x.dtype)
     with torch.inference_mode():
         benchmark(torch.nn.functional.linear, data.x, dense)
+
+
+def emit_read(e: Any, begin: Any, end: Any, arguments: Any) -> None:
+    """Sum the bytes [begin, end) as int lanes, four streams at a time: the read ceiling."""
+    quarter = e.divide(e.subtract(end, begin), 4 * 64)
+    totals = [e.variable(e.constant(0)) for _ in range(4)]
+    with e.loop(quarter) as i:
+        for n, total in enumerate(totals):
+            start = e.add(begin, e.multiply(quarter, 64 * n))
+            total.value = e.builder.add(total.value, e.load(e.offset(start, i, 64)))
+    for n, total in enumerate(totals):
+        e.store(e.add(arguments, 64 * n), total.value)
+
+
+def read_call(nbytes: int) -> tuple[Callable[[int], object], int]:
+    """A call that reads the next `nbytes` of cold memory, and how many bytes those are."""
+    kernel = compile_kernel(emit_read).ctypes
+    memory = np.ones(COLD_BYTES, np.uint8)
+    start, out = memory.ctypes.data, np.zeros(64, np.int32)
+    count = len(memory) // nbytes
+
+    def call(i: int, memory: Any = memory) -> None:
+        begin = start + i % count * nbytes
+        kernel(begin, begin + nbytes, out.ctypes.data)
+
+    return call, nbytes
+
+
+def lath_call(name: str, m: int, k: int, n: int) -> tuple[Callable[[int], object], int]:
+    """The layer "codec/activations" over enough copies of its view to be cold."""
+    codec, activations = name.split("/")
+    packed = lath.quantize(torch.randn(n, k) / k**0.5, codec)
+    first = cpu.prepare(packed, None, ActivationFormat.parse(activations))
+    view, layers = first._view, [first]
+    while len(layers) * view.nbytes < COLD_BYTES:
+        copy = dataclasses.replace(view, records=view.records.clone())
+        layers.append(cpu.CpuLinear(copy, first._kind, ActivationFormat.parse(activations)))
+    x = torch.randn(m, k).bfloat16()
+    return (lambda i: layers[i % len(layers)](x)), view.nbytes
+
+
+def torch_call(m: int, k: int, n: int) -> tuple[Callable[[int], object], int]:
+    dense = [torch.randn(n, k).bfloat16() for _ in range(max(2, COLD_BYTES // (2 * n * k)))]
+    x = torch.randn(m, k).bfloat16()
+    return (lambda i: torch.nn.functional.linear(x, dense[i % len(dense)])), 2 * n * k
+
+
+def interleaved(calls: dict[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds per call of this thread, which other processes do not take time from."""
+    counts, place = {}, dict.fromkeys(calls, 0)
+    for name, call in calls.items():
+        call(0)
+        start = time.thread_time()
+        for i in range(3):
+            call(i + 1)
+        counts[name] = max(1, int(3 * BLOCK_SECONDS / (time.thread_time() - start)))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.thread_time()
+            for i in range(place[name], place[name] + counts[name]):
+                call(i)
+            seconds[name].append((time.thread_time() - start) / counts[name])
+            place[name] += counts[name]
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="2560x6912", help="K x N")
+    parser.add_argument("--tokens", default="1,8,128")
+    parser.add_argument("--codecs", default=",".join(TABLE_CODECS))
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    k, n = (int(part) for part in options.shape.split("x"))
+    print(f"{isa.host_isa()}, {options.shape}, 1 thread, CPU time, medians (fastest), cold weights")
+    print("| codec/activations | M | us | fastest | GB/s | of read | GOPS | torch bf16 / this |")
+    print("|---|---|---|---|---|---|---|---|")
+    for m in (int(part) for part in options.tokens.split(",")):
+        with torch.inference_mode():
+            made = {name: lath_call(name, m, k, n) for name in options.codecs.split(",")}
+            made["torch bf16"], made["read"] = torch_call(m, k, n), read_call(8 << 20)
+            seconds = interleaved({name: call for name, (call, _) in made.items()}, options.rounds)
+        median = {name: statistics.median(times) for name, times in seconds.items()}
+        ceiling = made["read"][1] / median["read"]
+        for name, (_, nbytes) in made.items():
+            own, rate = median[name], nbytes / median[name]
+            if name == "read":
+                print(f"| read | | {own * 1e6:.0f} | | {rate / 1e9:.1f} | 1.00 | | |", flush=True)
+                continue
+            print(
+                f"| {name} | {m} | {own * 1e6:.0f} | {min(seconds[name]) * 1e6:.0f} "
+                f"| {rate / 1e9:.1f} | {rate / ceiling:.2f} | {2 * m * n * k / own / 1e9:.0f} "
+                f"| {median['torch bf16'] / own:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

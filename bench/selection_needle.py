@@ -1,12 +1,13 @@
 """Needles and perplexity of SmolLM2-135M-Instruct when decoding reads only what is selected.
 
-    python bench/selection_needle.py [--lengths 1024,2048,4096,8192] [--threads 1]
+    python bench/selection_needle.py [--lengths 1024,2048,4096,8192] [--needles 2] [--threads 1]
 
 writes bench/results/selection_needle.md and .json. Needle: a sentence with a random number, at five
 depths of a filler text in which no sentence comes twice; the number is asked for at the end. A
 prompt is read once into an int8 cache, but for its last token; every selection goes on from there,
 on a fork of the cache, and its greedy answer holds the number or not. Perplexity: of the last 128
-tokens of the shipped English text, one token after the other.
+tokens of the shipped English text, one token after the other. Captured mass and recall: of the
+first of those tokens, means over layers, heads and pieces.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import lath
+from lath.formats.selection import Heads
 from lath.integration.benchmark import machine_facts
 from lath.integration.cache import LathCache, cache_argument
 from lath.integration.models import load_model
@@ -37,7 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 SELECTORS = [*lath.selectors.SELECTORS, "centroid-mass"]
 BUDGETS = [256, 512, 1024]
 DEPTHS = [0, 0.25, 0.5, 0.75, 1]
-CHUNK = 512
+CHUNK = 256
 ANSWER = 8  # tokens; the number needs 6
 SEQUENCES, STEPS = 8, 16  # of the perplexity: 128 tokens
 
@@ -70,13 +72,14 @@ class Contender:
     selector: str
     budget: int = 0
     repair: bool = False
+    heads: Heads | None = None
 
     @property
     def selection(self) -> lath.Selection | None:
         if self.selector == "dense":
             return None
         chosen = RecentOnly() if self.selector == "recent" else lath.selector(self.selector)
-        return lath.Selection(chosen, self.budget, repair=self.repair)
+        return lath.Selection(chosen, self.budget, heads=self.heads, repair=self.repair)
 
 
 def contenders() -> Iterator[Contender]:
@@ -84,8 +87,11 @@ def contenders() -> Iterator[Contender]:
     yield Contender("recent", 64)
     for selector in SELECTORS:
         for budget in BUDGETS:
-            for repair in (False, True):
-                yield Contender(selector, budget, repair)
+            yield Contender(selector, budget)
+            yield Contender(selector, budget, repair=True)
+            # paged_eviction does not look at the query.
+            if lath.selector(selector).default_heads == "kv" and selector != "paged_eviction":
+                yield Contender(selector, budget, heads="query")
 
 
 # Texts
@@ -105,9 +111,9 @@ def filler(tokenizer: Any, rng: random.Random, count: int) -> list[int]:
     return ids[:count]
 
 
-def prompt(tokenizer: Any, length: int, depth: float) -> tuple[list[int], str]:
+def prompt(tokenizer: Any, length: int, depth: float, seed: int) -> tuple[list[int], str]:
     """`length` tokens and the number that is asked for."""
-    rng = random.Random(f"{length} {depth}")
+    rng = random.Random(f"{length} {depth} {seed}")
     number = str(rng.randint(10000, 99999))
     needle = tokenizer(f" The special magic number is {number}.").input_ids
     question = tokenizer(QUESTION).input_ids
@@ -138,10 +144,10 @@ class Runner:
             self.step(piece, cache)
         return cache
 
-    def fork(self, cache: LathCache, contender: Contender) -> LathCache:
+    def fork(self, cache: LathCache, contender: Contender, audit: float | None = None) -> LathCache:
         """A cache that shares the pages of `cache`, and reads by the contender's selection."""
         other = LathCache(
-            self.model.config, "int8", backend=self.backend, select=contender.selection
+            self.model.config, "int8", backend=self.backend, select=contender.selection, audit=audit
         )
         for mine, theirs in zip(other.layers, cache.layers, strict=True):
             states = theirs.pages.first_keys[:, :, :0]
@@ -162,12 +168,16 @@ class Runner:
         return texts
 
 
-def needles(runner: Runner, tokenizer: Any, lengths: list[int]) -> list[dict[str, Any]]:
+def needles(runner: Runner, tokenizer: Any, lengths: list[int], count: int) -> list[dict[str, Any]]:
     rows = []
     for length in lengths:
         start = time.perf_counter()
         # The answer stays within the length.
-        made = [prompt(tokenizer, length - ANSWER, depth) for depth in DEPTHS]
+        made = [
+            prompt(tokenizer, length - ANSWER, depth, seed)
+            for seed in range(count)
+            for depth in DEPTHS
+        ]
         ids, numbers = torch.tensor([own for own, _ in made]), [number for _, number in made]
         filled = runner.prefill(ids[:, :-1])
         read = time.perf_counter()
@@ -198,17 +208,32 @@ def perplexities(runner: Runner, tokenizer: Any) -> tuple[list[dict[str, Any]], 
         began = time.perf_counter()
         own, total = runner.fork(cache, contender), 0.0
         for i in range(STEPS):
-            at = first + torch.arange(SEQUENCES) * STEPS + i
-            longer = functional.pad(mask, (0, i + 1), value=1)
-            logits = runner.step(
-                ids[at - 1, None], own, attention_mask=longer, position_ids=at[:, None] - 1
-            )
-            total += functional.cross_entropy(logits, ids[at], reduction="sum").item()
+            logits, wanted = piece_step(runner, ids, first, i, own, mask)
+            total += functional.cross_entropy(logits, wanted, reduction="sum").item()
         seconds = time.perf_counter() - began
         perplexity = math.exp(total / (SEQUENCES * STEPS))
-        rows.append({**vars(contender), "perplexity": perplexity, "seconds": seconds})
+        row = {**vars(contender), "perplexity": perplexity, "seconds": seconds}
+        if contender.selection is not None and not contender.repair:
+            audited = runner.fork(cache, contender, audit=0.5)
+            piece_step(runner, ids, first, 0, audited, mask)
+            missed = audited.misses.rows
+            row["mass"] = sum(one.mean_mass for one in missed) / len(missed)
+            row["recall"] = sum(one.mean_recall for one in missed) / len(missed)
+        rows.append(row)
         print(named(rows[-1]), contender.budget, perplexity, file=sys.stderr, flush=True)
     return rows, first
+
+
+def piece_step(
+    runner: Runner, ids: Tensor, first: int, i: int, cache: LathCache, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits [SEQUENCES, V] for token i of every piece, and those tokens."""
+    at = first + torch.arange(SEQUENCES) * STEPS + i
+    longer = functional.pad(mask, (0, i + 1), value=1)
+    logits = runner.step(
+        ids[at - 1, None], cache, attention_mask=longer, position_ids=at[:, None] - 1
+    )
+    return logits, ids[at]
 
 
 def staggered(runner: Runner, ids: Tensor, first: int) -> tuple[LathCache, Tensor]:
@@ -228,7 +253,16 @@ def staggered(runner: Runner, ids: Tensor, first: int) -> tuple[LathCache, Tenso
 
 
 def named(row: dict[str, Any]) -> str:
+    if row["heads"] is not None:
+        return f"{row['selector']}, a list per query head"
     return row["selector"] + (" with repair" if row["repair"] else "")
+
+
+def by_name(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(named(row), []).append(row)
+    return lines
 
 
 def table(head: list[str], lines: list[list[str]]) -> list[str]:
@@ -242,45 +276,48 @@ def hits(rows: list[dict[str, Any]], **wanted: Any) -> str:
     return f"{sum(found)}/{len(found)}"
 
 
-def lines_of(rows: list[dict[str, Any]]) -> list[tuple[str, bool]]:
-    return list(dict.fromkeys((row["selector"], row["repair"]) for row in rows))
-
-
 def needle_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
-    for selector, repair in lines_of(rows):
-        own = [r for r in rows if (r["selector"], r["repair"]) == (selector, repair)]
-        budgets = sorted({r["budget"] for r in own})
-        cells = {budget: hits(own, budget=budget) for budget in budgets}
-        if len(budgets) == 1:  # dense, and the control
-            cells = dict.fromkeys(BUDGETS, cells[budgets[0]])
-        lines.append([named(own[0]), *(cells[budget] for budget in BUDGETS)])
+    for name, own in by_name(rows).items():
+        # Dense and the control have no budget.
+        fixed = len({row["budget"] for row in own}) == 1
+        cells = [hits(own) if fixed else hits(own, budget=budget) for budget in BUDGETS]
+        lines.append([name, *cells])
     return table(["reads", *(f"budget {budget}" for budget in BUDGETS)], lines)
 
 
 def length_table(rows: list[dict[str, Any]], budget: int) -> list[str]:
     lengths = sorted({row["length"] for row in rows})
+    some = [row for row in rows if row["budget"] in (0, 64, budget)]
     lines = [
-        [named({"selector": s, "repair": r})]
-        + [hits(rows, selector=s, repair=r, budget=budget, length=n) for n in lengths]
-        for s, r in lines_of([row for row in rows if row["budget"] == budget])
+        [name, *(hits(own, length=length) for length in lengths)]
+        for name, own in by_name(some).items()
     ]
-    return table([f"budget {budget}", *(f"{n} tokens" for n in lengths)], lines)
+    return table([f"budget {budget}", *(f"{length} tokens" for length in lengths)], lines)
 
 
 def perplexity_table(rows: list[dict[str, Any]]) -> list[str]:
     dense = next(row["perplexity"] for row in rows if row["selector"] == "dense")
     lines = []
-    for selector, repair in lines_of(rows):
-        own = [r for r in rows if (r["selector"], r["repair"]) == (selector, repair)]
+    for name, own in by_name(rows).items():
         cells = [f"{r['perplexity']:.3f} ({r['perplexity'] / dense - 1:+.2%})" for r in own]
-        lines.append([named(own[0]), *(cells if len(cells) > 1 else cells * len(BUDGETS))])
+        lines.append([name, *(cells if len(cells) > 1 else cells * len(BUDGETS))])
     return table(["reads", *(f"budget {budget}" for budget in BUDGETS)], lines)
 
 
-def as_good_as_dense(rows: list[dict[str, Any]], budget: int, repair: bool) -> list[str]:
-    dense = hits(rows, selector="dense")
-    return [s for s in SELECTORS if hits(rows, selector=s, repair=repair, budget=budget) == dense]
+def mass_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for name, own in by_name([row for row in rows if "mass" in row]).items():
+        cells = [f"{r['mass']:.3f}, {r['recall']:.2f}" for r in own]
+        lines.append([name, *(cells if len(cells) > 1 else cells * len(BUDGETS))])
+    return table(["reads", *(f"budget {budget}" for budget in BUDGETS)], lines)
+
+
+def as_good_as_dense(rows: list[dict[str, Any]], budget: int) -> list[str]:
+    """Lines that find as many needles as dense, with the budget."""
+    dense = sum(sum(row["found"]) for row in rows if row["selector"] == "dense")
+    some = by_name([row for row in rows if row["budget"] == budget])
+    return [name for name, own in some.items() if sum(sum(r["found"]) for r in own) >= dense]
 
 
 def report(result: dict[str, Any]) -> str:
@@ -293,26 +330,24 @@ def report(result: dict[str, Any]) -> str:
         f"{result['seconds']:.0f} s in all, {result['processor_seconds']:.0f} s of a processor. "
         f"Command: `{result['command']}`", "",
         "## Needles found", "",
-        "Of five depths (0, 25, 50, 75, 100 %) at each of "
+        f"{result['count']} at each of five depths (0, 25, 50, 75, 100 %) of "
         f"{', '.join(map(str, result['lengths']))} tokens. recent: the first 64 tokens and the "
-        "last 64 to 128 alone, the negative control. A budget counts the tokens of pages that are "
-        "read besides those (clusterkv: besides the last 5 pages, hgca: the last 4).", "",
+        "last 64 to 128 alone, the negative control: it finds needles that stand there. A budget "
+        "counts the tokens of pages that are read besides those (clusterkv: besides the last 5 "
+        "pages, hgca: the last 4). A list serves the 3 query heads of a KV head; tokenselect has "
+        "one for all 9, hgca one for each, and so has what is named so.", "",
         *needle_table(rows),
     ]  # fmt: skip
-    for repair in (False, True):
-        good = as_good_as_dense(rows, BUDGETS[-1], repair)
-        parts += [
-            f"As many as dense at budget {BUDGETS[-1]}, {'with' if repair else 'without'} repair: "
-            f"{len(good)} of {len(SELECTORS)} ({', '.join(good) or 'none'}).", "",
-        ]  # fmt: skip
-    for budget in BUDGETS:
-        parts += length_table(rows, budget)
+    good = as_good_as_dense(rows, BUDGETS[-1])
+    parts += [f"As many as dense at budget {BUDGETS[-1]}: {'; '.join(good) or 'none'}.", ""]
+    parts += length_table(rows, BUDGETS[-1])
     parts += [
         "## Perplexity", "",
         f"{SEQUENCES * STEPS} tokens, each behind {result['context']} tokens or more of the same "
         f"text, in {SEQUENCES} pieces of {STEPS}: within a piece every token is read with the "
         "selection, what stands before a piece was read whole. In brackets the change against "
         "dense.", "", *perplexity_table(result["perplexities"]),
+        "## Captured mass, recall", "", *mass_table(result["perplexities"]),
     ]  # fmt: skip
     return "\n".join(parts)
 
@@ -320,6 +355,7 @@ def report(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--lengths", default="1024,2048,4096,8192")
+    parser.add_argument("--needles", type=int, default=2, help="at each depth of each length")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -333,16 +369,16 @@ def main() -> None:
         lath.patch(model, None, attention="int8", kv="int8", backend=options.backend),
         torch.inference_mode(),
     ):
-        found = needles(runner, tokenizer, lengths)
+        found = needles(runner, tokenizer, lengths, options.needles)
         measured, context = perplexities(runner, tokenizer)
     command = "python bench/selection_needle.py"
-    for name in ("lengths", "threads"):
+    for name in ("lengths", "needles", "threads"):
         if getattr(options, name) != parser.get_default(name):
             command += f" --{name} {getattr(options, name)}"
     result = {
         "machine": machine_facts(), "backend": options.backend, "threads": options.threads,
         "command": command, "seconds": time.perf_counter() - start,
-        "processor_seconds": time.process_time(), "lengths": lengths,
+        "processor_seconds": time.process_time(), "lengths": lengths, "count": options.needles,
         "context": context, "needles": found, "perplexities": measured,
     }  # fmt: skip
     stored = options.output / "selection_needle.json"

@@ -125,7 +125,7 @@ def _nearest(block: Tensor, scale: Tensor, codec: Codec, entries: Tensor) -> tup
     scaled = block / scale[..., None]
     zero = torch.zeros(scale.shape, dtype=torch.uint8, device=block.device)
     if codec.is_table:
-        return _nearest_entry(scaled, entries), zero
+        return nearest_entry(scaled, entries), zero
     top = codec.levels - 1
     offset: Tensor | float = codec.zero_code
     if codec.zero == "integer":
@@ -135,19 +135,30 @@ def _nearest(block: Tensor, scale: Tensor, codec: Codec, entries: Tensor) -> tup
     return (torch.round(scaled) + offset).clamp_(0, top).to(torch.uint8), zero
 
 
-def _nearest_entry(x: Tensor, entries: Tensor) -> Tensor:
-    """The code of the finite entry nearest to each x; of two that are as near, the even code."""
-    finite = torch.nonzero(torch.isfinite(entries))[:, 0]
-    # Ascending by number; of equal numbers (0 and -0 of a float) the even code alone, else the
-    # lower: what is left has one code each.
-    order = sorted(finite.tolist(), key=lambda code: (float(entries[code]), code % 2, code))
-    kept = [c for i, c in enumerate(order) if i == 0 or entries[order[i - 1]] != entries[c]]
-    codes = torch.tensor(kept, dtype=torch.int64, device=x.device)
-    values = entries[codes].double()
+def ascending(entries: Tensor) -> tuple[Tensor, Tensor]:
+    """The finite entries by number, float64, and the code of each."""
+    numbers = entries.tolist()
+    # Of equal numbers (0 and -0 of a float) the even code alone, else the lower: what is left has
+    # one code each.
+    finite = [code for code, number in enumerate(numbers) if math.isfinite(number)]
+    order = sorted(finite, key=lambda code: (numbers[code], code % 2, code))
+    kept = [c for i, c in enumerate(order) if i == 0 or numbers[order[i - 1]] != numbers[c]]
+    codes = torch.tensor(kept, dtype=torch.int64, device=entries.device)
+    return entries[codes].double(), codes
+
+
+def nearest_entry(
+    x: Tensor, entries: Tensor, by_number: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """The code of the finite entry nearest to each x; of two that are as near, the even code.
+
+    by_number: `ascending(entries)`, where it is at hand.
+    """
+    values, codes = ascending(entries) if by_number is None else by_number
     flat, out = x.reshape(-1), []
     for part in flat.split(_CHUNK_WEIGHTS):
         wide = part.double()
-        above = torch.searchsorted(values, wide).clamp(1, len(kept) - 1)
+        above = torch.searchsorted(values, wide).clamp(1, len(codes) - 1)
         left, right = wide - values[above - 1], values[above] - wide
         upper = (right < left) | ((right == left) & (codes[above] % 2 == 0))
         out.append(codes[torch.where(upper, above, above - 1)].to(torch.uint8))
@@ -206,16 +217,20 @@ def _decode(q: Tensor, scale: Tensor, zero: Tensor, codec: Codec, entries: Tenso
     return (q.double() - offset) * scale.double()[..., None]
 
 
-def learn_table(weight: Tensor, codec: Codec) -> Tensor:
-    """fp32 [levels]: see `lath.reference.codecs.learn_table`."""
+def learn_table(weight: Tensor, codec: Codec, importance: Tensor | None = None) -> Tensor:
+    """fp32 [levels]: see `lath.reference.codecs.learn_table`. importance: float64 [K]."""
     parts, weights = [], []
-    for block in _blocks(weight, codec):
+    shares = None if importance is None else _blocks(importance[None], codec)
+    for i, block in enumerate(_blocks(weight, codec)):
         if not block.numel():
             continue
         wide = block.double()
         amax = wide.abs().amax(dim=-1, keepdim=True)
         parts.append((wide / torch.where(amax == 0, 1.0, amax)).transpose(0, 1).flatten())
-        weights.append((amax**2).expand_as(wide).transpose(0, 1).flatten())
+        mass = (amax**2).expand_as(wide)
+        if shares is not None:
+            mass = mass * shares[i]
+        weights.append(mass.transpose(0, 1).flatten())
     values = torch.cat(parts) if parts else weight.new_zeros(0, dtype=torch.float64)
     own = torch.cat(weights) if weights else values
     if not bool(own.any()):
@@ -237,5 +252,8 @@ def learn_table(weight: Tensor, codec: Codec) -> Tensor:
         ends[1:-1] = torch.searchsorted(values, edges, right=True)
         held, total = mass[ends].diff(), sums[ends].diff()
         centres = torch.where(held > 0, total / torch.where(held > 0, held, 1.0), centres)
+        if importance is not None:
+            outermost = centres.abs().argmax()
+            centres[outermost] = centres[outermost].sign()
     centres[centres.abs().argmin()] = 0
     return centres.sort().values.float()

@@ -241,9 +241,14 @@ def effective_scales(scales: Side, outer: Side | None, codec: Codec) -> NDArray[
     return product
 
 
-def learn_table(weight: Floats, codec: Codec) -> Floats:
+def learn_table(
+    weight: Floats, codec: Codec, importance: NDArray[np.float64] | None = None
+) -> Floats:
     """The table of a learned codec: k-means of w / max|w| of each group, each value with the weight
-    max|w|², float64, fp32 [levels].
+    max|w|², float64, fp32 [levels]. importance: float64 [K], not negative, times that weight: the
+    mean square of each input, so that the error of the output counts and not that of the weight.
+    The outermost entry is then held at ±1, where scales put the largest number of each group:
+    unimportant large numbers would let it sink, and with it the unit of all the others.
 
     Begins at the quantiles (i + ½) / levels, LLOYD_ROUNDS rounds; a value half way goes to the
     lower entry, an entry that nothing is near stays. Then the entry nearest to 0 becomes 0.
@@ -254,7 +259,10 @@ def learn_table(weight: Floats, codec: Codec) -> Floats:
         block = weight[:, g * size : (g + 1) * size].astype(np.float64)
         amax = np.abs(block).max(axis=1, keepdims=True)
         parts.append((block / np.where(amax == 0, 1, amax)).ravel())
-        weights.append(np.broadcast_to(amax**2, block.shape).ravel())
+        own = np.broadcast_to(amax**2, block.shape)
+        if importance is not None:
+            own = own * importance[g * size : (g + 1) * size]
+        weights.append(own.ravel())
     order = np.argsort(np.concatenate(parts), kind="stable")
     values = np.concatenate(parts)[order]
     own = np.concatenate(weights)[order]
@@ -271,6 +279,9 @@ def learn_table(weight: Floats, codec: Codec) -> Floats:
         held = np.diff(mass[ends])
         moved = np.diff(sums[ends]) / np.where(held > 0, held, 1)
         centres = np.where(held > 0, moved, centres)
+        if importance is not None:
+            outermost = np.abs(centres).argmax()
+            centres[outermost] = np.sign(centres[outermost])
     centres[np.abs(centres).argmin()] = 0
     return np.sort(centres).astype(np.float32)
 
@@ -330,10 +341,12 @@ def _decode(
         code = entries.astype(np.float64)[codes]
         return code * scale
     if zeros is None or codec.zero == "none":
-        return (code - codec.zero_code) * scale
-    if codec.zero == "integer":
-        return (code - zeros.astype(np.float64)) * scale
-    return code * scale + zeros.astype(np.float64)
+        code = (code - codec.zero_code) * scale
+    elif codec.zero == "integer":
+        code = (code - zeros.astype(np.float64)) * scale
+    else:
+        code = code * scale + zeros.astype(np.float64)
+    return code
 
 
 def dequantize(

@@ -96,7 +96,8 @@ def record(text: str, chosen: Plan, architecture: str) -> list[Specialisation]:
     """What the launcher would compile for a case under a plan."""
     codec, dtype, activations, columns, bias = text.split()
     weight = QTensor.empty(parse_codec(codec), (ROWS, int(columns)), device="cpu")
-    weight.codes.zero_(), weight.scales.zero_()
+    for tensor in weight.tensors.values():
+        tensor.zero_()
     tokens = max(chosen.block_m, 1)  # a plan to decode has no tile of tokens
     x = torch.zeros(tokens, int(columns), dtype=DTYPES[dtype])
     offsets = torch.zeros(ROWS, dtype=DTYPES[dtype]) if bias == "True" else None

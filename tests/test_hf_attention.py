@@ -108,8 +108,8 @@ def test_the_report() -> None:
     assert (attention.name, attention.before, attention.after) == ("attention", "eager", "int8")
     # 2 layers, 2 heads, 64 channels of keys and of values, 2 bytes each
     assert cache.bytes_per_token_before == 2 * 2 * 64 * 2 * 2
-    # codes 64 + 64, per page 4 * 64 scales, 16 of keys, up to 128 aligned; index 7 * 64
-    assert cache.bytes_per_token_after == 2 * 2 * (128 + (64 * 4 + 16 + 112 + 7 * 64) / 64)
+    # codes 64 + 64, per page 4 * 64 scales, 16 of keys, up to 128 aligned; index 7 * 64 + 16
+    assert cache.bytes_per_token_after == 2 * 2 * (128 + (64 * 4 + 16 + 112 + 7 * 64 + 16) / 64)
     assert "bytes per token" in str(report)
     assert report.weights == "unchanged"
     assert report.rows == []

@@ -1,8 +1,4 @@
-"""Selections in Hugging Face models: what is read, by which layers, on every road of generate.
-
-With lists that hold everything a model must be the one that reads everything; with short lists it
-must be the same model whatever road it took; and lists of the wrong pages must be seen.
-"""
+"""Selections in Hugging Face models: what is read, by which layers, on every road of generate."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_malformed_calls_are_refused(arguments, options, error, message: str) ->
 def operator_arguments(activations: str, backend: str) -> tuple[object, ...]:
     packed = lath.quantize(torch.randn(20, 64), "int4-g32-asym")
     return (
-        torch.randn(3, 64), packed.codes, packed.scales, packed.zeros, torch.randn(20),
+        torch.randn(3, 64), packed.codes, packed.scales, packed.zeros, None, None, torch.randn(20),
         str(packed.codec), 20, 64, activations, backend,
     )  # fmt: skip
 
@@ -159,7 +159,8 @@ def operator_arguments(activations: str, backend: str) -> tuple[object, ...]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     torch.library.opcheck(torch.ops.lath.linear.default, operator_arguments("int8-g32", backend))
-    torch.library.opcheck(torch.ops.lath.quantize.default, (torch.randn(9, 40), "int3-g16", False))
+    arguments = (torch.randn(9, 40), "int3-g16", False, None)
+    torch.library.opcheck(torch.ops.lath.quantize.default, arguments)
 
 
 def test_opcheck_with_gradients() -> None:

@@ -13,17 +13,24 @@ import lath
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
 from lath.formats.device import KNOWN_DEVICES, DeviceDescription
+from lath.formats.values import UNITS
 from lath.kernels.linear.plan import shared_bytes, weight_bytes
 
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
 GPUS = [name for name, device in KNOWN_DEVICES.items() if device.kind != "cpu"]
-CODECS = st.builds(
+WHOLE_NUMBERS = st.builds(
     Codec,
     bits=st.integers(1, 8),
     group=st.sampled_from([None, 16, 32, 48, 64, 96, 128, 256]),
     zero=st.sampled_from(["none", "integer", "float"]),
     scale_dtype=st.sampled_from(["fp16", "fp32"]),
 )
+TABLES = [
+    "ternary", "ternary-g64", "nf4-g64", "nf4-g16-dq", "fp4-g48", "fp4-s32", "lut1", "lut3-g64-dq",
+    "lut8-g128", "e4m3", "e5m2-g48", "mxfp4", "mxfp6", "mxfp6-e3m2", "mxfp8", "mxfp8-e5m2", "nvfp4",
+    "int4-g128-s8", "int2-g16-asym-s8",
+]  # fmt: skip
+CODECS = st.one_of(WHOLE_NUMBERS, st.sampled_from(TABLES).map(Codec.parse))
 FORMATS = st.sampled_from(
     [ActivationFormat(), ActivationFormat("int8")]
     + [ActivationFormat("int8", group) for group in (16, 32, 48, 64, 128)]
@@ -64,7 +71,8 @@ def test_plans_for_gpus_are_legal(m, n, k, codec, dtype, activations, base, unit
     assert plan.block_m >= (8 if plan.swap and device.kind == "cuda" else 16)
     assert plan.block_n >= 16
     if activations.kind == "int8":
-        assert plan.dot in ("int8", "fp16")
+        whole = not codec.is_table or codec.values in UNITS
+        assert plan.dot in (("int8", "fp16") if whole else ("fp16",))
     else:
         assert (
             plan.dot
@@ -91,7 +99,9 @@ def test_few_tiles_split_k_to_fill_the_device(base: str) -> None:
 
 
 @settings(deadline=None)
-@given(SIZES, SIZES, SIZES, CODECS, DTYPES, FORMATS, st.sampled_from(["avx512_vnni", "avx2"]))
+@given(
+    SIZES, SIZES, SIZES, WHOLE_NUMBERS, DTYPES, FORMATS, st.sampled_from(["avx512_vnni", "avx2"])
+)
 def test_plans_for_cpus(m, n, k, codec, dtype, activations, base) -> None:  # type: ignore[no-untyped-def]
     plan = lath.plan(m, n, k, codec, dtype, base, activations)
     assert plan.backend == "cpu"
@@ -100,10 +110,30 @@ def test_plans_for_cpus(m, n, k, codec, dtype, activations, base) -> None:  # ty
     assert ("widened" in plan.reason) == (codec.bits in (1, 3, 5, 6, 7))
 
 
-def test_bytes_are_what_quantize_makes() -> None:
-    for text in ("int4-g128", "int3-g48-asym", "int8-fzero-s32"):
-        packed = lath.quantize(torch.randn(33, 300), text)
-        assert weight_bytes(33, 300, packed.codec) == packed.nbytes
+@pytest.mark.parametrize("text", ["int4-g128", "int3-g48-asym", "int8-fzero-s32", *TABLES])
+def test_bytes_are_what_quantize_makes(text: str) -> None:
+    """All but those of a learned table."""
+    packed = lath.quantize(torch.randn(33, 300), text)
+    table = 0 if packed.table is None else packed.table.nbytes
+    assert weight_bytes(33, 300, packed.codec) == packed.nbytes - table
+
+
+@pytest.mark.parametrize(
+    ("text", "activations", "dot"),
+    [
+        ("ternary", "int8", "int8"), ("fp4-g64", "int8-g64", "int8"), ("mxfp4", "int8", "int8"),
+        ("mxfp6", "int8-g32", "int8"), ("int4-g128-s8", "int8", "int8"), ("nvfp4", "int8", "fp16"),
+        ("nf4-g64", "int8", "fp16"), ("lut4", "int8", "fp16"), ("mxfp6-e3m2", "int8", "fp16"),
+        ("e4m3", "int8", "fp16"), ("mxfp8-e5m2", "int8-g32", "fp16"), ("nf4-g64", "float", "bf16"),
+    ],
+)  # fmt: skip
+def test_only_whole_numbers_of_8_bits_meet_int8_activations_in_an_int8_dot(
+    text: str, activations: str, dot: str
+) -> None:
+    plan = lath.plan(8, 4096, 4096, text, torch.bfloat16, "sm_90", activations)
+    assert plan.dot == dot
+    if activations == "int8" and text not in ("nvfp4", "ternary"):
+        assert ("no int8 holds" in plan.reason) == (dot == "fp16")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from cases import LinearCase, plan_of
 from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.plan import Plan
 from lath.kernels.linear import triton as launcher
+from lath.kernels.linear import triton_settings
+from lath.kernels.linear.triton_settings import Settings, settings_of
 from lath.reference import linear as reference
 from tools.sanitizer import sanitize
 
@@ -194,7 +196,7 @@ def test_row_quantiser_is_the_definition_bit_for_bit(activations: str, natural: 
     x[1, 70], x[2, 299], x[3] = float("nan"), -float("inf"), 0.0
     x[4, :64] *= 2.0**-110
     dot = "fp16" if natural else "int8"
-    settings = launcher._Settings(dot, span, 128, 16, natural, False, {})
+    settings = Settings(dot, span, 128, 16, natural, False, {})
     rows = launcher._prepare(x, formats, settings)
     codes, scales = reference.quantize_activations(x.numpy(), formats)
     assert rows.scales is not None
@@ -214,7 +216,7 @@ def test_row_quantiser_of_a_long_token() -> None:
     """Longer than what a program holds at once: read twice, in pieces."""
     x = torch.randn(2, 9000)
     x[1, 8999] = 50.0
-    settings = launcher._Settings("int8", 0, 128, 16, True, False, {})
+    settings = Settings("int8", 0, 128, 16, True, False, {})
     rows = launcher._prepare(x, ActivationFormat("int8"), settings)
     codes, scales = reference.quantize_activations(x.numpy(), ActivationFormat("int8"))
     assert rows.scales is not None
@@ -224,16 +226,16 @@ def test_row_quantiser_of_a_long_token() -> None:
 
 def test_int8_sums_of_a_long_row_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """K so long that int32 might overflow is summed in fp32 from step to step."""
-    monkeypatch.setattr(launcher, "_MOST_INT32_COLUMNS", 128)
-    launcher._settings.cache_clear()
+    monkeypatch.setattr(triton_settings, "MOST_INT32_COLUMNS", 128)
+    settings_of.cache_clear()
     for text in ("int8-asym 3 20 300 fp32 int8", "int4 3 20 300 fp32 int8-g512"):
         case = LinearCase.parse(f"{text} one_sign False")
         data = cases.make(case)
         y = run(case, plan_of("flat int8 16x32x128 k2"), data)
         bound = oracle.linear_bound(data.y64, data.gauge, case.k, case.torch_dtype)
         assert oracle.test_ratio(y, data.y64, bound) <= 1
-    assert launcher._settings.cache_info().currsize == 2
-    launcher._settings.cache_clear()
+    assert settings_of.cache_info().currsize == 2
+    settings_of.cache_clear()
 
 
 def test_many_tiles() -> None:

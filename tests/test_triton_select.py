@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases_attention import CATALOGUE, AttentionCase, as_array, make_attention
+from cases_attention import CATALOGUE, AttentionCase, make_attention
 from lath.formats.attention import PageView, Queries
 from lath.formats.plan import Plan
 from lath.formats.selection import PageScore
@@ -205,71 +205,6 @@ def test_label_scores(case: AttentionCase, count: int, chosen: int, bits: int) -
     check(kernels.label_scores(queries, pages, labels, *given, plan=plan), exact, bound, "pieces")
 
 
-# The largest k
-
-
-def hard_scores(rows: int, width: int) -> Tensor:
-    """Ties, both zeros, NaN of both signs, infinities, neighbours in the last bit."""
-    scores = torch.randn(rows, width)
-    scores[torch.rand(rows, width) < 0.2] = 0.5
-    scores[torch.rand(rows, width) < 0.1] = 0.0
-    scores[torch.rand(rows, width) < 0.1] = -0.0
-    scores[torch.rand(rows, width) < 0.1] = -math.inf
-    scores[torch.rand(rows, width) < 0.05] = math.inf
-    scores[torch.rand(rows, width) < 0.05] = math.nan
-    scores[torch.rand(rows, width) < 0.05] = -torch.tensor(math.nan)
-    scores[torch.rand(rows, width) < 0.1] = float(np.nextafter(np.float32(0.5), np.float32(1)))
-    return scores
-
-
-def check_top_k(scores: Tensor, k: int) -> None:
-    got = kernels.top_k(scores, k)
-    assert got.dtype == torch.int32
-    np.testing.assert_array_equal(got.numpy(), reference.top_k(as_array(scores), k), f"k = {k}")
-
-
-@pytest.mark.parametrize("width", [1, 2, 63, 64, 65, 512, 1024, 1025, 3000, 4097])
-def test_top_k_is_exact(width: int) -> None:
-    scores = hard_scores(2, width)
-    for k in {0, 1, width // 8, width // 2, width - 1, width + 5}:
-        check_top_k(scores, k)
-
-
-@pytest.mark.parametrize("width", [40, 1500])
-def test_top_k_of_extreme_rows(width: int) -> None:
-    rows = {
-        "all equal": torch.full((width,), 1.5),
-        "nothing": torch.full((width,), -math.inf),
-        "one": torch.full((width,), -math.inf).index_fill(0, torch.tensor([width - 1]), -3.0),
-        "all nan": torch.full((width,), math.nan),
-        "zeros": torch.tensor([0.0, -0.0] * (width // 2)),
-        "falling": -torch.arange(width, dtype=torch.float32),
-        "subnormal": torch.arange(width, dtype=torch.float32) * 2.0**-149,
-        "smallest": torch.full((width,), -torch.finfo(torch.float32).max),
-    }
-    scores = torch.stack(list(rows.values()))
-    for k in (1, 7, width // 2, width):
-        check_top_k(scores, k)
-
-
-def test_top_k_of_every_shape_and_stride() -> None:
-    scores = hard_scores(6, 90).reshape(2, 3, 90)
-    check_top_k(scores, 10)
-    check_top_k(scores[0, 0], 10)
-    check_top_k(scores.transpose(0, 1)[..., ::2], 10)
-    assert kernels.top_k(torch.empty(2, 0), 4).shape == (2, 0)
-    assert kernels.top_k(torch.empty(0, 8), 4).shape == (0, 4)
-
-
-def test_top_k_of_other_blocks() -> None:
-    """Neither the block of the radix passes nor padding matters."""
-    scores = hard_scores(2, 1100)
-    exact = reference.top_k(as_array(scores), 50)
-    for block in (128, 256, 4096):
-        plan = Plan("triton", "select", "none", "a test", 0, 0, block_n=block, warps=1, stages=1)
-        np.testing.assert_array_equal(kernels.top_k(scores, 50, plan).numpy(), exact)
-
-
 # What nobody may touch, and NaN
 
 SANITISED = "int4/int4 3/1 96/80 6 200,0,64 bf16 int8 ragged;holes"
@@ -308,9 +243,6 @@ def calls(text: str) -> dict[str, Callable[[], Any]]:
 def test_sanitizer_is_clean() -> None:
     """And neither the order of programs nor what memory held before matters."""
     made = calls(SANITISED)
-    scores, wide = hard_scores(2, 70), hard_scores(1, 1500)
-    made["top_k"] = lambda: kernels.top_k(scores, 9)
-    made["radix"] = lambda: kernels.top_k(wide, 40)
     results = {name: call() for name, call in made.items()}
     with sanitize(order="reverse") as report:
         again = {name: call() for name, call in made.items()}
@@ -451,10 +383,6 @@ def test_bad_arguments_are_refused() -> None:
         kernels.repair(queries, pages, torch.zeros(1, 2, width, dtype=torch.float64), scale)
     with pytest.raises(ValueError, match=r"query for int8 keys .* got 'e4m3'"):
         kernels.token_scores(queries, pages, scale, "e4m3")
-    with pytest.raises(TypeError, match=r"scores must be float32, got torch\.float16"):
-        kernels.top_k(torch.zeros(4).half(), 2)
-    with pytest.raises(ValueError, match="k must be 0 or more, got -1"):
-        kernels.top_k(torch.zeros(4), -1)
     lists = tuple(x[:, None].expand(-1, 2, -1) for x in (pages.table, pages.starts, pages.counts))
     listed = dataclasses.replace(pages, table=lists[0], starts=lists[1], counts=lists[2])
     with pytest.raises(ValueError, match="pages must have no lists of heads"):

@@ -259,7 +259,6 @@ def attend_kernel(
     high = tl.minimum(first_token + (tile * BLOCK_M + BLOCK_M - 1) // PACK, rows - 1)
     some = low < rows
     reach = (low + ahead, high + ahead)
-
     wide = sequence.to(tl.int64)
     kv_head = block * PACK // (heads // kv_heads)
     entry, count_at = place_of_list(lists, wide, kv_head, block, LISTS)

@@ -1,7 +1,8 @@
 """`linear` on a CPU: compiled kernels over a repacked view of the weight.
 
 int8 activations are multiplied as integers (cpu_dot.py), float ones with codes that become fp32 in
-registers (cpu_float.py): register tiles over the stream of codes, for one token and for many.
+registers (cpu_float.py): register tiles over the stream of codes, for one token and for many. Where
+a table's entries are no whole numbers, rounded activations go through the float kernel too.
 """
 
 from __future__ import annotations
@@ -28,12 +29,11 @@ except ModuleNotFoundError as error:
 
 from lath.kernels.linear.cpu_kernels import (
     FLOAT_KINDS,
-    Kind,
     linear_block,
     tile_of,
 )
 from lath.kernels.linear.cpu_launch import run_on_team, serial_driver
-from lath.kernels.linear.cpu_view import CpuView, cpu_view
+from lath.kernels.linear.cpu_view import CpuView, Kind, cpu_view, kind_of
 
 # What `warmup` compiles when it is not told.
 USUAL_CODECS = ("int4-g64", "int4-g32-fzero", "int4-g128-asym", "int8-g64", "int2")
@@ -49,11 +49,15 @@ class CpuLinear:
     """
 
     def __init__(
-        self, view: CpuView, activations: ActivationFormat, bias: Tensor | None = None
+        self,
+        view: CpuView,
+        kind: Kind,
+        activations: ActivationFormat,
+        bias: Tensor | None = None,
     ) -> None:
         self.rows, self.columns = view.rows, view.columns
         self._view = view
-        self._kind: Kind = "float" if activations.kind == "float" else "int8"
+        self._kind = kind
         padded, group = view.groups * view.group, activations.group
         self._shared = padded if group is None or group >= self.columns else group
         self._bias = self._padded(bias)
@@ -114,7 +118,8 @@ def prepare(
     disk). ValueError if the weight is not on the CPU.
     """
     activations = activations or ActivationFormat()
-    return CpuLinear(_view(weight, activations), activations, bias)
+    kind = kind_of(weight.codec, activations)
+    return CpuLinear(_view(weight, activations), kind, activations, bias)
 
 
 def linear(
@@ -130,7 +135,7 @@ def linear(
     """
     layer = weight.view(
         f"cpu-linear-{activations.kind}-{activations.group}",
-        lambda: CpuLinear(_view(weight, activations), activations),
+        lambda: prepare(weight, None, activations),
     )
     return layer(x, bias)
 
@@ -154,9 +159,9 @@ def warmup(
     for item in codecs:
         codec = parse_codec(item)
         weight = QTensor.empty(codec, (16, 64), device="cpu")
-        for tensor in (weight.codes, weight.scales, weight.zeros):
-            if tensor is not None:
-                tensor.zero_()
+        for name, tensor in weight.tensors.items():
+            # No scale is 0, of the 8-bit ones least of all.
+            tensor.fill_(1 if name in ("scales", "outer") else 0)
         for text in activations:
             layer = prepare(weight, None, ActivationFormat.parse(text))
             for dtype in dtypes:

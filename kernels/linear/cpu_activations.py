@@ -5,7 +5,8 @@
     scales  fp32 [M/tile, groups, tile]
     sums    [M/tile, groups, tile]: int32 sums of codes, or fp32 sums of x
 
-The int8 codes are those of `lath.formats.activations`, bit for bit.
+The int8 codes are those of `lath.formats.activations`, bit for bit. Where the weight's numbers are
+not whole, their values code * scale, in fp32, stand in the place of x.
 """
 
 from __future__ import annotations
@@ -37,6 +38,26 @@ def emit_quantize(e: Emitter, begin: Any, end: Any, arguments: Any, kind: int) -
 
     kind: type of x in memory.
     """
+
+    def put(token: _Token, group: Any, first: Any, left: Any, scale: Any, inverse: Any) -> None:
+        token.put_side(group, _put_codes(e, token, first, left, inverse), scale)
+
+    _visit_groups(e, begin, end, arguments, kind, put)
+
+
+def emit_round(e: Emitter, begin: Any, end: Any, arguments: Any, kind: int) -> None:
+    """As `emit_quantize`, but the numbers that the codes stand for and their sums, as fp32."""
+
+    def put(token: _Token, group: Any, first: Any, left: Any, scale: Any, inverse: Any) -> None:
+        token.put_side(group, _put_rounded(e, token, first, left, e.splat(scale), inverse))
+
+    _visit_groups(e, begin, end, arguments, kind, put)
+
+
+def _visit_groups(
+    e: Emitter, begin: Any, end: Any, arguments: Any, kind: int, put: Callable[..., None]
+) -> None:
+    """put(token, group, its first column, its columns, scale, inverse) for every group."""
     a = Arguments(e, arguments)
     per_scale = e.divide(a["shared"], a["group"])
     runs = e.divide(e.subtract(e.add(a["groups"], per_scale), 1), per_scale)
@@ -52,8 +73,7 @@ def emit_quantize(e: Emitter, begin: Any, end: Any, arguments: Any, kind: int) -
             with e.loop(e.clip(e.subtract(a["groups"], start), per_scale)) as i:
                 offset = e.multiply(i, a["group"])
                 left = e.clip(e.subtract(count, offset), a["group"])
-                total = _put_codes(e, token, e.add(first, offset), left, inverse)
-                token.put_side(e.add(start, i), total, scale)
+                put(token, e.add(start, i), e.add(first, offset), left, scale, inverse)
 
 
 def emit_widen(e: Emitter, begin: Any, end: Any, arguments: Any, kind: int) -> None:
@@ -192,4 +212,21 @@ def _put_values(e: Emitter, token: _Token, first: Any, left: Any) -> Any:
 
     token.visit(first, left, use)
     token.visit_padding(first, left, lambda column: token.put_values(column, e.floats(0.0)))
+    return e.sum_of_lanes(total.value)
+
+
+def _put_rounded(e: Emitter, token: _Token, first: Any, left: Any, scale: Any, inverse: Any) -> Any:
+    """Write code * scale of the group at `first` as fp32; returns their sum."""
+    total = e.variable(e.floats(0.0))
+
+    def use(column: Any, vector: Any) -> None:
+        codes = e.to_floats(e.nearest(e.builder.fmul(vector, inverse)))
+        values = e.builder.fmul(codes, scale)
+        total.value = e.builder.fadd(total.value, values)
+        token.put_values(column, values)
+
+    token.visit(first, left, use)
+    # Zeros, but NaN where the scale is.
+    padding = e.builder.fmul(e.floats(0.0), scale)
+    token.visit_padding(first, left, lambda column: token.put_values(column, padding))
     return e.sum_of_lanes(total.value)

@@ -25,6 +25,8 @@ FIELDS = (
     "unit",  # panels that a thread takes at a time
     "item",  # bytes of one prepared activation
     "y_type",  # FP32, FP16 or BF16
+    "table",  # address of fp32 [16] or [256], for codes that stand for its entries
+    "outer",  # address of the fp32 scale of E4M3 scales
     # set for each call
     "x",  # address
     "x_stride",  # bytes from a token to the next

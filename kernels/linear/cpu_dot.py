@@ -1,7 +1,8 @@
 """The int8 kernel of `linear` on a CPU: register tiles of tokens and panels, one token included.
 
 It adds `code * activation` in int32 over one group (a view's group is short enough for that,
-`cpu_view.py`), takes the zero point out as `zero * Σ activation`, and scales the exact integer.
+`cpu_view.py`), takes the zero point out as `zero * Σ activation`, and scales the exact integer. The
+4-bit codes of a table of whole numbers become its entries by a look-up in a register.
 """
 
 from __future__ import annotations
@@ -10,7 +11,16 @@ from typing import Any
 
 from lath.formats.codec import Zero
 from lath.kernels.linear.cpu_arguments import Arguments
-from lath.kernels.linear.cpu_record import VECTOR_BYTES, Output, Record, RecordReader
+from lath.kernels.linear.cpu_record import (
+    VECTOR_BYTES,
+    ByteScale,
+    Output,
+    Record,
+    RecordReader,
+    Stored,
+    whole_entries,
+)
+from lath.kernels.simd import tables
 from lath.kernels.simd.emitter import F32, Emitter
 
 # With up to this many accumulators, registers last for one per field of a byte.
@@ -27,9 +37,11 @@ def emit_tile(
     half: bool,
     tokens: int,
     panels: int,
+    stored: Stored = "integer",
+    byte_scale: ByteScale = "",
 ) -> None:
     """All tokens, panels [begin, end): register tiles of `tokens` times `panels` vectors."""
-    a, record = Arguments(e, arguments), Record(width, zero, half)
+    a, record = Arguments(e, arguments), Record(width, zero, half, stored, byte_scale)
     tile = _Tile(e, a, record, tokens, panels)
     count = e.divide(e.add(e.subtract(end, begin), panels - 1), panels)
     token_tiles = e.divide(e.add(a["tokens"], tokens - 1), tokens)
@@ -55,9 +67,11 @@ class _Tile:
         self.totals = e.buffer(tokens * panels)
         self.places = [(m, n) for m in range(tokens) for n in range(panels)]
         self.fields = 8 // record.width
-        # A field may stay where it is in its byte, with an accumulator to itself that is shifted
-        # once, where registers last and a product has the room (vpmaddubsw's 16 bits have not).
+        # Fields have accumulators to themselves where registers last. Then a code may stay where it
+        # is in its byte, and the sum is shifted once: products need the room, which vpmaddubsw's 16
+        # bits have not, and a look-up needs the code alone.
         self.apart = tokens * panels * self.fields <= _APART and e.isa != "avx2"
+        self.in_place = self.apart and record.stored != "fp4"
 
     def emit(self, columns: list[Any], token_tile: Any) -> None:
         """One tile: the panels `columns` for the tokens of `token_tile`, stored into y."""
@@ -88,10 +102,9 @@ class _Tile:
         e = self.e
         starts = [e.constant(0)] * self.tokens
         if self.reader.record.zero == "none":
-            shift = self.reader.record.width - 1
+            factor = e.constant(-self.reader.record.zero_code)
             starts = [
-                e.builder.neg(e.shift_left(e.broadcast(e.add(sums, 4 * m)), shift))
-                for m in range(self.tokens)
+                e.builder.mul(e.broadcast(e.add(sums, 4 * m)), factor) for m in range(self.tokens)
             ]
         others = self.fields - 1 if self.apart else 0
         return {
@@ -100,26 +113,35 @@ class _Tile:
         }
 
     def _multiply(self, starts: list[Any], moved: Any, x: Any, accumulators: Any) -> None:
-        e, width = self.e, self.reader.record.width
-        split = e.fields_in_place if self.apart else e.fields
+        e, narrow = self.e, self.reader.record.is_narrow
         with e.loop(self.reader.steps):
             words = [e.load(e.add(start, moved.value)) for start in starts]
-            codes = [split(word, width) for word in words]
+            codes = [self._numbers(word) for word in words]
             for j in range(self.fields):
                 for m in range(self.tokens):
                     activations = e.broadcast(e.add(x.value, 4 * (j * self.tokens + m)))
                     for n in range(self.panels):
                         part = accumulators[m, n][j if self.apart else 0]
-                        part.value = e.dot(part.value, codes[n][j], activations, width <= 4)
+                        part.value = e.dot(part.value, codes[n][j], activations, narrow)
             moved.value = e.add(moved.value, VECTOR_BYTES)
             x.value = e.add(x.value, self.reader.record.columns * self.tokens)
+
+    def _numbers(self, word: Any) -> list[Any]:
+        """The numbers in a vector of codes, a field after the other, as uint8."""
+        e, record = self.e, self.reader.record
+        if self.in_place:
+            return e.fields_in_place(word, record.width)
+        fields = e.fields(word, record.width)
+        if record.stored != "fp4":
+            return fields
+        return [tables.look_up_bytes(e, field, whole_entries("fp4")) for field in fields]
 
     def _dot(self, parts: list[Any]) -> Any:
         """The integer of one place; fields that were left where they lay are shifted down."""
         e, dot = self.e, parts[0].value
         for j, part in enumerate(parts[1:], 1):
-            shifted = e.shift_right_signed(part.value, self.reader.record.width * j)
-            dot = e.builder.add(dot, shifted)
+            shift = self.reader.record.width * j if self.in_place else 0
+            dot = e.builder.add(dot, e.shift_right_signed(part.value, shift))
         return dot
 
     def _scale(self, sides: list[Any], scales: Any, sums: Any, accumulators: Any) -> None:
@@ -134,6 +156,8 @@ class _Tile:
             offsets = [reader.minimum(side) for side in sides]
         for m in range(self.tokens):
             scale = e.broadcast(e.add(scales, 4 * m), F32)
+            if reader.record.unit != 1:
+                scale = e.builder.fmul(scale, e.floats(reader.record.unit))
             total_code = e.broadcast(e.add(sums, 4 * m)) if offsets else None
             for n in range(self.panels):
                 exact = self._dot(accumulators[m, n])

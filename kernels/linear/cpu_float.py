@@ -1,5 +1,8 @@
 """The float kernel of `linear` on a CPU: codes decoded to fp32 in registers, fp32 sums.
 
+Whole numbers are converted, up to 4 bits of a table permute the register that holds its entries, 8
+bits of one are looked up in memory, 8-bit floats are fp16 bits but for a shift.
+
 The zero point is taken out per group as `zero * Σ x`, so that a code costs a shift, a mask, a
 conversion and one multiply-add per token. Eight tokens hide the first three: at every M this was
 faster than to decode into memory and multiply there with torch's fp32 matmul (1.2 to 3 times).
@@ -12,8 +15,16 @@ from typing import Any
 
 from lath.formats.codec import Zero
 from lath.kernels.linear.cpu_arguments import Arguments
-from lath.kernels.linear.cpu_record import VECTOR_BYTES, Output, Record, RecordReader
-from lath.kernels.simd.emitter import F32, Emitter
+from lath.kernels.linear.cpu_record import (
+    VECTOR_BYTES,
+    ByteScale,
+    Output,
+    Record,
+    RecordReader,
+    Stored,
+)
+from lath.kernels.simd import tables
+from lath.kernels.simd.emitter import F32, LANES, Emitter
 
 # Sums of one token that do not wait for each other, to cover the latency of a multiply-add.
 _CHAINS = 4
@@ -28,9 +39,11 @@ def emit_float(
     zero: Zero,
     half: bool,
     tokens: int,
+    stored: Stored = "integer",
+    byte_scale: ByteScale = "",
 ) -> None:
     """All tokens, `tokens` at a time, panels [begin, end)."""
-    a, record = Arguments(e, arguments), Record(width, zero, half)
+    a, record = Arguments(e, arguments), Record(width, zero, half, stored, byte_scale)
     reader, output = RecordReader(e, a, record), Output(e, a)
     token_tiles = e.divide(e.add(a["tokens"], tokens - 1), tokens)
     with e.loop(e.subtract(end, begin)) as index:
@@ -59,8 +72,7 @@ def _multiply(
     with e.loop(a["groups"]) as group:
         parts = [[e.variable(e.floats(0.0)) for _ in range(chains)] for _ in range(tokens)]
         with e.loop(reader.steps):
-            for column, code in enumerate(_codes(e, e.load(at.value), record.width)):
-                decoded = e.to_floats(code)
+            for column, decoded in enumerate(_numbers(e, reader, at.value)):
                 for m in range(tokens):
                     value = e.broadcast(e.add(x.value, 4 * (column * tokens + m)), F32)
                     part = parts[m][column % chains]
@@ -76,12 +88,28 @@ def _multiply(
     return totals
 
 
-def _codes(e: Emitter, word: Any, width: int) -> Iterator[Any]:
-    """The codes of a 64-byte vector, sixteen rows at a time, column after column."""
-    mask = e.constant((1 << width) - 1)
-    for shift in range(0, 8, width):
+def _numbers(e: Emitter, reader: RecordReader, at: Any) -> Iterator[Any]:
+    """The numbers of the codes of a 64-byte vector, sixteen rows at a time, column after column."""
+    record = reader.record
+    if record.by_column:
+        for column in range(record.columns):
+            address = e.add(at, LANES * column)
+            if record.stored == "e4m3":
+                yield tables.load_e4m3(e, address)
+            elif record.stored == "e5m2":
+                yield tables.load_e5m2(e, address)
+            else:
+                yield tables.gather(e, reader.table, address)
+        return
+    word, mask = e.load(at), e.constant((1 << record.width) - 1)
+    for shift in range(0, 8, record.width):
         for byte in range(4):
-            yield e.builder.and_(e.shift_right(word, 8 * byte + shift), mask)
+            code = e.shift_right(word, 8 * byte + shift)
+            if record.stored == "integer":
+                yield e.to_floats(e.builder.and_(code, mask))
+            else:
+                # The bits above the code's own do not matter: sixteen entries repeat the table.
+                yield tables.look_up(e, reader.table, code)
 
 
 def _sum(e: Emitter, values: list[Any]) -> Any:
@@ -93,12 +121,16 @@ def _sum(e: Emitter, values: list[Any]) -> Any:
 def _scaled(
     e: Emitter, reader: RecordReader, dot: Any, side: Any, sum_of_x: Any, total: Any
 ) -> Any:
-    """total + scales * (dot - zero * Σ x), or total + scales * dot + minimum * Σ x."""
+    """total + scales * (dot - zero * Σ x), or total + scales * dot + minimum * Σ x; tables have no
+    zero."""
     if reader.record.zero == "float":
         total = e.fma(reader.minimum(side), sum_of_x, total)
     elif reader.record.zero == "integer":
         zero = e.to_floats(reader.zero_point(side))
         dot = e.fma(e.builder.fneg(zero), sum_of_x, dot)
-    else:
+    elif reader.record.stored == "integer":
         dot = e.fma(e.floats(-float(reader.record.zero_code)), sum_of_x, dot)
+    elif reader.record.stored == "e4m3":
+        # Here and not in the scale, which may be 2**127.
+        dot = e.builder.fmul(dot, e.floats(tables.E4M3_FACTOR))
     return e.fma(reader.scale(side), dot, total)

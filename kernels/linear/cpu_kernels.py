@@ -8,36 +8,36 @@ fall back on silently.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lath.formats import values as value_tables
 from lath.formats.activations import LARGEST_CODE
-from lath.formats.codec import Codec
+from lath.formats.codec import Codec, ScaleDtype
 from lath.formats.packing import PANEL, pack, round_up
-from lath.formats.qtensor import QTensor
-from lath.kernels.linear.cpu_activations import emit_quantize, emit_widen
+from lath.formats.qtensor import SCALE_DTYPES, QTensor
+from lath.kernels.linear.cpu_activations import emit_quantize, emit_round, emit_widen
 from lath.kernels.linear.cpu_dot import emit_tile
 from lath.kernels.linear.cpu_float import emit_float
 from lath.kernels.linear.cpu_launch import argument_block, serial_driver
 from lath.kernels.linear.cpu_record import Record
-from lath.kernels.linear.cpu_view import CpuView, build_view
+from lath.kernels.linear.cpu_view import CpuView, Kind, build_view
 from lath.kernels.linear.plan import cpu_tile
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16, FP16, FP32
 from lath.kernels.simd.isa import host_isa
 
-Kind = Literal["int8", "float"]
-
+_PREPARATION = {"int8": emit_quantize, "float": emit_widen, "rounded": emit_round}
 FLOAT_KINDS = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 
 
 def tile_of(kind: Kind, tokens: int, panel_bytes: int) -> tuple[int, int]:
     """(tokens, panels) of the register tile on this machine, as the plan says."""
-    return cpu_tile(kind, tokens, panel_bytes, host_isa())
+    return cpu_tile("int8" if kind == "int8" else "float", tokens, panel_bytes, host_isa())
 
 
 def linear_block(
@@ -55,14 +55,12 @@ def linear_block(
 def _block(
     view: CpuView, kind: Kind, shared: int, x_type: int, tile: tuple[int, int], y_type: int
 ) -> NDArray[np.int64]:
-    record = view.record
-    options = (record.width, record.zero, record.half)
-    if kind == "float":
-        prepare = compile_kernel(emit_widen, x_type)
-        kernel = compile_kernel(emit_float, *options, tile[0])
+    options, rest = view.record.options
+    prepare = compile_kernel(_PREPARATION[kind], x_type)
+    if kind == "int8":
+        kernel = compile_kernel(emit_tile, *options, *tile, *rest)
     else:
-        prepare = compile_kernel(emit_quantize, x_type)
-        kernel = compile_kernel(emit_tile, *options, *tile)
+        kernel = compile_kernel(emit_float, *options, tile[0], *rest)
     return argument_block(
         prepare=prepare.address,
         kernel=kernel.address,
@@ -75,8 +73,10 @@ def _block(
         shared=shared,
         tile=tile[0],
         unit=tile[1],
-        item=4 if kind == "float" else 1,
+        item=1 if kind == "int8" else 4,
         y_type=y_type,
+        table=0 if view.table is None else view.table.data_ptr(),
+        outer=0 if view.outer is None else view.outer.data_ptr(),
     )
 
 
@@ -85,16 +85,17 @@ def _check(kind: Kind, record: Record, x_type: int, tile: tuple[int, int]) -> No
     """Small integers through the kernels of one specialisation: each sum must be exact."""
     weight, decoded = _check_weight(record)
     rows, columns = weight.shape
-    view = build_view(weight, 48)
+    size = weight.codec.group_size(columns)
+    view = build_view(weight, size, record)
     tokens = 1 if tile[0] == 1 else tile[0] + 1
     rng = np.random.default_rng(1)
     x = rng.integers(-9, 10, (tokens, columns)).astype(np.float32)
-    x[:, ::48] = LARGEST_CODE  # the largest magnitude of every group: its scale is 1
+    x[:, ::size] = LARGEST_CODE  # the largest magnitude of every group: its scale is 1
     dtype = next(dtype for dtype, number in FLOAT_KINDS.items() if number == x_type)
     values = torch.from_numpy(x).to(dtype)
     bias = torch.arange(16 * view.panels, dtype=torch.float32)
     y = torch.full((tokens, rows), torch.nan)
-    block = _block(view, kind, 48, x_type, tile, FP32)
+    block = _block(view, kind, size, x_type, tile, FP32)
     _run(block, values, bias, y)
     expected = x.astype(np.float64) @ decoded.T + np.arange(rows)
     _require(np.array_equal(y.double().numpy(), expected), f"{kind} {record} tile={tile}")
@@ -109,6 +110,8 @@ def _run(block: NDArray[np.int64], x: Tensor, bias: Tensor, y: Tensor) -> None:
 
 def _check_weight(record: Record) -> tuple[QTensor, NDArray[np.float64]]:
     """A weight [40, 140] with power-of-two scales, and its values computed here."""
+    if record.stored != "integer":
+        return _check_table(record)
     rows, columns, group = 40, 140, 48
     rng = np.random.default_rng(0)
     codec = Codec(record.width, group, record.zero, "fp16" if record.half else "fp32")
@@ -130,8 +133,48 @@ def _check_weight(record: Record) -> tuple[QTensor, NDArray[np.float64]]:
     return QTensor(codec, (rows, columns), packed, scales_stored, stored), decoded
 
 
+def _check_table(record: Record) -> tuple[QTensor, NDArray[np.float64]]:
+    """As `_check_weight`, of a table: of eighths up to 30, so that all sums are exact."""
+    rows, columns = 40, 140
+    rng = np.random.default_rng(0)
+    codec = _check_codec(record)
+    if codec.values == "learned":
+        entries = np.sort(rng.permutation(481)[: codec.levels] - 240.0) / 8
+    else:
+        entries = np.array(value_tables.table(codec.values))
+    usable = [code for code, entry in enumerate(entries) if abs(entry) <= 30 and entry * 8 % 1 == 0]
+    codes = rng.choice(usable, (rows, columns)).astype(np.uint8)
+    shape = (codec.num_groups(columns), rows)
+    power = rng.integers(-2, 3, shape)
+    stored = {"e8m0": power + 127, "e4m3": (power + 7) << 3}.get(codec.scale_dtype, 2.0**power)
+    outer = torch.full((1,), 0.25) if codec.scale_dtype == "e4m3" else None
+    factor = 1.0 if outer is None else 0.25
+    decoded = factor * 2.0 ** power.T[:, np.arange(columns) // codec.group_size(columns)]
+    decoded = decoded * entries[codes]
+    weight = QTensor(
+        codec,
+        (rows, columns),
+        pack(torch.from_numpy(codes), codec),
+        _side(stored, codec.scale_dtype),
+        outer=outer,
+        table=torch.from_numpy(entries).float() if codec.values == "learned" else None,
+    )
+    return weight, decoded
+
+
+def _check_codec(record: Record) -> Codec:
+    """A codec whose records are of this kind, or would be if its scales fitted bytes."""
+    scale: ScaleDtype = record.byte_scale or ("fp16" if record.half else "fp32")
+    if record.stored == "e2m3":
+        return Codec.parse("mxfp6")
+    if record.stored == "table":
+        return Codec(record.width, 48, "none", scale, "learned")
+    group = {"e8m0": 32, "e4m3": 16}.get(record.byte_scale, 48)
+    return Codec(record.width, group, "none", scale, record.stored)
+
+
 def _side(values: NDArray[Any], dtype: str) -> Tensor:
-    kinds = {"fp16": torch.float16, "fp32": torch.float32, "uint8": torch.uint8}
+    kinds = {**SCALE_DTYPES, "uint8": torch.uint8}
     groups, rows = values.shape
     padded = np.zeros((groups, round_up(rows, PANEL)))
     padded[:, :rows] = values

@@ -2,28 +2,55 @@
 
 Per panel of 16 rows, per group, one record: codes as 64-byte vectors (lane = row; byte b of a lane
 holds, at bit width*j, the code of column 4*j + b of the vector's 32/width columns), then 16 scales,
-then 16 zero points (uint8) or minima (like the scales). A panel is read as one stream.
+then 16 zero points (uint8) or minima (like the scales). Where a byte is a code of its own that only
+the float kernel reads, the 16 bytes of a column lie together. A panel is read as one stream.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from lath.formats import values as value_tables
 from lath.formats.codec import Zero
 from lath.kernels.linear.cpu_arguments import Arguments
-from lath.kernels.simd.emitter import BF16, FP16, FP32, I8, LANES, Emitter
+from lath.kernels.simd import tables
+from lath.kernels.simd.emitter import BF16, F32, FP16, FP32, I8, LANES, Emitter
 
 VECTOR_BYTES = 64
+
+# What a stored code stands for: code - zero, a whole number of a unit (`formats/values.py`), an
+# entry of a table in memory, or an 8-bit float.
+Stored = Literal["integer", "fp4", "e2m3", "table", "e4m3", "e5m2"]
+ByteScale = Literal["", "e8m0", "e4m3"]
+
+
+def whole_entries(values: Literal["fp4", "e2m3"]) -> list[int]:
+    """The entries of a table over its unit, as whole numbers that are not negative: `Record`'s
+    zero_code stands for 0."""
+    unit = value_tables.UNITS[values]
+    entries = [round(entry / unit) for entry in value_tables.table(values)]
+    return [entry - min(entries) for entry in entries]
 
 
 @dataclass(frozen=True)
 class Record:
-    """width: bits of a stored code, 2, 4 or 8. zero: as in the codec. half: scales are fp16."""
+    """width: bits of a stored code, 2, 4 or 8. zero: as in the codec. half: scales are fp16.
+
+    stored: what codes stand for. byte_scale: scales are bytes of this kind, `half` is False.
+    """
 
     width: int
     zero: Zero
     half: bool
+    stored: Stored = "integer"
+    byte_scale: ByteScale = ""
+
+    @property
+    def options(self) -> tuple[tuple[int | str, ...], tuple[int | str, ...]]:
+        """What a kernel's emission takes before and behind its tile."""
+        rest = (self.stored, self.byte_scale)
+        return (self.width, self.zero, self.half), () if rest == ("integer", "") else rest
 
     @property
     def columns(self) -> int:
@@ -32,12 +59,30 @@ class Record:
 
     @property
     def zero_code(self) -> int:
-        """The stored code that stands for 0 in a symmetric codec, whatever its bits."""
-        return 1 << (self.width - 1)
+        """The number in the int8 kernel that stands for 0 in a symmetric codec, whatever its bits;
+        0 for what only the float kernel reads."""
+        if self.stored == "integer":
+            return 1 << (self.width - 1)
+        return whole_entries(self.stored)[0] if self.stored in ("fp4", "e2m3") else 0
+
+    @property
+    def unit(self) -> float:
+        """What the whole numbers of the int8 kernel count."""
+        return value_tables.UNITS.get(self.stored, 1.0)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the numbers of the int8 kernel are at most 127."""
+        return self.width <= 4 or self.stored == "e2m3"
+
+    @property
+    def by_column(self) -> bool:
+        """Whether the sixteen bytes of a column lie together."""
+        return self.width == 8 and self.stored in ("table", "e4m3", "e5m2")
 
     @property
     def scale_bytes(self) -> int:
-        return LANES * (2 if self.half else 4)
+        return LANES * (1 if self.byte_scale else 2 if self.half else 4)
 
     @property
     def zero_bytes(self) -> int:
@@ -59,10 +104,18 @@ class RecordReader:
         self.steps = e.divide(arguments["group"], record.columns)
         self.nbytes = e.add(e.multiply(self.steps, VECTOR_BYTES), record.side_bytes)
         self.panel_bytes = e.multiply(self.nbytes, arguments["groups"])
+        self.table = arguments["table"]
         self._kind = FP16 if record.half else FP32
+        if record.byte_scale == "e4m3":
+            outer = e.broadcast(arguments["outer"], F32)
+            self._outer = e.builder.fmul(outer, e.floats(tables.E4M3_FACTOR))
 
     def scale(self, side: Any) -> Any:
         """The scales at the address behind the codes."""
+        if self.record.byte_scale == "e8m0":
+            return tables.load_powers(self.e, side)
+        if self.record.byte_scale == "e4m3":
+            return self.e.builder.fmul(tables.load_e4m3(self.e, side), self._outer)
         return self.e.load_floats(side, self._kind)
 
     def zero_point(self, side: Any) -> Any:

@@ -1,16 +1,17 @@
 """The CPU's view of a packed weight: records (cpu_record.py), made once per QTensor.
 
 Codes are widened to 2, 4 or 8 bits and moved so that the stored code of a symmetric zero is
-2**(width - 1) whatever the codec's bits: one kernel serves several codecs. A group of the view is
-the longest run of columns that has one scale of the weight and one of the activations.
+2**(width - 1) whatever the codec's bits: one kernel serves several codecs. 6-bit floats become the
+8-bit ones that hold them, or whole numbers. A group of the view is the longest run of columns that
+has one scale of the weight and one of the activations.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,25 +20,40 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lath.formats import packing
+from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import GROUP_MULTIPLE, Codec
 from lath.formats.qtensor import QTensor
-from lath.kernels.linear.cpu_record import VECTOR_BYTES, Record
+from lath.kernels.linear.cpu_record import VECTOR_BYTES, ByteScale, Record, whole_entries
 from lath.kernels.simd.compile import driver
+from lath.kernels.simd.tables import ENTRIES
 
 # 255 * 127 * LONGEST_GROUP < 2**31: the int32 sums of a group cannot overflow.
 LONGEST_GROUP = 65536
 
+# What multiplies a layer: int8 codes of x; x itself; or the numbers that those codes stand for, in
+# the float kernel, where the weight's numbers are not whole.
+Kind = Literal["int8", "float", "rounded"]
+# The 8-bit float that holds all numbers of a 6-bit one.
+_WIDER: dict[str, Literal["e4m3", "e5m2"]] = {"e2m3": "e4m3", "e3m2": "e5m2"}
+_E4M3_NAN = 0x7F
+
 
 @dataclass(frozen=True)
 class CpuView:
-    """records: uint8 [panels, groups, record bytes], C order. group: columns of one record."""
+    """records: uint8 [panels, groups, record bytes], C order. group: columns of one record.
+
+    table: fp32 [16] or [256], of codes that stand for its entries. outer: fp32 [1], the scale of
+    E4M3 scales.
+    """
 
     record: Record
     rows: int
     columns: int
     group: int
     records: Tensor
+    table: Tensor | None = None
+    outer: Tensor | None = None
 
     @property
     def panels(self) -> int:
@@ -49,7 +65,8 @@ class CpuView:
 
     @property
     def nbytes(self) -> int:
-        return self.records.numel()
+        extra = [tensor.nbytes for tensor in (self.table, self.outer) if tensor is not None]
+        return self.records.numel() + sum(extra)
 
     @property
     def panel_bytes(self) -> int:
@@ -66,45 +83,128 @@ def view_group(columns: int, codec: Codec, activations: ActivationFormat) -> int
     return packing.round_up(max(1, -(-columns // pieces)), GROUP_MULTIPLE)
 
 
-def record_of(codec: Codec) -> Record:
+def kind_of(codec: Codec, activations: ActivationFormat) -> Kind:
+    """What multiplies a weight of a codec with x in an activation format."""
+    if activations.kind == "float":
+        return "float"
+    return "rounded" if codec.is_table and codec.values not in value_tables.UNITS else "int8"
+
+
+def record_of(codec: Codec, kind: Kind) -> Record:
     """The kind of record of a codec. One bit keeps half its scale, in fp32, where that is exact."""
     width = next(bits for bits in (2, 4, 8) if bits >= codec.bits)
-    one_bit = codec.bits == 1 and codec.zero == "none"
-    if codec.is_table:
-        raise NotImplementedError(f"the CPU kernels of lath.linear do not read {codec} yet")
-    return Record(width, codec.zero, codec.scale_dtype == "fp16" and not one_bit)
+    one_bit = codec.bits == 1 and codec.zero == "none" and not codec.is_table
+    half = codec.scale_dtype == "fp16" and not one_bit
+    byte_scale: ByteScale = ""
+    if codec.scale_dtype in ("e8m0", "e4m3"):
+        byte_scale = codec.scale_dtype
+    if not codec.is_table:
+        return Record(width, codec.zero, half)
+    if codec.values == "fp4" or (codec.values == "e2m3" and kind == "int8"):
+        return Record(width, "none", half, codec.values, byte_scale)
+    if codec.values in ("nf4", "learned"):
+        return Record(width, "none", half, "table", byte_scale)
+    return Record(width, "none", half, _WIDER.get(codec.values, codec.values), byte_scale)  # type: ignore[arg-type]
 
 
 def cpu_view(weight: QTensor, activations: ActivationFormat) -> CpuView:
     """The view of a weight for an activation format, made on first use and kept with it."""
     group = view_group(weight.shape[1], weight.codec, activations)
-    return weight.view(f"cpu-g{group}", functools.partial(build_view, weight, group))
+    record = record_of(weight.codec, kind_of(weight.codec, activations))
+    key = f"cpu-g{group}-{record.stored}"
+    return weight.view(key, functools.partial(build_view, weight, group, record))
 
 
-def build_view(weight: QTensor, group: int) -> CpuView:
-    """Repack a weight into records of `group` columns."""
+def build_view(weight: QTensor, group: int, record: Record) -> CpuView:
+    """Repack a weight into records of `group` columns, of the kind that `record_of` says but for
+    scales that do not fit its bytes."""
     codec, (rows, columns) = weight.codec, weight.shape
-    record = record_of(codec)
+    scales, record = _scales_of(weight, record)
     panels, groups = -(-rows // packing.PANEL), -(-columns // group)
     records = torch.empty((panels, groups, record.nbytes(group)), dtype=torch.uint8)
     out = records.numpy()
-    factor = 2 if codec.bits == 1 and codec.zero == "none" else 1
-    # One bit: code - 1/2 = (2*code + 1 - 2) / 2.
-    offset = record.zero_code - int(factor * codec.zero_code) if codec.zero == "none" else 0
     widths = np.array(codec.plane_widths)
     words, blocks = weight.codes.detach().numpy(), -(-columns // packing.BLOCK)
-    _pack_codes()(words, widths, blocks, out.view(np.uint32), record.width, group, factor, offset)
+    stored = _stored_codes(codec, record)
+    _pack_codes()(words, widths, blocks, out.view(np.uint32), record.width, group, stored)
     start = group // record.columns * VECTOR_BYTES
+    if record.by_column:
+        _turn(out[:, :, :start])
     source = np.arange(groups) * group // codec.group_size(columns)
-    # Two levels of scales are one product here, in fp32.
-    stored = weight.scales if codec.scale_dtype == "fp16" else weight.effective_scales()
-    scales = stored.detach().numpy()
-    if factor == 2:
-        scales = scales.astype(np.float32) / 2
     _put_side(out, start, scales, source)
     if weight.zeros is not None:
         _put_side(out, start + record.scale_bytes, weight.zeros.detach().numpy(), source)
-    return CpuView(record, rows, columns, group, records)
+    outer = weight.outer.detach().clone() if record.byte_scale == "e4m3" else None  # type: ignore[union-attr]
+    return CpuView(record, rows, columns, group, records, _table_of(weight, record), outer)
+
+
+def _stored_codes(codec: Codec, record: Record) -> NDArray[np.uint8]:
+    """The code in a record of each code of the weight, [256]."""
+    codes = np.arange(256)
+    if record.stored == "integer":
+        # One bit: code - 1/2 = (2*code + 1 - 2) / 2.
+        factor = 2 if codec.bits == 1 and codec.zero == "none" else 1
+        offset = record.zero_code - int(factor * codec.zero_code) if codec.zero == "none" else 0
+        codes = factor * codes + offset
+    elif record.stored == "e2m3":
+        codes = np.resize(whole_entries("e2m3"), 256)
+    elif codec.values in _WIDER:
+        wide = value_tables.table(_WIDER[codec.values])
+        entries = value_tables.table(codec.values)
+        # 0 and -0 are equal: the sign of nothing is lost, and no sum can tell.
+        codes = np.resize([wide.index(entry) for entry in entries], 256)
+    return codes.astype(np.uint8)
+
+
+def _scales_of(weight: QTensor, record: Record) -> tuple[NDArray[Any], Record]:
+    """The scales of a record, [G, N16]: as the weight stores them or, of two levels, their fp32
+    product; and the record, with fp32 scales where bytes cannot say them."""
+    codec = weight.codec
+    if record.byte_scale == "e8m0":
+        # Their bits moved into an exponent are neither 2**-127 nor the infinity of byte 255.
+        outside = (weight.scales == 0) | (weight.scales == 255)
+        # Rows that only pad have scale 0 and may have any.
+        plain = not bool(outside[:, : weight.shape[0]].any())
+    else:
+        plain = not record.byte_scale or not bool((weight.scales & _E4M3_NAN == _E4M3_NAN).any())
+    broken = _broken_groups(weight) if record.stored == "e4m3" and codec.bits == 8 else None
+    if not plain or broken is not None:
+        record = replace(record, half=False, byte_scale="")
+    if record.half or record.byte_scale:
+        return weight.scales.detach().numpy(), record
+    scales = weight.effective_scales().detach().numpy()
+    if codec.bits == 1 and codec.zero == "none" and record.stored == "integer":
+        scales = scales.astype(np.float32) / 2
+    return (scales if broken is None else np.where(broken, np.float32("nan"), scales)), record
+
+
+def _broken_groups(weight: QTensor) -> NDArray[np.bool_] | None:
+    """[G, N16]: where an E4M3 code is NaN, or None. The kernel reads 480 there, so that the scale
+    must carry the NaN."""
+    if not bool((weight.codes.detach().view(torch.uint8) & _E4M3_NAN == _E4M3_NAN).any()):
+        return None
+    columns = weight.shape[1]
+    broken = np.zeros(tuple(weight.scales.shape), np.bool_)
+    n, k = np.nonzero(weight.unpack_codes().numpy() & _E4M3_NAN == _E4M3_NAN)
+    broken[k // weight.codec.group_size(columns), n] = True
+    return broken
+
+
+def _table_of(weight: QTensor, record: Record) -> Tensor | None:
+    """The table in memory that a float kernel reads: a register's sixteen entries, or 256."""
+    if record.stored not in ("table", "fp4"):
+        return None
+    entries = weight.entries().detach()
+    size = ENTRIES if record.width <= 4 else 256
+    return entries.repeat(-(-size // len(entries)))[:size].contiguous()
+
+
+def _turn(codes: NDArray[np.uint8]) -> None:
+    """[panels, groups, bytes]: vectors of 16 rows of 4 bytes → of 4 columns of 16 bytes."""
+    for panel in codes:
+        groups, size = panel.shape
+        vectors = panel.reshape(groups, size // VECTOR_BYTES, packing.PANEL, 4)
+        panel[:] = vectors.swapaxes(2, 3).reshape(groups, size)
 
 
 def _put_side(
@@ -119,17 +219,18 @@ def _put_side(
 
 @functools.cache
 def _pack_codes() -> Any:
-    """pack(words, plane widths, blocks, records as uint32, width, group, factor, offset).
+    """pack(words, plane widths, blocks, records as uint32, width, group, stored code of each code).
 
     Four columns of a row at a time, one in each byte: a pair of words of the packed layout holds
     columns k .. k+3 in its even bytes and k+16 .. k+19 in its odd ones (`lath.formats.packing`).
     Columns and rows beyond the weight hold any code: no activation or no scale meets them.
     """
     flat, cube = types.int32[::1], types.uint32[:, :, ::1]
-    signature = types.void(flat, types.int64[::1], types.int64, cube, *[types.int64] * 4)
+    sizes = [types.int64] * 2
+    signature = types.void(flat, types.int64[::1], types.int64, cube, *sizes, types.uint8[::1])
     panel_rows, block_columns = packing.PANEL, packing.BLOCK
 
-    def pack(words, widths, blocks, records, width, group, factor, offset):
+    def pack(words, widths, blocks, records, width, group, stored):
         panels, groups = records.shape[0], records.shape[1]
         ones, even = 0x01010101, 0x00FF00FF
         quads = np.empty(max(groups * group, blocks * block_columns) // 4, np.int64)
@@ -158,8 +259,10 @@ def _pack_codes() -> Any:
                         first = (g * steps + step) * fields
                         value = 0
                         for field in range(fields):
-                            code = quads[first + field] * factor + offset * ones
-                            value |= code << (width * field)
+                            quad = quads[first + field]
+                            for byte in range(4):
+                                code = np.int64(stored[(quad >> (8 * byte)) & 0xFF])
+                                value |= code << (8 * byte + width * field)
                         records[panel, g, panel_rows * step + lane] = value
 
     return driver(signature)(pack)

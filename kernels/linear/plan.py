@@ -14,12 +14,16 @@ from dataclasses import replace
 import torch
 
 from lath.formats import packing
+from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
 from lath.formats.device import DeviceDescription, known_device
 from lath.formats.plan import Backend, Dataflow, Plan
 
 OPERAND_BYTES = {"int8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
+# Entries that a GPU's decoder reads from memory (kernels/linear/triton_tables.py).
+LOOKED_UP = ("nf4", "learned")
+SCALE_BYTES = {"fp16": 2, "fp32": 4, "int8": 1, "e8m0": 1, "e4m3": 1}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Bytes of a panel from which four at a time were faster on a Zen 4 core (33 to 59 KB measured).
 LONG_STREAM = 32768
@@ -74,11 +78,15 @@ def plan_linear(
 
 
 def weight_bytes(n: int, k: int, codec: Codec) -> int:
-    """Bytes of a packed weight [n, k]: codes, scales and zeros, padding included."""
+    """Bytes of a packed weight [n, k]: codes, both levels of scales, zeros, padding included.
+
+    Not of a learned table, which is no part of what a longer weight has more of.
+    """
     rows, columns = packing.round_up(n, packing.PANEL), packing.round_up(k, packing.BLOCK)
-    scale = 4 if codec.scale_dtype == "fp32" else 2
+    scale = SCALE_BYTES[codec.scale_dtype]
     zero = {"none": 0, "integer": 1, "float": scale}[codec.zero]
-    return rows * columns * codec.bits // 8 + codec.num_groups(k) * rows * (scale + zero)
+    outer = {"int8": 2 * rows, "e4m3": 4}.get(codec.scale_dtype, 0)
+    return rows * columns * codec.bits // 8 + codec.num_groups(k) * rows * (scale + zero) + outer
 
 
 def _bytes_moved(
@@ -194,6 +202,9 @@ def _dot_type(
     if activations.kind == "float":
         name = DTYPE_NAMES[dtype]
         return name, f"{name} activations are multiplied as they are"
+    if codec.is_table and codec.values not in value_tables.UNITS:
+        why = f"int8 activations, but entries of {codec.values} that no int8 holds: fp16"
+        return "fp16", why
     run = common_group(k, codec, activations)
     if run % 32:
         return "fp16", f"scales change every {run} columns, below an int8 dot's depth of 32: fp16"
@@ -238,12 +249,13 @@ def _tile(
     were read off the machine code of each choice (`bench/results/packing_machine_code.md`).
     """
     run = common_group(k, codec, activations)
-    # What needs more registers: scales that change inside a step, zero points, a tail of K, and the
-    # half runs in which 16-bit numbers are cut out of a 1-bit plane.
+    # What needs more registers: scales that change inside a step, zero points, a tail of K, entries
+    # on their way, and the half runs in which 16-bit numbers are cut out of a 1-bit plane.
     is_fine = (
         run < packing.BLOCK
         or codec.zero != "none"
         or k % packing.BLOCK != 0
+        or codec.values in LOOKED_UP
         or (dot != "int8" and 1 in codec.plane_widths)
     )
     swap, warps = False, 4
@@ -270,10 +282,12 @@ def _tile(
         draft, dot=dot, swap=swap, block_m=tokens, block_n=rows, block_k=packing.BLOCK, warps=warps
     )
     # Loads of 8-bit codes are twice as wide: two stages hold what three hold of 4-bit ones. Scales
-    # that change every 16 columns take the registers of a third.
-    wide = _has_tensor_memory(device) and codec.bits == 8
+    # that change every 16 columns take the registers of a third, and so do entries that are looked
+    # up by codes in half runs, or put together from bytes where tensor memory is addressed.
+    wide = _has_tensor_memory(device) and (codec.bits == 8 or (codec.is_table and dot == "int8"))
+    scattered = codec.values in LOOKED_UP and 1 in codec.plane_widths
     slowest = device.kind == "hip" or _has_no_tensor_core(dot, device)
-    stages = 2 if slowest or wide or run % 32 else 3
+    stages = 2 if slowest or wide or scattered or run % 32 else 3
     while stages > 1 and shared_bytes(draft, stages, codec, device) > device.shared_memory:
         stages -= 1
     return replace(draft, stages=stages)
@@ -286,6 +300,9 @@ def shared_bytes(plan: Plan, stages: int, codec: Codec, device: DeviceDescriptio
     loads = plan.block_k * (
         (stages - 1) * plan.block_n * codec.bits // 8 + x_stages * plan.block_m * size
     )
+    # Entries that are looked up are fetched a step ahead too, where a load brings two of them.
+    if device.kind == "cuda" and codec.values in LOOKED_UP and codec.bits <= 4 and size == 2:
+        loads += plan.block_k * plan.block_n * size
     through = device.kind == "hip" or (device.capability >= 90 and not plan.swap)
     return loads + (packing.BLOCK * plan.block_n * size if through else 0)
 

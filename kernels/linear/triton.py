@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,39 +18,17 @@ from torch import Tensor
 
 from lath.formats import packing
 from lath.formats.activations import LARGEST_CODE, SMALLEST_ABSMAX, ActivationFormat
-from lath.formats.codec import Codec
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
 from lath.kernels.linear import triton_activations as rows
-from lath.kernels.linear import triton_decode as decode
 from lath.kernels.linear import triton_gemv as gemv
 from lath.kernels.linear import triton_loops as loops
+from lath.kernels.linear.triton_settings import Settings, codec_arguments, settings_of
+from lath.kernels.linear.triton_tables import table_for
 
-_DOTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_DECODERS = {
-    "fp16": decode.decode_fp16,
-    "bf16": decode.decode_bf16,
-    "fp32": decode.decode_fp32,
-    "int8": decode.decode_int8,
-}
 # Columns of x that a program of the row quantiser holds at once.
 _MOST_COLUMNS = 4096
 _REDUCE_BLOCK = 1024
-# A product of an activation code and a weight code (less its zero) is at most 127 * 255.
-_MOST_INT32_COLUMNS = (2**31 - 1) // (127 * 255)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What the formats and a plan fix about the launches: computed once, kept."""
-
-    dot: str
-    span: int  # columns with one weight and one activation scale; 0: all of them
-    step: int  # columns per step of the loop; x is padded to it where it is quantised
-    block_m: int  # tokens of a tile
-    natural: bool  # the order of int8 codes
-    sums_outside: bool  # a row kernel must provide sums of x
-    kernel: dict[str, Any]  # constexpr arguments of the loop
 
 
 @dataclass(frozen=True)
@@ -98,7 +75,7 @@ def linear(
                 f"plan block_m for dataflow 'gemv' must be at least {tokens} for {tokens} tokens, "
                 f"got {plan.block_m}"
             )
-        settings = _settings(weight.codec, activations, x.dtype, columns, plan, _target(x))
+        settings = settings_of(weight.codec, activations, x.dtype, columns, plan, _target(x))
         operand = _prepare(_addressable(x, plan.block_m), activations, settings)
         pieces = min(plan.split_k, -(-columns // settings.step))
         y = x.new_empty((tokens, outputs))
@@ -120,16 +97,22 @@ def dequantize(weight: QTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor
     dense = torch.empty((outputs, columns), dtype=dtype, device=weight.device)
     if dense.numel() == 0:
         return dense
-    found = decode.encoding(weight.codec, "fp32", centred=True)
     padded, blocks = _padded(weight.shape)
     loops.decode_kernel[(triton.cdiv(outputs, block_n), blocks)](
-        weight.codes, weight.scales, _or(weight.zeros, weight.scales), dense,
+        *_tensors(weight, "fp32"), dense,
         outputs, columns, padded, blocks, weight.codec.num_groups(columns),
-        WIDTHS=_widths(weight.codec), CENTRE=found.centre, UNIT=found.unit,
-        OFFSET=_offset(weight.codec, found), ZERO=weight.codec.zero,
-        GROUP=_weight_group(weight.codec, columns), BLOCK_N=block_n, num_warps=4,
+        **codec_arguments(weight.codec, "fp32", True, columns), BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
     return dense
+
+
+def _tensors(weight: QTensor, dot: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """codes, scales, zeros, outer, table as the loops take them for a dot."""
+    scales, outer, table = weight.scales, weight.outer, weight.codes
+    lookup = table_for(weight, dot)
+    if lookup is not None:
+        table, outer = lookup.entries, outer if lookup.outer is None else lookup.outer
+    return weight.codes, scales, _or(weight.zeros, scales), _or(outer, scales), table
 
 
 def _decode_matmul(
@@ -155,7 +138,7 @@ def _multiply(
     x: _Rows,
     weight: QTensor,
     bias: Tensor | None,
-    settings: _Settings,
+    settings: Settings,
     plan: Plan,
     pieces: int,
 ) -> None:
@@ -165,7 +148,7 @@ def _multiply(
     groups = weight.codec.num_groups(columns)
     stride = x.values.stride(0)
     sizes = (tokens, outputs, columns, stride, padded, x.tokens, blocks, groups, x.groups)
-    tensors = (x.values, weight.codes, weight.scales, _or(weight.zeros, weight.scales))
+    tensors = (x.values, *_tensors(weight, settings.dot))
     scales, offsets = _or(x.scales, weight.scales), _or(bias, weight.scales)
     tiles_n = triton.cdiv(outputs, plan.block_n)
     if plan.dataflow == "gemv":
@@ -180,7 +163,7 @@ def _multiply(
     )  # fmt: skip
 
 
-def _prepare(x: Tensor, activations: ActivationFormat, settings: _Settings) -> _Rows:
+def _prepare(x: Tensor, activations: ActivationFormat, settings: Settings) -> _Rows:
     """x in the activation format, with the sums that the loop needs."""
     tokens, columns = x.shape
     span = settings.span or settings.step
@@ -215,142 +198,9 @@ def _prepare(x: Tensor, activations: ActivationFormat, settings: _Settings) -> _
     return _Rows(codes, padded_tokens, scales, sums, groups)
 
 
-@functools.lru_cache(maxsize=1024)
-def _settings(
-    codec: Codec,
-    activations: ActivationFormat,
-    dtype: torch.dtype,
-    columns: int,
-    plan: Plan,
-    target: str,
-) -> _Settings:
-    if codec.is_table or codec.scale_dtype not in ("fp16", "fp32"):
-        raise NotImplementedError(f"the Triton kernels of lath.linear do not read {codec} yet")
-    without_dot = plan.dataflow == "gemv"
-    step = packing.BLOCK if without_dot else plan.block_k
-    dot = "fp32" if without_dot else plan.dot
-    span = _span(codec, activations, columns, step, dot)
-    _check_plan(plan, activations, dtype, span, target)
-    # AMD has no bf16 arithmetic: a subtraction there takes about six instructions.
-    amd = target == "hip"
-    centred = not without_dot and not (amd and dot == "bf16")
-    found = decode.encoding(codec, dot, centred)
-    offset = _offset(codec, found)
-    kernel: dict[str, Any] = {
-        "WIDTHS": _widths(codec),
-        "UNIT": found.unit,
-        "OFFSET": offset,
-        "ZERO": codec.zero,
-        "GROUP": _weight_group(codec, columns),
-        "X_GROUP": _activation_group(activations, columns),
-        "SPAN": span,
-        "MASKED": activations.kind == "float" and columns % step != 0,
-        "BLOCK_N": plan.block_n,
-        "STAGES": plan.stages,
-    }
-    needs_sums = codec.zero != "none" or offset != 0
-    if without_dot:
-        kernel["TOKENS"] = plan.block_m
-    else:
-        kernel |= {
-            "DECODE": _DECODERS[dot],
-            "CENTRE": found.centre,
-            "SUMS": needs_sums,
-            "RUN": 32 if dot == "int8" else 16,
-            "DEPTH": min(span or packing.BLOCK, _depth(dot, plan.swap, amd)),
-            "SWAP": plan.swap,
-            "BLOCK_M": plan.block_m,
-            "BLOCK_K": plan.block_k,
-        }
-    natural, sums_outside = dot != "int8", needs_sums and not without_dot
-    return _Settings(dot, span, step, plan.block_m, natural, sums_outside, kernel)
-
-
-def _span(codec: Codec, activations: ActivationFormat, columns: int, step: int, dot: str) -> int:
-    """Longest run of columns inside a step with one weight and one activation scale, or 0: all."""
-    groups = [g for g in (codec.group, activations.group) if g is not None and g < columns]
-    if not groups and dot == "int8" and columns > _MOST_INT32_COLUMNS:
-        return step
-    return math.gcd(step, *groups) if groups else 0
-
-
-def _depth(dot: str, swap: bool, amd: bool) -> int:
-    """Columns of a dot. Fewer need fewer registers, more let x be loaded in wider pieces.
-
-    Without a tensor unit (fp32) all of a tile's operands are live at once. A weight on the left of
-    sm_90's and sm_100's dot, or on its way through AMD's shared memory, is best moved whole.
-    """
-    if dot == "fp32":
-        return 32
-    return packing.BLOCK if swap or amd else 64
-
-
-def _offset(codec: Codec, found: decode.Encoding) -> int | float:
-    """The constant that goes with sums of x: 0 where a symmetric codec is centred already."""
-    if codec.zero != "none":
-        return found.base
-    offset = 0 if found.centre else found.base - codec.zero_code
-    return int(offset) if offset == int(offset) else offset
-
-
-def _activation_group(activations: ActivationFormat, columns: int) -> int:
-    """Columns per activation scale; 0: one per token, -1: none."""
-    if activations.kind == "float":
-        return -1
-    return 0 if activations.group is None or activations.group >= columns else activations.group
-
-
-def _weight_group(codec: Codec, columns: int) -> int:
-    """Columns per scale, 0 if a row has a single one."""
-    return 0 if codec.group is None or codec.group >= columns else codec.group
-
-
-def _widths(codec: Codec) -> tuple[int, int, int]:
-    widths = (*codec.plane_widths, 0, 0)
-    return widths[0], widths[1], widths[2]
-
-
 def _padded(shape: tuple[int, int]) -> tuple[int, int]:
     """Rows rounded up to a panel, and blocks along K."""
     return packing.round_up(shape[0], packing.PANEL), -(-shape[1] // packing.BLOCK)
-
-
-def _check_plan(
-    plan: Plan, activations: ActivationFormat, dtype: torch.dtype, span: int, target: str
-) -> None:
-    """ValueError naming the first field that the kernels cannot run."""
-
-    def require(holds: bool, field: str, accepted: str) -> None:
-        if not holds:
-            raise ValueError(
-                f"plan {field} for dataflow {plan.dataflow!r} must be {accepted}, "
-                f"got {getattr(plan, field)!r}"
-            )
-
-    def is_size(value: int, least: int, most: int) -> bool:
-        return least <= value <= most and value & (value - 1) == 0
-
-    require(plan.dataflow in ("gemv", "flat", "tiled"), "dataflow", "'gemv', 'flat' or 'tiled'")
-    require(is_size(plan.block_n, 16, 256), "block_n", "a power of two from 16 to 256")
-    require(is_size(plan.warps, 1, 16), "warps", "a power of two from 1 to 16")
-    require(plan.split_k >= 1, "split_k", "at least 1")
-    require(plan.stages >= 1, "stages", "at least 1")
-    if plan.dataflow == "gemv":
-        require(plan.block_m in (1, 2, 4), "block_m", "1, 2 or 4")
-        return
-    least = 8 if plan.swap else 16
-    require(is_size(plan.block_m, least, 256), "block_m", f"a power of two from {least} to 256")
-    require(plan.block_k in (128, 256), "block_k", "128 or 256")
-    if activations.kind == "float":
-        require(plan.dot == _DOTS[dtype], "dot", f"that of x, {_DOTS[dtype]!r}")
-    elif span % 32 == 0:
-        require(plan.dot in ("int8", "fp16"), "dot", "'int8' or 'fp16'")
-    else:
-        require(plan.dot == "fp16", "dot", f"'fp16', as scales change every {span} columns")
-    if target.startswith("sm_10") and plan.swap and span == 16:
-        # Triton 3.9 compiles its tensor-memory dot of depth 16 to a kernel that does nothing.
-        why = f"1 or 2 on {target} with the weight on the left and scales every 16 columns"
-        require(plan.warps <= 2, "warps", why)
 
 
 def _addressable(x: Tensor, block_m: int) -> Tensor:

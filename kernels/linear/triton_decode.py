@@ -1,10 +1,12 @@
-"""The tile decoder: words of packed planes to numbers that a dot multiplies. One for every codec.
+"""The tile decoder of whole numbers: words of packed planes to numbers that a dot multiplies.
 
-It is put together from constexpr parameters (WIDTHS: bits of the three planes, 0 for an absent one)
-and handed to the loops as a constexpr function. Its unit is a *run*: 16 columns of a row
-for floats, 32 for int8. A code is cut out of a word with a shift by a constant and a mask, for two
-or four codes at once, and the planes of a split code are OR-ed; no code moves between lanes. Runs
-are then put side by side, which only renames registers, so that a dot meets x in one piece.
+Codes that stand for the entries of a table have theirs in `triton_tables`. A decoder is put
+together from constexpr parameters (WIDTHS: bits of the three planes, 0 for an absent one; FORM:
+what else it must know of the codec, here the number to subtract) and handed to the loops as a
+constexpr function. Its unit is a *run*: 16 columns of a row for floats, 32 for int8. A code is cut
+out of a word with a shift by a constant and a mask, for two or four codes at once, and the planes
+of a split code are OR-ed; no code moves between lanes. Runs are then put side by side, which only
+renames registers, so that a dot meets x in one piece.
 
 What comes out is not the code q but a number D with q = unit * D + base (`encoding`), because a
 floating-point number is free to build only with its exponent in place:
@@ -12,7 +14,7 @@ floating-point number is free to build only with its exponent in place:
     fp16, bf16, fp32   D = 1 + q / 2**bits      exact (8 bits in bf16: D = q - 128)
     int8               D = q                    (8 bits: D = q - 128)
 
-A symmetric codec may subtract its constant zero here (CENTRE), exactly; any other zero point, and
+A symmetric codec may subtract its constant zero here (FORM), exactly; any other zero point, and
 that one where subtracting is dear, is folded into the fp32 sums through sums of x.
 """
 
@@ -23,11 +25,12 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from lath.formats import values as value_tables
 from lath.formats.codec import Codec
 
 # Copies of one 16-bit (8-bit) pattern in a word.
-_HALVES = tl.constexpr(0x00010001)
-_QUARTERS = tl.constexpr(0x01010101)
+HALVES = tl.constexpr(0x00010001)
+QUARTERS = tl.constexpr(0x01010101)
 # The bit patterns of 1.0, and of 128 and 256 in bf16.
 _ONE_FP32 = tl.constexpr(0x3F800000)
 _ONE_FP16 = tl.constexpr(0x3C003C00)
@@ -40,7 +43,7 @@ _256_BF16 = tl.constexpr(0x43804380)
 class Encoding:
     """How a dot type represents a code: q = unit * D + base; then `centre` is subtracted from D."""
 
-    unit: int
+    unit: float
     base: int
     centre: float
 
@@ -48,8 +51,11 @@ class Encoding:
 def encoding(codec: Codec, dot: str, centred: bool) -> Encoding:
     """The encoding of `codec` for a dot in "fp16", "bf16", "fp32" or "int8".
 
-    centred: let the decoder subtract the zero of a symmetric codec where D is a float.
+    centred: let the decoder subtract the zero of a symmetric codec where D is a float. Of a table D
+    is the entry itself, for "int8" the entry in its unit.
     """
+    if codec.is_table:
+        return Encoding(value_tables.UNITS[codec.values] if dot == "int8" else 1, 0, 0.0)
     if codec.bits == 8 and dot in ("bf16", "int8"):
         return Encoding(1, 128, 0.0)
     if dot == "int8":
@@ -77,14 +83,14 @@ def _side_by_side(left, right):
 
 
 @triton.jit
-def _halves(words):
+def halves(words):
     """uint32 [R, C] -> uint16 [R, 2C]."""
     both = tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16))
     return tl.reshape(both, (words.shape[0], 2 * words.shape[1]))
 
 
 @triton.jit
-def _quarters(words):
+def quarters(words):
     """uint32 [R, C] -> int8 [R, 4C]."""
     low = tl.join(words.to(tl.uint8), (words >> 8).to(tl.uint8))
     high = tl.join((words >> 16).to(tl.uint8), (words >> 24).to(tl.uint8))
@@ -137,7 +143,7 @@ def _planes(
 
 
 @triton.jit
-def _eight(
+def eight_words(
     planes,
     rows,
     RUN: tl.constexpr,
@@ -163,6 +169,17 @@ def _eight(
 
 
 @triton.jit
+def quarter_words(planes, rows, RUN: tl.constexpr, WIDTHS: tl.constexpr):
+    """Codes of a run of 32 columns, four in each of eight words, ordered as in `decode_int8`."""
+    if WIDTHS[0] == 1 or WIDTHS[1] == 1 or WIDTHS[2] == 1:
+        left = _planes(planes, rows, 8 * RUN, 4, 0, 0, QUARTERS, WIDTHS)
+        right = _planes(planes, rows, 8 * RUN + 4, 4, 0, 0, QUARTERS, WIDTHS)
+        return _side_by_side(left, right)
+    else:
+        return _planes(planes, rows, 8 * RUN, 8, 0, 0, QUARTERS, WIDTHS)
+
+
+@triton.jit
 def column_order(COUNT: tl.constexpr, WIDTHS: tl.constexpr):
     """int32 [COUNT]: the column at each position of COUNT 16-bit numbers that were decoded."""
     position = tl.arange(0, COUNT)
@@ -178,15 +195,15 @@ def decode_fp16(
     planes,
     rows,
     RUN: tl.constexpr,
-    CENTRE: tl.constexpr,
+    FORM: tl.constexpr,
     WIDTHS: tl.constexpr,
 ):
     """Run RUN (16 columns) of a block: fp16 [rows, 16]."""
     TO: tl.constexpr = 10 - (WIDTHS[0] + WIDTHS[1] + WIDTHS[2])
-    codes = _eight(planes, rows, RUN, 0, TO, _HALVES, WIDTHS)
-    numbers = _halves(codes | _ONE_FP16).to(tl.float16, bitcast=True)
-    if CENTRE > 0:
-        numbers = numbers - tl.full((1, 1), CENTRE, tl.float16)
+    codes = eight_words(planes, rows, RUN, 0, TO, HALVES, WIDTHS)
+    numbers = halves(codes | _ONE_FP16).to(tl.float16, bitcast=True)
+    if FORM > 0:
+        numbers = numbers - tl.full((1, 1), FORM, tl.float16)
     return numbers
 
 
@@ -195,17 +212,17 @@ def decode_fp32(
     planes,
     rows,
     RUN: tl.constexpr,
-    CENTRE: tl.constexpr,
+    FORM: tl.constexpr,
     WIDTHS: tl.constexpr,
 ):
     """Run RUN (16 columns) of a block: fp32 [rows, 16]."""
     TO: tl.constexpr = 23 - (WIDTHS[0] + WIDTHS[1] + WIDTHS[2])
-    low = _eight(planes, rows, RUN, 0, TO, 1, WIDTHS) | _ONE_FP32
-    high = _eight(planes, rows, RUN, 1, TO, 1, WIDTHS) | _ONE_FP32
+    low = eight_words(planes, rows, RUN, 0, TO, 1, WIDTHS) | _ONE_FP32
+    high = eight_words(planes, rows, RUN, 1, TO, 1, WIDTHS) | _ONE_FP32
     both = tl.reshape(tl.join(low, high), (low.shape[0], 16))
     numbers = both.to(tl.float32, bitcast=True)
-    if CENTRE > 0:
-        numbers = numbers - CENTRE
+    if FORM > 0:
+        numbers = numbers - FORM
     return numbers
 
 
@@ -214,22 +231,22 @@ def decode_bf16(
     planes,
     rows,
     RUN: tl.constexpr,
-    CENTRE: tl.constexpr,
+    FORM: tl.constexpr,
     WIDTHS: tl.constexpr,
 ):
     """Run RUN (16 columns) of a block: bf16 [rows, 16]."""
     if WIDTHS[0] == 8:
         # bf16 has 8 bits of precision: 128 + (q mod 128) is exact, and so is its distance to 128
         # or 256, whichever makes it q - 128.
-        codes = _eight(planes, rows, RUN, 0, 0, _HALVES, WIDTHS)
-        low = _halves((codes & 0x007F007F) | _128_BF16).to(tl.bfloat16, bitcast=True)
-        return low - _halves((codes & 0x00800080) ^ _256_BF16).to(tl.bfloat16, bitcast=True)
+        codes = eight_words(planes, rows, RUN, 0, 0, HALVES, WIDTHS)
+        low = halves((codes & 0x007F007F) | _128_BF16).to(tl.bfloat16, bitcast=True)
+        return low - halves((codes & 0x00800080) ^ _256_BF16).to(tl.bfloat16, bitcast=True)
     else:
         TO: tl.constexpr = 7 - (WIDTHS[0] + WIDTHS[1] + WIDTHS[2])
-        codes = _eight(planes, rows, RUN, 0, TO, _HALVES, WIDTHS)
-        numbers = _halves(codes | _ONE_BF16).to(tl.bfloat16, bitcast=True)
-        if CENTRE > 0:
-            numbers = numbers - tl.full((1, 1), CENTRE, tl.bfloat16)
+        codes = eight_words(planes, rows, RUN, 0, TO, HALVES, WIDTHS)
+        numbers = halves(codes | _ONE_BF16).to(tl.bfloat16, bitcast=True)
+        if FORM > 0:
+            numbers = numbers - tl.full((1, 1), FORM, tl.bfloat16)
         return numbers
 
 
@@ -238,19 +255,14 @@ def decode_int8(
     planes,
     rows,
     RUN: tl.constexpr,
-    CENTRE: tl.constexpr,
+    FORM: tl.constexpr,
     WIDTHS: tl.constexpr,
 ):
     """Run RUN (32 columns) of a block: int8 [rows, 32], in the order of the int8 row quantiser."""
-    if WIDTHS[0] == 1 or WIDTHS[1] == 1 or WIDTHS[2] == 1:
-        left = _planes(planes, rows, 8 * RUN, 4, 0, 0, _QUARTERS, WIDTHS)
-        right = _planes(planes, rows, 8 * RUN + 4, 4, 0, 0, _QUARTERS, WIDTHS)
-        codes = _side_by_side(left, right)
-    else:
-        codes = _planes(planes, rows, 8 * RUN, 8, 0, 0, _QUARTERS, WIDTHS)
+    codes = quarter_words(planes, rows, RUN, WIDTHS)
     if WIDTHS[0] == 8:
         codes = codes ^ 0x80808080
-    return _quarters(codes)
+    return quarters(codes)
 
 
 @triton.jit
@@ -260,26 +272,30 @@ def decode_tile(
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
     DECODE: tl.constexpr,
-    CENTRE: tl.constexpr,
+    FORM: tl.constexpr,
     WIDTHS: tl.constexpr,
 ):
     """Runs FIRST .. FIRST + COUNT (a power of two) of a block, side by side."""
     if COUNT == 1:
-        return DECODE(planes, rows, FIRST, CENTRE, WIDTHS)
+        return DECODE(planes, rows, FIRST, FORM, WIDTHS)
     else:
         return _side_by_side(
-            decode_tile(planes, rows, FIRST, COUNT // 2, DECODE, CENTRE, WIDTHS),
-            decode_tile(planes, rows, FIRST + COUNT // 2, COUNT // 2, DECODE, CENTRE, WIDTHS),
+            decode_tile(planes, rows, FIRST, COUNT // 2, DECODE, FORM, WIDTHS),
+            decode_tile(planes, rows, FIRST + COUNT // 2, COUNT // 2, DECODE, FORM, WIDTHS),
         )
 
 
 @triton.jit
-def block_planes(codes, panel, block, padded_rows, blocks, WIDTHS: tl.constexpr):
-    """Where block `block` of panel `panel` begins in each plane of the flat tensor of codes."""
+def block_planes(weight, block, WIDTHS: tl.constexpr):
+    """Where a block begins in each plane of the flat tensor of codes, and the table.
+
+    weight: (codes, panel, rows, padded rows, blocks, table), the panel that the tile begins with
+    and where its rows begin (`rows_of_tile`).
+    """
     # Per bit of plane width: 64 words in a block of 16 rows, 4 * padded_rows * blocks in all.
-    before = (panel.to(tl.int64) * blocks + block) * 64
-    size = padded_rows.to(tl.int64) * blocks * 4
-    first = codes + before * WIDTHS[0]
-    second = codes + (size * WIDTHS[0] + before * WIDTHS[1])
-    third = codes + (size * (WIDTHS[0] + WIDTHS[1]) + before * WIDTHS[2])
-    return first, second, third
+    before = (weight[1].to(tl.int64) * weight[4] + block) * 64
+    size = weight[3].to(tl.int64) * weight[4] * 4
+    first = weight[0] + before * WIDTHS[0]
+    second = weight[0] + (size * WIDTHS[0] + before * WIDTHS[1])
+    third = weight[0] + (size * (WIDTHS[0] + WIDTHS[1]) + before * WIDTHS[2])
+    return first, second, third, weight[5]

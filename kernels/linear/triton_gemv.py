@@ -9,8 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lath.kernels.linear.triton_decode import block_planes, column_order, decode_fp32
-from lath.kernels.linear.triton_loops import group_of, rows_of_tile, scale_and_zero, weigh
+from lath.kernels.linear.triton_decode import block_planes, column_order
+from lath.kernels.linear.triton_loops import (
+    group_of,
+    outer_scale,
+    rows_of_tile,
+    scale_and_zero,
+    weigh,
+)
 
 
 @triton.jit
@@ -27,6 +33,8 @@ def _multiply_without_dot(
     column,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
+    DECODE: tl.constexpr,
+    FORM: tl.constexpr,
     WIDTHS: tl.constexpr,
     MASKED: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -35,10 +43,10 @@ def _multiply_without_dot(
 
     x: (a pointer per token, K). weight, column, FIRST: as in the tile matmul.
     """
-    planes = block_planes(weight[0], weight[1], column // 128, weight[3], weight[4], WIDTHS)
+    planes = block_planes(weight, column // 128, WIDTHS)
     order = column_order(16, WIDTHS)
     for i in tl.static_range(COUNT // 16):
-        numbers = decode_fp32(planes, weight[2], FIRST // 16 + i, 0, WIDTHS)
+        numbers = DECODE(planes, weight[2], FIRST // 16 + i, FORM, WIDTHS)
         added, added_sums = (), ()
         for m in tl.static_range(TOKENS):
             pointers = x[0][m] + (column + (FIRST + i * 16)) + order
@@ -60,6 +68,8 @@ def gemv_kernel(
     codes,
     scales,
     zeros,
+    outer,
+    table,
     x_scales,
     bias,
     y,
@@ -72,10 +82,14 @@ def gemv_kernel(
     blocks,
     groups,
     x_groups,
+    DECODE: tl.constexpr,
     WIDTHS: tl.constexpr,
+    FORM: tl.constexpr,
     UNIT: tl.constexpr,
     OFFSET: tl.constexpr,
     ZERO: tl.constexpr,
+    SCALE: tl.constexpr,
+    OUTER: tl.constexpr,
     GROUP: tl.constexpr,
     X_GROUP: tl.constexpr,
     SPAN: tl.constexpr,
@@ -95,7 +109,8 @@ def gemv_kernel(
     first_block = piece * blocks_each
     last_block = tl.minimum(first_block + blocks_each, blocks)
     row, plane_rows = rows_of_tile(first_n, padded_rows, blocks, BLOCK_N)
-    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks)
+    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table)
+    outer = outer_scale(outer, row, OUTER)
     pointers, totals, no_sums = (), (), ()
     for m in tl.static_range(TOKENS):
         present = tl.minimum(piece * 0 + m, M - 1)
@@ -108,15 +123,16 @@ def gemv_kernel(
         column = block * 128
         if SPAN == 0:
             parts, sums = _multiply_without_dot(
-                parts, sums, x_tile, weight, column, 0, 128, WIDTHS, MASKED, TOKENS
+                parts, sums, x_tile, weight, column, 0, 128, DECODE, FORM, WIDTHS, MASKED, TOKENS
             )
         else:
             for i in tl.static_range(128 // SPAN):
                 partial, partial_sums = _multiply_without_dot(
-                    nothing, no_sums, x_tile, weight, column, i * SPAN, SPAN, WIDTHS, MASKED, TOKENS
-                )
+                    nothing, no_sums, x_tile, weight, column, i * SPAN, SPAN, DECODE, FORM, WIDTHS,
+                    MASKED, TOKENS,
+                )  # fmt: skip
                 at = group_of(column + i * SPAN, groups, GROUP) * padded_rows + row
-                scale, zero = scale_and_zero(scales, zeros, at, ZERO)
+                scale, zero = scale_and_zero(scales, zeros, at, outer, SCALE, OUTER, ZERO)
                 added = ()
                 for m in tl.static_range(TOKENS):
                     value = weigh(
@@ -129,7 +145,7 @@ def gemv_kernel(
                     added = _append(added, totals[m] + value)
                 totals = added
     if SPAN == 0:
-        scale, zero = scale_and_zero(scales, zeros, row, ZERO)
+        scale, zero = scale_and_zero(scales, zeros, row, outer, SCALE, OUTER, ZERO)
     row = first_n + tl.arange(0, BLOCK_N)
     for m in tl.static_range(TOKENS):
         if SPAN == 0:

@@ -22,9 +22,9 @@ import triton.language as tl
 from lath.kernels.linear.triton_decode import (
     block_planes,
     column_order,
-    decode_fp32,
     decode_tile,
 )
+from lath.kernels.linear.triton_tables import e4m3_to_fp32
 
 # Tiles of y in this many rows of tiles run one after another, so that they share weights in cache.
 _TILES_TOGETHER = tl.constexpr(8)
@@ -57,9 +57,35 @@ def group_of(column, groups, GROUP: tl.constexpr):
 
 
 @triton.jit
-def scale_and_zero(scales, zeros, at, ZERO: tl.constexpr):
-    """fp32 scale and stored zero of each row, at offsets `at`."""
-    scale = tl.load(scales + at).to(tl.float32)
+def outer_scale(outer, row, OUTER: tl.constexpr):
+    """What every stored scale of a row is multiplied by: fp32 per "row", for "all", or "none"."""
+    if OUTER == "row":
+        return tl.load(outer + row).to(tl.float32)
+    elif OUTER == "all":
+        return tl.load(outer)
+    else:
+        return row
+
+
+@triton.jit
+def scale_and_zero(
+    scales, zeros, at, outer, SCALE: tl.constexpr, OUTER: tl.constexpr, ZERO: tl.constexpr
+):
+    """fp32 scale and stored zero of each row, at offsets `at`. outer: of `outer_scale`.
+
+    SCALE: "number" (fp16, fp32 or uint8), "e8m0" or "e4m3" (bytes): read as they are stored. The
+    product with the outer scale is rounded once, as the codec defines it.
+    """
+    scale = tl.load(scales + at)
+    if SCALE == "e8m0":
+        # Byte 0 is 2**-127, the subnormal with its highest bit alone.
+        scale = tl.maximum(scale.to(tl.uint32) << 23, 1 << 22).to(tl.float32, bitcast=True)
+    elif SCALE == "e4m3":
+        scale = e4m3_to_fp32(scale)
+    else:
+        scale = scale.to(tl.float32)
+    if OUTER != "none":
+        scale = scale * outer
     if ZERO == "none":
         return scale, scale
     else:
@@ -111,27 +137,27 @@ def _multiply(
     DEPTH: tl.constexpr,
     RUN: tl.constexpr,
     DECODE: tl.constexpr,
-    CENTRE: tl.constexpr,
+    FORM: tl.constexpr,
     WIDTHS: tl.constexpr,
     MASKED: tl.constexpr,
     SWAP: tl.constexpr,
 ):
     """part + x times the weights in COUNT columns from column + FIRST, DEPTH columns a dot.
 
-    x: (pointer, offsets of a tile, its column order, K). weight: (codes, panel, rows, padded rows,
-    blocks). column: the first of this step. RUN: columns of a run of the decoder.
+    x: (pointer, offsets of a tile, its column order, K). weight: as `block_planes` takes it.
+    column: the first of this step. RUN: columns of a run of the decoder.
     """
     for i in tl.static_range(COUNT // DEPTH):
         # The last step may reach into a block that is not there; x is 0 in it.
         block = tl.minimum(column // 128 + (FIRST + i * DEPTH) // 128, weight[4] - 1)
-        planes = block_planes(weight[0], weight[1], block, weight[3], weight[4], WIDTHS)
+        planes = block_planes(weight, block, WIDTHS)
         numbers = decode_tile(
             planes,
             weight[2],
             (FIRST + i * DEPTH) % 128 // RUN,
             DEPTH // RUN,
             DECODE,
-            CENTRE,
+            FORM,
             WIDTHS,
         )
         pointers = x[0] + (column + (FIRST + i * DEPTH)) + x[1]
@@ -153,6 +179,8 @@ def matmul_kernel(
     codes,
     scales,
     zeros,
+    outer,
+    table,
     x_scales,
     x_sums,
     bias,
@@ -168,10 +196,12 @@ def matmul_kernel(
     x_groups,
     DECODE: tl.constexpr,
     WIDTHS: tl.constexpr,
-    CENTRE: tl.constexpr,
+    FORM: tl.constexpr,
     UNIT: tl.constexpr,
     OFFSET: tl.constexpr,
     ZERO: tl.constexpr,
+    SCALE: tl.constexpr,
+    OUTER: tl.constexpr,
     GROUP: tl.constexpr,
     X_GROUP: tl.constexpr,
     SPAN: tl.constexpr,
@@ -188,7 +218,8 @@ def matmul_kernel(
 ):
     """A tile of y, or of one piece of K (program axis 1) of the fp32 workspace y [pieces, M, N].
 
-    x: [M, >= K] with stride stride_x. codes, scales, zeros: of a QTensor; GROUP 0: a scale per row.
+    x: [M, >= K] with stride stride_x. codes, scales, zeros, outer: of a QTensor; GROUP 0: a scale
+    per row. table: what a decoder looks codes up in (`triton_tables`).
     x_scales: fp32 [x_groups, padded_tokens] (X_GROUP 0: per token, -1: none). x_sums: where SUMS,
     [spans, padded_tokens] sums of x over SPAN columns (BLOCK_K if SPAN is 0).
     """
@@ -196,14 +227,14 @@ def matmul_kernel(
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     token = first_m + tl.arange(0, BLOCK_M)
     row, plane_rows = rows_of_tile(first_n, padded_rows, blocks, BLOCK_N)
-    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks)
+    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table)
+    outer = outer_scale(outer, row, OUTER)
     order = tl.arange(0, DEPTH)
     if RUN == 16:
         order = column_order(DEPTH, WIDTHS)
     present = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
     x_offsets = by_row(present * stride_x, not SWAP) + by_row(order, SWAP)
     x_tile = (x + first_m.to(tl.int64) * stride_x, x_offsets, order, K)
-
     if SWAP:
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
@@ -222,7 +253,7 @@ def matmul_kernel(
         column = step * BLOCK_K
         if SPAN == 0:
             part = _multiply(
-                part, x_tile, weight, column, 0, BLOCK_K, DEPTH, RUN, DECODE, CENTRE, WIDTHS,
+                part, x_tile, weight, column, 0, BLOCK_K, DEPTH, RUN, DECODE, FORM, WIDTHS,
                 MASKED, SWAP,
             )  # fmt: skip
             if SUMS:
@@ -230,11 +261,11 @@ def matmul_kernel(
         else:
             for i in tl.static_range(BLOCK_K // SPAN):
                 partial = _multiply(
-                    nothing, x_tile, weight, column, i * SPAN, SPAN, DEPTH, RUN, DECODE, CENTRE,
+                    nothing, x_tile, weight, column, i * SPAN, SPAN, DEPTH, RUN, DECODE, FORM,
                     WIDTHS, MASKED, SWAP,
                 )  # fmt: skip
                 at = group_of(column + i * SPAN, groups, GROUP) * padded_rows + row
-                scale, zero = scale_and_zero(scales, zeros, at, ZERO)
+                scale, zero = scale_and_zero(scales, zeros, at, outer, SCALE, OUTER, ZERO)
                 span_sums = sums
                 if SUMS:
                     span = tl.cast(column // SPAN + i, tl.int64)
@@ -249,7 +280,7 @@ def matmul_kernel(
                     value *= by_row(x_scale, not SWAP)
                 total += value
     if SPAN == 0:
-        scale, zero = scale_and_zero(scales, zeros, row, ZERO)
+        scale, zero = scale_and_zero(scales, zeros, row, outer, SCALE, OUTER, ZERO)
         total = weigh(
             part, by_row(sums, not SWAP), by_row(scale, SWAP), by_row(zero, SWAP),
             UNIT, OFFSET, ZERO,
@@ -286,32 +317,39 @@ def decode_kernel(
     codes,
     scales,
     zeros,
+    outer,
+    table,
     dense,
     N,
     K,
     padded_rows,
     blocks,
     groups,
+    DECODE: tl.constexpr,
     WIDTHS: tl.constexpr,
-    CENTRE: tl.constexpr,
+    FORM: tl.constexpr,
     UNIT: tl.constexpr,
     OFFSET: tl.constexpr,
     ZERO: tl.constexpr,
+    SCALE: tl.constexpr,
+    OUTER: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """dense [N, K] = the decoded weight: fp32 inside, rounded once. A program per block of K."""
     first_n, block = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     row, plane_rows = rows_of_tile(first_n, padded_rows, blocks, BLOCK_N)
-    planes = block_planes(codes, first_n // 16, block, padded_rows, blocks, WIDTHS)
+    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table)
+    planes = block_planes(weight, block, WIDTHS)
+    outer = outer_scale(outer, row, OUTER)
     order = column_order(16, WIDTHS)
     lane = tl.arange(0, BLOCK_N)
     one = tl.full((1, 1), 1.0, tl.float32)
     for run in tl.static_range(8):
-        numbers = decode_fp32(planes, plane_rows, run, CENTRE, WIDTHS)
+        numbers = DECODE(planes, plane_rows, run, FORM, WIDTHS)
         column = block * 128 + run * 16
         at = group_of(column, groups, GROUP) * padded_rows + row
-        scale, zero = scale_and_zero(scales, zeros, at, ZERO)
+        scale, zero = scale_and_zero(scales, zeros, at, outer, SCALE, OUTER, ZERO)
         value = weigh(numbers, one, scale[:, None], zero[:, None], UNIT, OFFSET, ZERO)
         pointers = dense + first_n.to(tl.int64) * K + lane[:, None] * K + (column + order)[None, :]
         stored = (first_n + lane < N)[:, None] & (column + order < K)[None, :]

@@ -22,6 +22,9 @@ MOST_IN_REGISTERS = 1024
 RADIX_BLOCK = 2048  # twice as many spill 8 bytes on sm_100
 # Scores are not merged: pieces of the pages cost no more than q, and more of them even out waves.
 PIECES_PER_UNIT = 4
+# Channels of a row of q, of all its bf16 parts, that are kept over a loop: a quarter of it in
+# registers, and as many of |q| or of q squared. Longer rows are loaded for every tile of pages.
+MOST_KEPT = 256
 _FLOATS = {2: "bf16", 4: "fp32"}
 
 
@@ -150,7 +153,7 @@ def _tile(draft: Plan, case: _Case) -> Plan:
     wide = width > 128 or (fmt.float_bytes == 4 and width > 64)
     block_n, warps = PAGE, 4
     if case.kind == "token":
-        most_rows = 32 if wide or fmt.key.name in NARROW else 64
+        most_rows = 32 if wide or fmt.key.name in {*NARROW, "e4m3"} else 64
         dot = _FLOATS[fmt.float_bytes] if fmt.key.map == "float" else "int8"
         if fmt.key.name == "e4m3":
             dot = "e4m3" if multiplies_e4m3(case.device) else "fp16"
@@ -162,7 +165,8 @@ def _tile(draft: Plan, case: _Case) -> Plan:
         block_n = 16 if width > 128 else 32 if width > 64 else 64
         if case.kind == "repair":  # scores, weights and sums at once
             amd = case.device.kind == "hip"  # its lanes have twice the registers, of four warps
-            warps, block_n = 4 if amd else 8, 16 if wide else 32 if amd else block_n
+            narrow = wide or (case.own_lists and width > 64)
+            warps, block_n = 4 if amd else 8, 16 if narrow else 32 if amd else block_n
     return replace(
         draft, dot=dot, block_m=_power_of_two(case.queries * case.pack, 16, most_rows),
         block_n=block_n, block_k=_power_of_two(fmt.padded_key_dim, 16, 1 << 30), pack=case.pack,
@@ -199,6 +203,12 @@ def _blocks(case: _Case, plan: Plan) -> int:
     return _tiles(case, plan) * (case.query_heads // case.pack) * case.sequences
 
 
+def keeps_rows(fmt: PageFormat) -> bool:
+    """Whether parts of a row of q and of |q|, bf16 all, stay in registers over a loop."""
+    parts = 3 if fmt.float_bytes == 4 else 2
+    return parts * _power_of_two(fmt.key_dim, 16, 1 << 30) <= MOST_KEPT
+
+
 def index_bytes(kind: SelectKind, fmt: PageFormat, subpages: bool = False) -> int:
     """Bytes of one index row (with subpages: and of the extremes) that a kind of score reads."""
     mean, per_channel, number = 2 * fmt.key_dim, fmt.key_dim, 4
@@ -218,11 +228,12 @@ def _bytes_moved(case: _Case, plan: Plan) -> int:
     lists = _list_bytes(case, plan, plan.split_k, 8)  # two lists: pages, and tokens that count
     index = blocks * case.pages * index_bytes(case.kind, fmt, case.subpages)
     query = case.rows * fmt.key_dim * fmt.float_bytes
+    loads = plan.split_k if keeps_rows(fmt) or not plan.block_n else -(-case.pages // plan.block_n)
     if case.kind == "token":
         return lists + index + _token_bytes(case, plan, query)
     if case.kind == "label":
         return lists + _label_bytes(case, plan)
-    moved = lists + index + query * plan.split_k
+    moved = lists + index + query * loads
     if case.kind == "repair":
         return moved + _repair_bytes(case, plan)
     return moved + 4 * case.rows * case.pages

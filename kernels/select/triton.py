@@ -23,7 +23,13 @@ from lath.kernels.attention.plan import DTYPE_NAMES, INTERPRETED_DEVICE
 from lath.kernels.attention.triton_arguments import check as check_attention
 from lath.kernels.attention.triton_arguments import page_lists as lists_as_attended
 from lath.kernels.select import triton_pages, triton_tokens, triton_top_k
-from lath.kernels.select.plan import MOST_IN_REGISTERS, SelectKind, plan_select, plan_top_k
+from lath.kernels.select.plan import (
+    MOST_IN_REGISTERS,
+    SelectKind,
+    keeps_rows,
+    plan_select,
+    plan_top_k,
+)
 from lath.kernels.select.triton_arguments import (
     check,
     check_extremes,
@@ -31,9 +37,6 @@ from lath.kernels.select.triton_arguments import (
     check_unread,
     page_lists,
 )
-
-# bfloat16 numbers whose sum is one of a type.
-_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 def page_scores(
@@ -58,7 +61,7 @@ def page_scores(
         return scores
     with attention._device_of(q):
         plan = plan or _plan(queries, pages, kind, subpages=extremes is not None)
-        arguments = _settings(pages.format, plan, q, triton_pages.KEPT)
+        arguments = _settings(pages.format, plan, q)
         index = _index_views(pages)
         triton_pages.page_scores_kernel[_grid(q, pages, plan)](
             _rows_of(q), queries.lengths, page_lists(pages), index,
@@ -103,7 +106,7 @@ def repair(
             _rows_of(q), queries.lengths, page_lists(pages), _index_views(pages),
             (unread.contiguous(), lists), output, q.shape[1], pages.num_kv_heads, q.shape[2], width,
             plan.split_k, scale, OWN_LISTS=own_lists, PARTIAL=plan.split_k > 1,
-            **_settings(fmt, plan, q, triton_pages.KEPT // 2),
+            **_settings(fmt, plan, q),
         )  # fmt: skip
         if plan.split_k > 1:
             rows = attention._MERGE_ROWS
@@ -267,9 +270,8 @@ def _index_views(pages: PageView) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(pages.index.view(dtype) for dtype in views)  # type: ignore[return-value]
 
 
-def _settings(fmt: PageFormat, plan: Plan, q: Tensor, kept: int) -> dict[str, Any]:
-    """Constexpr arguments and options of the kernels over index rows. kept: the longest row of q,
-    of all its parts, that is kept over the pages."""
+def _settings(fmt: PageFormat, plan: Plan, q: Tensor) -> dict[str, Any]:
+    """Constexpr arguments and options of the kernels over index rows."""
     fields = fmt.index_fields
     blocks = (_power_of_two(channels, 16) for channels in (fmt.key_dim, fmt.value_dim))
     return {
@@ -279,7 +281,7 @@ def _settings(fmt: PageFormat, plan: Plan, q: Tensor, kept: int) -> dict[str, An
             fields["value_mean"].offset // 2,
         ),
         "DIMS": (fmt.key_dim, fmt.value_dim, *blocks),
-        "RELOAD": _PARTS[q.dtype] * _power_of_two(fmt.key_dim) > kept,
+        "RELOAD": not keeps_rows(dataclasses.replace(fmt, float_bytes=q.dtype.itemsize)),
         "BLOCK_R": plan.block_m,
         "BLOCK_P": plan.block_n,
         "STAGES": plan.stages,

@@ -18,15 +18,13 @@ import triton
 import triton.language as tl
 
 from lath.formats.selection import FREEZING, LOGISTIC
+from lath.kernels.select.plan import MOST_KEPT
 
 _FREEZING = tl.constexpr(FREEZING)
 _LOGISTIC = tl.constexpr(LOGISTIC)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-# A row of q whose parts have more channels than this, all together, is not kept over a loop: parts
-# of q take a quarter of it in registers, and those of |q| or of q squared as much again.
-KEPT = 256
-_KEPT = tl.constexpr(KEPT)
+_MOST_KEPT = tl.constexpr(MOST_KEPT)
 # How far a mean that was rounded to bfloat16 lies from the true one, relatively.
 _MEAN_ROUNDING = tl.constexpr(2.0**-8)
 
@@ -45,7 +43,7 @@ def _times_parts(x, tile, PARTS: tl.constexpr):
     first = x.to(tl.bfloat16)
     if PARTS == 1:
         return tl.dot(first, tile)
-    elif PARTS * x.shape[1] > _KEPT:  # one part at a time is in registers
+    elif PARTS * x.shape[1] > _MOST_KEPT:  # one part at a time is in registers
         total = tl.zeros((x.shape[0], tile.shape[1]), tl.float32)
         for _ in tl.range(0, PARTS):
             part = x.to(tl.bfloat16)

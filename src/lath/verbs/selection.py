@@ -11,6 +11,7 @@ from torch import Tensor
 from lath.formats.selection import Heads, IndexList
 from lath.selectors import Selector
 from lath.selectors import selector as parse_selector
+from lath.verbs.attention_options import integers
 from lath.verbs.budgets import Budget, TopMass, budget_tokens, parse_budget
 from lath.verbs.checks import check_flag, check_size
 from lath.verbs.paged_kv import PagedKV
@@ -104,6 +105,7 @@ class Selecting:
         self._ids: IndexList | None = None
         self._q: Tensor | None = None
         self._table: Tensor | None = None
+        self._lengths: Any = None
         self._served = 0
 
     def lists(
@@ -119,7 +121,8 @@ class Selecting:
         wish, rows = self.selection, q.shape[2]
         if self._is_dense(kv, rows):
             return None
-        if self._is_good(q, kv):
+        lengths = None if query_lengths is None else integers("query_lengths", query_lengths)
+        if lengths == self._lengths and self._is_good(q, kv):
             self._served += 1
             return self._ids
         self._ids = select(
@@ -127,6 +130,7 @@ class Selecting:
             scale=scale, query_lengths=query_lengths, backend=backend,
         )  # fmt: skip
         self._q, self._table, self._served = q, kv.view().table, 1
+        self._lengths = lengths
         return self._ids
 
     def _is_dense(self, kv: PagedKV, rows: int) -> bool:
