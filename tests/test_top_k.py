@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_triton_select import hard_scores
+from test_triton_top_k import hard_scores
 from torch import Tensor
 
 from cases_attention import as_array
