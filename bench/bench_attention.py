@@ -11,14 +11,12 @@ what reads k and v once) and with enable_gqa. Page writing is part of lath's tim
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
+import report
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -209,12 +207,7 @@ def as_markdown(rows: list[Row], small: dict[str, float], command: str, threads:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = report.parsed(report.parser_of(__doc__))
     rows: list[Row] = []
     for codecs in (("int8", "int8"), ("int4", "int4")):
         for keys in DECODE_KEYS:
@@ -224,15 +217,11 @@ def main() -> None:
         rows += bench_prefill(*shape, rounds=options.rounds)
         print(rows[-2], file=sys.stderr)
     small = small_times(options.rounds)
-    command = " ".join(["python", "bench/bench_attention.py", *sys.argv[1:]])
+    command = report.command_of("bench_attention.py")
     table = as_markdown(rows, small, command, options.threads)
-    (options.output / "attention_cpu.md").write_text(table)
-    content = {
-        "command": command, "machine": machine_facts(), "threads": options.threads,
-        "rows": [asdict(row) for row in rows], "small": small,
-    }  # fmt: skip
-    (options.output / "attention_cpu.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(table)
+    report.save(
+        options, "attention_cpu", table, command, rows=[asdict(row) for row in rows], small=small
+    )
 
 
 if __name__ == "__main__":

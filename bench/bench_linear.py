@@ -5,12 +5,13 @@
 For ratios against peers in one run use `lath bench linear`, which interleaves the calls; to see how
 far each codec is from what one core can read,
 
-    python bench/bench_linear.py [--tokens 1,8,128] [--codecs mxfp4/int8,nf4-g64/float] [--rounds 7]
+    python bench/bench_linear.py [--tokens 1,8,128] [--codecs mxfp4/int8,nf4-g64/float] [--rounds 9]
+
+which writes bench/results/codecs_cpu.md and codecs_cpu.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import report
 import torch
 
 if __name__ == "__main__":
@@ -29,7 +31,7 @@ if __name__ == "__main__":
 import cases
 import lath
 from lath.formats.activations import ActivationFormat
-from lath.integration.benchmark import COLD_BYTES
+from lath.integration.benchmark import COLD_BYTES, machine_facts
 from lath.kernels.linear import cpu
 from lath.kernels.simd import isa
 from lath.kernels.simd.compile import compile_kernel
@@ -125,35 +127,68 @@ def interleaved(calls: dict[str, Callable[[int], object]], rounds: int) -> dict[
     return seconds
 
 
+def rows_of(names: list[str], m: int, k: int, n: int, rounds: int) -> list[dict[str, Any]]:
+    """A row for each layer "codec/activations", for torch's bf16 layer and for a plain read."""
+    with torch.inference_mode():
+        made = {name: lath_call(name, m, k, n) for name in names}
+        made["torch bf16"], made["read"] = torch_call(m, k, n), read_call(8 << 20)
+        seconds = interleaved({name: call for name, (call, _) in made.items()}, rounds)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    ceiling = made["read"][1] / median["read"]
+    return [
+        {
+            "what": name, "tokens": m, "seconds": median[name], "fastest": min(seconds[name]),
+            "bytes_per_second": nbytes / median[name],
+            "of_read": nbytes / median[name] / ceiling,
+            "operations_per_second": 0 if name == "read" else 2 * m * n * k / median[name],
+            "torch_ratio": median["torch bf16"] / median[name],
+        }
+        for name, (_, nbytes) in made.items()
+    ]  # fmt: skip
+
+
+def as_markdown(rows: list[dict[str, Any]], shape: str, command: str) -> str:
+    facts = ", ".join(f"{key} {value}" for key, value in machine_facts().items())
+    lines = [
+        "# `lath.linear` of every kind of codec on one core",
+        "",
+        f"    {command}",
+        "",
+        f"{facts}; {isa.host_isa()}. K x N = {shape}, 1 thread, bf16 x, calls interleaved, weights "
+        "cold, CPU time of the thread, which other processes take none of, medians over rounds. "
+        "GB/s: of the view; of read: of a plain read in the same rounds.",
+        "",
+        "| codec/activations | M | µs | fastest | GB/s | of read | GOPS | torch bf16 / this |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        rest = ""
+        if row["what"] != "read":
+            rest = f"{row['operations_per_second'] / 1e9:.0f} | {row['torch_ratio']:.2f}"
+        lines.append(
+            f"| {row['what']} | {row['tokens']} | {row['seconds'] * 1e6:.0f} | "
+            f"{row['fastest'] * 1e6:.0f} | {row['bytes_per_second'] / 1e9:.1f} | "
+            f"{row['of_read']:.2f} | {rest or ' | '} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = report.parser_of(__doc__)
     parser.add_argument("--shape", default="2560x6912", help="K x N")
     parser.add_argument("--tokens", default="1,8,128")
     parser.add_argument("--codecs", default=",".join(TABLE_CODECS))
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+    options = report.parsed(parser)
+    if options.threads != 1:
+        parser.error(f"--threads must be 1: CPU time is that of one thread, got {options.threads}")
     k, n = (int(part) for part in options.shape.split("x"))
-    print(f"{isa.host_isa()}, {options.shape}, 1 thread, CPU time, medians (fastest), cold weights")
-    print("| codec/activations | M | us | fastest | GB/s | of read | GOPS | torch bf16 / this |")
-    print("|---|---|---|---|---|---|---|---|")
+    rows = []
     for m in (int(part) for part in options.tokens.split(",")):
-        with torch.inference_mode():
-            made = {name: lath_call(name, m, k, n) for name in options.codecs.split(",")}
-            made["torch bf16"], made["read"] = torch_call(m, k, n), read_call(8 << 20)
-            seconds = interleaved({name: call for name, (call, _) in made.items()}, options.rounds)
-        median = {name: statistics.median(times) for name, times in seconds.items()}
-        ceiling = made["read"][1] / median["read"]
-        for name, (_, nbytes) in made.items():
-            own, rate = median[name], nbytes / median[name]
-            if name == "read":
-                print(f"| read | | {own * 1e6:.0f} | | {rate / 1e9:.1f} | 1.00 | | |", flush=True)
-                continue
-            print(
-                f"| {name} | {m} | {own * 1e6:.0f} | {min(seconds[name]) * 1e6:.0f} "
-                f"| {rate / 1e9:.1f} | {rate / ceiling:.2f} | {2 * m * n * k / own / 1e9:.0f} "
-                f"| {median['torch bf16'] / own:.2f} |",
-                flush=True,
-            )
+        rows += rows_of(options.codecs.split(","), m, k, n, options.rounds)
+    command = report.command_of("bench_linear.py")
+    report.save(
+        options, "codecs_cpu", as_markdown(rows, options.shape, command), command, rows=rows
+    )
 
 
 if __name__ == "__main__":

@@ -13,17 +13,14 @@ fields of the index rows that are read. What a call costs beside reading is that
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
+import report
 import torch
 from torch import Tensor
 
@@ -213,22 +210,14 @@ def as_markdown(rows: list[Row], dense: tuple[float, float], command: str, threa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = report.parsed(report.parser_of(__doc__))
     rows, dense = bench(options.rounds)
-    command = " ".join(["python", "bench/bench_select.py", *sys.argv[1:]])
+    command = report.command_of("bench_select.py")
     table = as_markdown(rows, dense, command, options.threads)
-    (options.output / "select_cpu.md").write_text(table)
-    content = {
-        "command": command, "machine": machine_facts(), "threads": options.threads,
-        "dense_seconds": dense[0], "dense_median": dense[1], "rows": [asdict(row) for row in rows],
-    }  # fmt: skip
-    (options.output / "select_cpu.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(table)
+    report.save(
+        options, "select_cpu", table, command, dense_seconds=dense[0], dense_median=dense[1],
+        rows=[asdict(row) for row in rows],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

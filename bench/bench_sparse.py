@@ -11,13 +11,10 @@ ratios within a round; caches are cold. What selectors keep of pages is made bef
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
+import report
 import torch
 from bench_attention import GROUP, HEAD_DIM, KV_HEADS, Call, _decode_peers, copies
 from torch import Tensor
@@ -129,14 +126,10 @@ def as_markdown(rows: list[Row], command: str, keys: int, budget: int, threads: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = report.parser_of(__doc__)
     parser.add_argument("--keys", type=int, default=32768)
     parser.add_argument("--selectors", default=",".join(PAGE_SELECTORS))
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = report.parsed(parser)
     names = options.selectors.split(",")
     unknown = [name for name in names if name.partition("-")[0] not in SELECTORS]
     if unknown:
@@ -146,13 +139,9 @@ def main() -> None:
         q, caches, peers = make_caches(options.keys)
         times = time_interleaved({**contenders(q, caches, names, budget), **peers}, options.rounds)
     rows = rows_of(times, names)
-    command = " ".join(["python", "bench/bench_sparse.py", *sys.argv[1:]])
+    command = report.command_of("bench_sparse.py")
     text = as_markdown(rows, command, options.keys, budget, options.threads)
-    print(text)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "sparse_cpu.md").write_text(text)
-    record = {"command": command, "machine": machine_facts(), "rows": [asdict(r) for r in rows]}
-    (options.output / "sparse_cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    report.save(options, "sparse_cpu", text, command, rows=[asdict(row) for row in rows])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Reading a part of the cache: which pages each step reads, what that misses, and what it says.
 
 The model reads a long text, then a question about it. Every step of the answer scores the pages of
-the cache and reads the best of them; `repair` estimates the others from what their index rows say.
-The answer is compared with the one that reads everything, and the misses are printed: of each layer
-the share of attention that the pages held, and of its heads the one that missed most.
+the cache and reads the best of them; --repair estimates the others from what their index rows say,
+which makes the answers of this model worse (README). The answer is compared with the one that reads
+everything, and the misses are printed: of each layer the share of attention that the pages held,
+and of its heads the one that missed most.
 
-    python examples/sparse_selection.py [--select quest:256] [--no-repair] [--prompt-tokens 2048]
+    python examples/sparse_selection.py [--select quest:256] [--repair] [--prompt-tokens 2048]
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="'smollm2', 'tiny' or a folder")
     parser.add_argument("--kv", default="int8")
     parser.add_argument("--select", default="quest:256")
-    parser.add_argument("--no-repair", action="store_true")
+    parser.add_argument("--repair", action="store_true")
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--prompt-tokens", type=int, default=2048)
     parser.add_argument("--new-tokens", type=int, default=80)
@@ -63,7 +64,7 @@ def main() -> None:
     with lath.patch(model, None, **common):
         text, seconds = answer(model, tokenizer, ids, options.new_tokens)
     print(f"\nreading everything ({seconds:.1f} s):\n{text}")
-    selecting = {"select": options.select, "repair": not options.no_repair}
+    selecting = {"select": options.select, "repair": options.repair}
     with lath.patch(model, None, **common, **selecting) as report:
         text, seconds = answer(model, tokenizer, ids, options.new_tokens)
     print(f"\n{report}\n\nreading that ({seconds:.1f} s):\n{text}")

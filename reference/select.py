@@ -16,6 +16,7 @@ relu(q)·min)) + ln n. Pages that a sequence has not got score -inf.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,6 +108,20 @@ def subpage_extremes(page: Page, unit: float, tokens: int) -> NDArray[np.int8]:
     return np.array(rows).astype(np.int8)
 
 
+def each_page(
+    q: NDArray[np.float32], query_lengths: NDArray[np.int32], cache: Cache
+) -> Iterator[tuple[tuple[int, int, slice, int], NDArray[np.float32], tuple[int, int], int, int]]:
+    """Every page that rows of every query head may read, in order.
+
+    Place in scores [S, Hq, L, P], the rows [R, D], (page, KV head), position and tokens.
+    """
+    group = q.shape[1] // cache.records.shape[1]
+    for s, head in np.ndindex(q.shape[:2]):
+        rows = slice(int(query_lengths[s]))
+        for i, (number, start, count, _) in enumerate(cache.entries(s, head // group)):
+            yield (s, head, rows, i), q[s, head, rows], (number, head // group), start, count
+
+
 def page_scores(
     q: NDArray[np.float32],
     query_lengths: NDArray[np.int32],
@@ -120,22 +135,16 @@ def page_scores(
     cache: without lists. extremes: int8 [N, Hkv, 4, 2, D] of `subpage_extremes`, kind "bound" only:
     the largest of the bounds of the sub-pages that hold tokens which count.
     """
-    sequences, heads, rows, _ = q.shape
-    group = heads // cache.records.shape[1]
-    scores = np.full((sequences, heads, rows, cache.table.shape[1]), -np.inf)
-    for s in range(sequences):
-        for head in range(heads):
-            own = q[s, head, : query_lengths[s]].astype(np.float64)
-            for i, (number, _, count, _) in enumerate(cache.entries(s, head // group)):
-                row = read_index(cache.index[number, head // group], cache.format)
-                target = scores[s, head, : query_lengths[s], i]
-                if extremes is None:
-                    target[:] = page_score(own, row, count, kind, scale)
-                    continue
-                for part in extremes[number, head // group][: -(-count // SUBPAGE)]:
-                    narrow = replace(row, largest=part[0] * 1.0, smallest=part[1] * 1.0)
-                    bound = page_score(own, narrow, count, "bound", scale)
-                    target[:] = np.maximum(target, bound)
+    scores = np.full((*q.shape[:3], cache.table.shape[1]), -np.inf)
+    for at, rows, place, _, count in each_page(q, query_lengths, cache):
+        own, row = rows.astype(np.float64), read_index(cache.index[place], cache.format)
+        if extremes is None:
+            scores[at] = page_score(own, row, count, kind, scale)
+            continue
+        for part in extremes[place][: -(-count // SUBPAGE)]:
+            narrow = replace(row, largest=part[0] * 1.0, smallest=part[1] * 1.0)
+            bound = page_score(own, narrow, count, "bound", scale)
+            scores[at] = np.maximum(scores[at], bound)
     return scores
 
 
@@ -150,22 +159,14 @@ def token_scores(
 
     query: how q is rounded over quantised keys, as in `attend`. -inf for tokens that do not count.
     """
-    sequences, heads, rows, _ = q.shape
-    group = heads // cache.records.shape[1]
-    width = cache.table.shape[1]
-    scores = np.full((sequences, heads, rows, width, PAGE), -np.inf)
-    for s in range(sequences):
-        for head in range(heads):
-            own = q[s, head, : query_lengths[s]]
-            for i, (number, start, count, _) in enumerate(cache.entries(s, head // group)):
-                place = number, head // group
-                page = read_page(
-                    cache.records[place], cache.index[place], cache.format, cache.dtype, cache.draft
-                )
-                tile = page_tile(start, count, page, cache.format)
-                products = scale * raw_scores(own, tile, query)
-                scores[s, head, : query_lengths[s], i, :count] = products
-    return scores.reshape(sequences, heads, rows, width * PAGE)
+    scores = np.full((*q.shape[:3], cache.table.shape[1], PAGE), -np.inf)
+    for at, rows, place, start, count in each_page(q, query_lengths, cache):
+        page = read_page(
+            cache.records[place], cache.index[place], cache.format, cache.dtype, cache.draft
+        )
+        tile = page_tile(start, count, page, cache.format)
+        scores[at][:, :count] = scale * raw_scores(rows, tile, query)
+    return scores.reshape(*q.shape[:3], -1)
 
 
 def write_labels(
@@ -210,25 +211,18 @@ def label_scores(
     int32 [Hkv, C], the channel of each row of labels. rows_of: int32 [S, Hq, R], which rows of
     labels a query head reads. -inf for tokens that do not count.
     """
-    sequences, heads, rows, _ = q.shape
-    group = heads // cache.records.shape[1]
-    width = cache.table.shape[1]
-    scores = np.full((sequences, heads, rows, width, PAGE), -np.inf)
-    for s in range(sequences):
-        for head in range(heads):
-            kv_head = head // group
-            chosen = rows_of[s, head]
-            channels = label_channels[kv_head, chosen]
-            own = q[s, head, : query_lengths[s]].astype(np.float64)[:, channels]
-            for i, (number, _, count, _) in enumerate(cache.entries(s, kv_head)):
-                mean = read_index(cache.index[number, kv_head], cache.format).mean
-                if cache.format.key.map == "float":
-                    mean = np.zeros_like(mean)
-                codes = labels[number, kv_head][chosen, :count].astype(np.float64)
-                products = own @ codes * float(label_scales[number, kv_head])
-                products += (own @ mean[channels])[:, None]
-                scores[s, head, : query_lengths[s], i, :count] = scale * products
-    return scores.reshape(sequences, heads, rows, width * PAGE)
+    scores = np.full((*q.shape[:3], cache.table.shape[1], PAGE), -np.inf)
+    for at, rows, place, _, count in each_page(q, query_lengths, cache):
+        chosen = rows_of[at[:2]]
+        channels = label_channels[place[1], chosen]
+        own = rows.astype(np.float64)[:, channels]
+        mean = read_index(cache.index[place], cache.format).mean
+        if cache.format.key.map == "float":
+            mean = np.zeros_like(mean)
+        codes = labels[place][chosen, :count].astype(np.float64)
+        products = own @ codes * float(label_scales[place]) + (own @ mean[channels])[:, None]
+        scores[at][:, :count] = scale * products
+    return scores.reshape(*q.shape[:3], -1)
 
 
 def pool(scores: Array, heads: int, extra: Array | None = None) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -90,3 +91,32 @@ def most_spread(cache: Any, count: int) -> Any:
         order = np.argsort(-keys.var(axis=0), kind="stable")[:count]
         channels.append(np.sort(order))
     return np.array(channels, np.int32)
+
+
+def hard_scores(rows: int, width: int) -> Tensor:
+    """Ties, both zeros, NaN of both signs, infinities, neighbours in the last bit."""
+    scores = torch.randn(rows, width)
+    scores[torch.rand(rows, width) < 0.2] = 0.5
+    scores[torch.rand(rows, width) < 0.1] = 0.0
+    scores[torch.rand(rows, width) < 0.1] = -0.0
+    scores[torch.rand(rows, width) < 0.1] = -math.inf
+    scores[torch.rand(rows, width) < 0.05] = math.inf
+    scores[torch.rand(rows, width) < 0.05] = math.nan
+    scores[torch.rand(rows, width) < 0.05] = -torch.tensor(math.nan)
+    scores[torch.rand(rows, width) < 0.1] = float(np.nextafter(np.float32(0.5), np.float32(1)))
+    return scores
+
+
+def extreme_rows(width: int) -> Tensor:
+    """Scores [8, width], each row of one kind."""
+    rows = {
+        "all equal": torch.full((width,), 1.5),
+        "nothing": torch.full((width,), -math.inf),
+        "one": torch.full((width,), -math.inf).index_fill(0, torch.tensor([width - 1]), -3.0),
+        "all nan": torch.full((width,), math.nan),
+        "zeros": torch.tensor([0.0, -0.0] * (width // 2)),
+        "falling": -torch.arange(width, dtype=torch.float32),
+        "subnormal": torch.arange(width, dtype=torch.float32) * 2.0**-149,
+        "smallest": torch.full((width,), -torch.finfo(torch.float32).max),
+    }
+    return torch.stack(list(rows.values()))

@@ -6,6 +6,7 @@ Triton decides at import whether its kernels are interpreted, so one process doe
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 AHEAD_OF_TIME = os.environ.get("LATH_AOT") == "1"
 os.environ["TRITON_INTERPRET"] = "0" if AHEAD_OF_TIME else "1"
@@ -34,6 +35,12 @@ def _honest_interpreter() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lath
+
 # What sets each apart. Windows are shorter than a page and than every prompt of the tests.
 MODELS: dict[str, dict[str, Any]] = {
     "Llama": {},
@@ -127,3 +129,8 @@ def bare_module(causal: bool = True) -> torch.nn.Module:
     made = torch.nn.Module().eval()
     made.is_causal = causal
     return made
+
+
+def patched(model: Any, **options: Any) -> lath.PatchReport:
+    """A patch of the cache alone: int8 pages of the definition, unless `options` say otherwise."""
+    return lath.patch(model, None, **{"backend": "reference", "kv": "int8", **options})

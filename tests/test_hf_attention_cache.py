@@ -33,10 +33,7 @@ ROUNDING = 1e-5
 PROMPT = 150
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def patched(model: Any, **options: Any) -> lath.PatchReport:

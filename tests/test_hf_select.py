@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lath
-from hf_models import forward, generate, hf_model, padded, positions, relative, tokens
+from hf_models import forward, generate, hf_model, padded, patched, positions, relative, tokens
 
 pytest.importorskip("transformers")
 from lath.integration.cache import LathCache
@@ -28,14 +28,7 @@ SELECTORS = [
 CLAIM_MASS = ("sparq", "tokenselect", "hgca-64")
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
-
-
-def patched(model: Any, **options: Any) -> lath.PatchReport:
-    return lath.patch(model, None, **{"backend": "reference", "kv": "int8", **options})
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def paged(model: Any, select: Any = None, kv: str = "int8", **options: Any) -> LathCache:

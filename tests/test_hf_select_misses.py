@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lath
-from hf_models import forward, generate, hf_model, padded, tokens
+from hf_models import forward, generate, hf_model, padded, patched, tokens
 
 pytest.importorskip("transformers")
 from lath.integration import cache as cache_module
@@ -19,14 +19,7 @@ from lath.integration.misses import MissReport
 PROMPT = 330
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
-
-
-def patched(model: Any, **options: Any) -> lath.PatchReport:
-    return lath.patch(model, None, **{"backend": "reference", "kv": "int8", **options})
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.mark.parametrize("select", ["quest:64", "tokenselect:64", "hgca-64:64"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lath
-from hf_models import forward, generate, hf_model, tokens
+from hf_models import forward, generate, hf_model, patched, tokens
 
 pytest.importorskip("transformers")
 from lath.formats.pages import PAGE, PageCodec, PageFormat
@@ -26,14 +26,7 @@ from lath.verbs.planning import plan_attention
 PROMPT = 330
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
-
-
-def patched(model: Any, **options: Any) -> lath.PatchReport:
-    return lath.patch(model, None, **{"backend": "reference", "kv": "int8", **options})
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 # Arguments

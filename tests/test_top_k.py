@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from cases_select import extreme_rows, hard_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_triton_top_k import hard_scores
 from torch import Tensor
 
 from cases_attention import as_array
@@ -58,18 +58,8 @@ def test_widths(way: str, width: int) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_of_one_kind(way: str) -> None:
     width = 40
-    rows = {
-        "all equal": torch.full((width,), 1.5),
-        "nothing": torch.full((width,), -math.inf),
-        "one": torch.full((width,), -math.inf).index_fill(0, torch.tensor([width - 1]), -3.0),
-        "all nan": torch.full((width,), math.nan),
-        "zeros": torch.tensor([0.0, -0.0] * (width // 2)),
-        "falling": -torch.arange(width, dtype=torch.float32),
-        "subnormal": torch.arange(width, dtype=torch.float32) * 2.0**-149,
-        "smallest": torch.full((width,), -torch.finfo(torch.float32).max),
-    }
     for k in (1, 7, width // 2, width):
-        check(way, torch.stack(list(rows.values())), k)
+        check(way, extreme_rows(width), k)
 
 
 @pytest.mark.parametrize("way", WAYS)

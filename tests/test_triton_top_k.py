@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
+from cases_select import extreme_rows, hard_scores
 from torch import Tensor
 
 from cases_attention import as_array
@@ -14,20 +13,6 @@ from lath.formats.plan import Plan
 from lath.kernels.select import triton as kernels
 from lath.reference import select as reference
 from tools.sanitizer import sanitize
-
-
-def hard_scores(rows: int, width: int) -> Tensor:
-    """Ties, both zeros, NaN of both signs, infinities, neighbours in the last bit."""
-    scores = torch.randn(rows, width)
-    scores[torch.rand(rows, width) < 0.2] = 0.5
-    scores[torch.rand(rows, width) < 0.1] = 0.0
-    scores[torch.rand(rows, width) < 0.1] = -0.0
-    scores[torch.rand(rows, width) < 0.1] = -math.inf
-    scores[torch.rand(rows, width) < 0.05] = math.inf
-    scores[torch.rand(rows, width) < 0.05] = math.nan
-    scores[torch.rand(rows, width) < 0.05] = -torch.tensor(math.nan)
-    scores[torch.rand(rows, width) < 0.1] = float(np.nextafter(np.float32(0.5), np.float32(1)))
-    return scores
 
 
 def check_top_k(scores: Tensor, k: int) -> None:
@@ -45,17 +30,7 @@ def test_top_k_is_exact(width: int) -> None:
 
 @pytest.mark.parametrize("width", [40, 1500])
 def test_top_k_of_extreme_rows(width: int) -> None:
-    rows = {
-        "all equal": torch.full((width,), 1.5),
-        "nothing": torch.full((width,), -math.inf),
-        "one": torch.full((width,), -math.inf).index_fill(0, torch.tensor([width - 1]), -3.0),
-        "all nan": torch.full((width,), math.nan),
-        "zeros": torch.tensor([0.0, -0.0] * (width // 2)),
-        "falling": -torch.arange(width, dtype=torch.float32),
-        "subnormal": torch.arange(width, dtype=torch.float32) * 2.0**-149,
-        "smallest": torch.full((width,), -torch.finfo(torch.float32).max),
-    }
-    scores = torch.stack(list(rows.values()))
+    scores = extreme_rows(width)
     for k in (1, 7, width // 2, width):
         check_top_k(scores, k)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from llvmlite import ir
 
-from lath.kernels.simd.emitter import BF16, F32, FP32, I32, I64, ITEM_BYTES, Emitter
+from lath.kernels.simd.arguments import ArgumentBlock
+from lath.kernels.simd.emitter import BF16, F32, FP32, ITEM_BYTES, Emitter
 
 ROWS = 4  # rows of q that are computed together
 FAR = 1 << 30  # a distance that no key has
@@ -77,31 +78,11 @@ FIELDS = (
 INDEX = {name: index for index, name in enumerate(FIELDS)}
 
 
-class Arguments:
-    """The fields of a block as values in a kernel: `arguments["group"]`."""
+class Arguments(ArgumentBlock):
+    """The fields above as values in a kernel."""
 
     def __init__(self, emitter: Emitter, address: Any) -> None:
-        self._e, self.address = emitter, address
-        self._values = {
-            name: emitter.load(emitter.add(address, 8 * index), I64)
-            for name, index in INDEX.items()
-        }
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
-    def at(self, index: Any) -> Any:
-        """The field of a number that is a value in the kernel."""
-        return self._e.load(self._e.offset(self.address, index, 8), I64)
-
-    def real(self, name: str) -> Any:
-        """A field that holds a float, as a scalar."""
-        return self._e.load(self._e.add(self.address, 8 * INDEX[name]), F32)
-
-    def integer(self, name: str, index: Any) -> Any:
-        """Entry `index` of the int32 array at a field, as int64."""
-        value = self._e.load(self._e.offset(self[name], index, 4), I32)
-        return self._e.builder.sext(value, I64)
+        super().__init__(emitter, address, INDEX)
 
 
 @dataclass(frozen=True)

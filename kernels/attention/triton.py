@@ -34,7 +34,7 @@ from lath.kernels.attention.triton_arguments import (
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # Bytes that q·mean may take at once.
 _MOST_CORRECTIONS = 256 << 20
-_MERGE_ROWS = 4
+MERGE_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def attend(
     o, lse = _outputs((batch, heads, rows), fmt.value_dim, q.dtype, q.device, packed)
     if o.numel() == 0 or queries.longest == 0 or pages.num_sequences == 0:
         return o.zero_(), lse.fill_(-torch.inf)
-    with _device_of(q):
-        settings = _settings(
-            fmt, q.dtype, pages.draft, _switches(queries, pages, options), plan, _target(q)
+    with device_of(q):
+        settings = settings_of(
+            fmt, q.dtype, pages.draft, switches_of(queries, pages, options), plan, target_of(q)
         )
         if plan.split_k == 1:
             _attend(o, lse, queries, pages, options, plan, settings)
@@ -80,10 +80,10 @@ def attend(
         shape = (plan.split_k, batch, heads, rows)
         parts, logarithms = _outputs(shape, fmt.value_dim, torch.float32, q.device, packed)
         _attend(parts, logarithms, queries, pages, options, plan, settings)
-        before.merge_kernel[(triton.cdiv(lse.numel(), _MERGE_ROWS),)](
+        before.merge_kernel[(triton.cdiv(lse.numel(), MERGE_ROWS),)](
             parts, logarithms, o, lse, lse.numel(), plan.split_k,
             DIM=fmt.value_dim, BLOCK_D=_power_of_two(fmt.value_dim),
-            BLOCK_R=_MERGE_ROWS, num_warps=2,
+            BLOCK_R=MERGE_ROWS, num_warps=2,
         )  # fmt: skip
         return o, lse
 
@@ -130,7 +130,7 @@ def _attend(
     for first in range(0, last, run):
         tiles = triton.cdiv(min(run, last - first) * plan.pack, plan.block_m)
         padded = tiles * plan.block_m
-        made = _prepare(queries, pages, plan, settings, first, padded, records[2], lists)
+        made = prepare_queries(queries, pages, plan, settings, first, padded, records[2], lists)
         loop.attend_kernel[(tiles, blocks, sequences * plan.split_k)](
             rows_of_q, made, records, lists, lengths, *parts, *extras, (o, lse, batch, rows),
             heads, pages.num_kv_heads, width, padded, first, plan.split_k,
@@ -139,7 +139,7 @@ def _attend(
         )  # fmt: skip
 
 
-def _prepare(
+def prepare_queries(
     queries: Queries,
     pages: PageView,
     plan: Plan,
@@ -186,7 +186,7 @@ def _prepare(
     return made
 
 
-def _switches(queries: Queries, pages: PageView, options: ScoreOptions) -> tuple[Any, ...]:
+def switches_of(queries: Queries, pages: PageView, options: ScoreOptions) -> tuple[Any, ...]:
     """What of the arguments the launches are compiled for: (options of the scores, parts, ...)."""
     # A sequence's only query is its last token: it may read every key before it.
     causal = options.causal and options.tree is None and queries.longest > 1
@@ -206,7 +206,7 @@ def _switches(queries: Queries, pages: PageView, options: ScoreOptions) -> tuple
 
 
 @functools.lru_cache(maxsize=1024)
-def _settings(
+def settings_of(
     fmt: PageFormat,
     dtype: torch.dtype,
     draft: bool,
@@ -326,11 +326,11 @@ def has_e4m3(target: str) -> bool:
     return target in ("gfx950", "interpreter")
 
 
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _target(x: Tensor) -> str:
+def target_of(x: Tensor) -> str:
     """What kernels for x are compiled for: "sm_90", "gfx942", ...; "interpreter" for none."""
     if not x.is_cuda and triton.knobs.runtime.interpret:
         return "interpreter"

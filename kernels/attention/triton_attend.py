@@ -71,7 +71,7 @@ def _store(
 
 
 @triton.jit
-def _load_query(base, query, row, KEYS: tl.constexpr, PAGES: tl.constexpr, QUERY: tl.constexpr):
+def load_query(base, query, row, KEYS: tl.constexpr, PAGES: tl.constexpr, QUERY: tl.constexpr):
     """Tiles [BM, block] of the rows, one per part of the keys, and their scales.
 
     base: (q, its strides of heads and of tokens). query: (codes, scales), at the tile.
@@ -277,7 +277,7 @@ def attend_kernel(
     own = wide * (heads // PACK) + block
     at = own * padded_rows + tile * BLOCK_M
     codes = (prepared[0] + at * (KEYS[3] * KEYS[1]), prepared[1] + at)
-    tiles, scale = _load_query(base, codes, row, KEYS, PAGES, MATH[0])
+    tiles, scale = load_query(base, codes, row, KEYS, PAGES, MATH[0])
     at = own * table_width * padded_rows + tile * BLOCK_M
     query = (tiles, scale * factor, prepared[2] + at, padded_rows, factor)
 

@@ -38,7 +38,7 @@ def _append(values, value):
 
 
 @triton.jit
-def _products(query, keys, KEYS: tl.constexpr, MATH: tl.constexpr):
+def score_products(query, keys, KEYS: tl.constexpr, MATH: tl.constexpr):
     """fp32 [BM, 64]: the rows' codes times the keys'. query: a tile [BM, block] per part."""
     if MATH[0] == "int8":
         total = tl.dot(query[0], operand(keys, KEYS, 0, False))
@@ -93,7 +93,7 @@ def _add_page(
         scores = tl.dot(query[0][0], keys, input_precision=MATH[3]) * query[4]
     else:
         keys = load_planes(view[0] + record * PAGES[0], KEYS, False)
-        scores = _products(query[0], keys, KEYS, MATH)
+        scores = score_products(query[0], keys, KEYS, MATH)
         slope = query[1] * tl.load(numbers + PAGES[4])
         at = tl.cast(page, tl.int64) * query[3] + tl.arange(0, row[0].shape[0])
         intercept = tl.load(query[2] + at) * query[4]

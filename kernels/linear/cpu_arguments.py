@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lath.kernels.simd.emitter import I64, Emitter
+from lath.kernels.simd.arguments import ArgumentBlock
+from lath.kernels.simd.emitter import Emitter
 
 FIELDS = (
     # set when a layer is prepared
@@ -47,14 +48,8 @@ FIELDS = (
 INDEX = {name: index for index, name in enumerate(FIELDS)}
 
 
-class Arguments:
-    """The fields of a block as values in a kernel: `arguments["rows"]`."""
+class Arguments(ArgumentBlock):
+    """The fields above as values in a kernel."""
 
     def __init__(self, emitter: Emitter, address: Any) -> None:
-        self._values = {
-            name: emitter.load(emitter.add(address, 8 * index), I64)
-            for name, index in INDEX.items()
-        }
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
+        super().__init__(emitter, address, INDEX)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lath.kernels.simd.emitter import I32, I64, Emitter
+from lath.kernels.simd.arguments import ArgumentBlock, load_index
+from lath.kernels.simd.emitter import Emitter
 
 FIELDS = (
     "source_keys", "source_key_batch", "source_key_head", "source_key_row",
@@ -24,20 +25,13 @@ FIELDS = (
 INDEX = {name: index for index, name in enumerate(FIELDS)}
 
 
-class Arguments:
-    """The fields of a block as values in a kernel."""
+class Arguments(ArgumentBlock):
+    """The fields above as values in a kernel."""
 
     def __init__(self, emitter: Emitter, address: Any) -> None:
-        self._e = emitter
-        self._values = {
-            name: emitter.load(emitter.add(address, 8 * index), I64)
-            for name, index in INDEX.items()
-        }
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
+        super().__init__(emitter, address, INDEX)
 
     def job(self, number: Any, column: int) -> Any:
         """An entry of a job, as int64."""
         at = self._e.add(self._e.offset(self["jobs"], number, 16), 4 * column)
-        return self._e.builder.sext(self._e.load(at, I32), I64)
+        return load_index(self._e, at)

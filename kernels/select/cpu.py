@@ -24,17 +24,18 @@ except ModuleNotFoundError as error:
 
 from lath.kernels.attention.cpu_arguments import INDEX as ATTENTION_INDEX
 from lath.kernels.select import cpu_tokens, cpu_top_k
+from lath.kernels.select.arguments import (
+    check,
+    check_extremes,
+    check_labels,
+    check_top_k,
+    check_unread,
+)
 from lath.kernels.select.cpu_arguments import INDEX
 from lath.kernels.select.cpu_labels import emit_label_scores
 from lath.kernels.select.cpu_launch import SLOTS, block_of, divide
 from lath.kernels.select.cpu_repair import emit_repair
 from lath.kernels.select.cpu_scores import emit_page_scores
-from lath.kernels.select.triton_arguments import (
-    check,
-    check_extremes,
-    check_labels,
-    check_unread,
-)
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16, FP16, FP32
 from lath.kernels.simd.isa import has_native_brain, host_isa
@@ -205,10 +206,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     The lower index wins a tie; -inf is never taken; NaN is larger than everything. TypeError for
     other scores than float32, ValueError for k < 0.
     """
-    if scores.dtype != torch.float32:
-        raise TypeError(f"scores must be float32, got {scores.dtype}")
-    if k < 0:
-        raise ValueError(f"k must be 0 or more, got {k}")
+    check_top_k(scores, k)
     width = scores.shape[-1]
     k = min(k, width)
     indices = torch.empty((*scores.shape[:-1], k), dtype=torch.int32)

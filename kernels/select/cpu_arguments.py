@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lath.kernels.simd.emitter import F32, I32, I64, Emitter
+from lath.kernels.simd.arguments import ArgumentBlock
+from lath.kernels.simd.emitter import Emitter
 
 ROWS = 4  # rows of q that are computed together
 TILE = 16  # entries of a table that are scored together
@@ -47,31 +48,11 @@ FIELDS = (
 INDEX = {name: index for index, name in enumerate(FIELDS)}
 
 
-class Arguments:
-    """The fields of a block as values in a kernel: `arguments["group"]`."""
+class Arguments(ArgumentBlock):
+    """The fields above as values in a kernel."""
 
     def __init__(self, emitter: Emitter, address: Any) -> None:
-        self._e, self.address = emitter, address
-        self._values = {
-            name: emitter.load(emitter.add(address, 8 * index), I64)
-            for name, index in INDEX.items()
-        }
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
-    def real(self, name: str) -> Any:
-        """A field that holds a float, as a scalar."""
-        return self._e.load(self._e.add(self.address, 8 * INDEX[name]), F32)
-
-    def integer(self, name: str, index: Any) -> Any:
-        """Entry `index` of the int32 array at a field, as int64."""
-        return load_integer(self._e, self._e.offset(self[name], index, 4))
-
-
-def load_integer(e: Emitter, address: Any) -> Any:
-    """The int32 at an address, as int64."""
-    return e.builder.sext(e.load(address, I32), I64)
+        super().__init__(emitter, address, INDEX)
 
 
 class Context:

@@ -13,9 +13,10 @@ from typing import Any
 from llvmlite import ir
 
 from lath.formats.pages import SUBPAGE
-from lath.kernels.select.cpu_arguments import ROWS, TILE, VECTOR, Context, load_integer
+from lath.kernels.select.cpu_arguments import ROWS, TILE, VECTOR, Context
 from lath.kernels.select.cpu_units import Tile
 from lath.kernels.simd import lanes, mathematics
+from lath.kernels.simd.arguments import load_index
 from lath.kernels.simd.emitter import BF16, BYTES, F32, FLOATS, I32, INTS, LANES
 
 QUADS = TILE // 4
@@ -129,7 +130,7 @@ class Quads:
         """Whether all tokens that were written count."""
         c, e = self.c, self.c.e
         counted = e.offset(self.tile.per_entry("counted"), e.add(first, p), 4)
-        count = c.b.sitofp(load_integer(e, counted), F32)
+        count = c.b.sitofp(load_index(e, counted), F32)
         written = e.load(e.add(row.address, e.add(c.a["numbers"], 4)), F32)
         return e.splat(c.b.fcmp_ordered("==", count, written))
 
@@ -217,7 +218,7 @@ class Parts:
     def _extremes(self, entry: Any) -> Any:
         """The address of int8 [4, 2, key_dim] of the page of an entry."""
         e, a = self.c.e, self.c.a
-        page = load_integer(e, e.offset(self.tile.per_entry("places"), entry, 4))
+        page = load_index(e, e.offset(self.tile.per_entry("places"), entry, 4))
         at = e.add(a["extremes"], e.multiply(page, a["extremes_page"]))
         return e.add(at, e.multiply(self.tile.head, a["extremes_head"]))
 

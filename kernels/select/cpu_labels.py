@@ -10,13 +10,14 @@ from typing import Any
 from llvmlite import ir
 
 from lath.formats.pages import PAGE
-from lath.kernels.select.cpu_arguments import VECTOR, Arguments, Context, load_integer
+from lath.kernels.select.cpu_arguments import VECTOR, Arguments, Context
 from lath.kernels.select.cpu_units import (
     Unit,
     prepare_pages,
     prepare_rows,
     share,
 )
+from lath.kernels.simd.arguments import load_index
 from lath.kernels.simd.emitter import BYTES, F32, FLOATS, I16, I32, I64, INTS, LANES, Emitter
 
 _GROUPS = PAGE // LANES
@@ -58,8 +59,8 @@ def _pick(c: Context, unit: Unit) -> None:
         q = unit.row_of("q", h, n, e.multiply(a["stored_keys"], 4))
         row_bytes = e.multiply(a["chosen"], 4)
         with e.loop(a["chosen"]) as r:
-            row = load_integer(e, e.offset(chosen, r, 4))
-            channel = load_integer(e, e.offset(channels, row, 4))
+            row = load_index(e, e.offset(chosen, r, 4))
+            channel = load_index(e, e.offset(channels, row, 4))
             number = e.load(e.offset(q, channel, 4), F32)
             e.store(e.offset(unit.row_of("picked", h, n, row_bytes), r, 4), number)
             channel = c.b.trunc(channel, I32)
@@ -71,7 +72,7 @@ def _score(c: Context, unit: Unit, entry: Any, h: Any, n: Any, packed: bool, cen
     e, a, b = c.e, c.a, c.b
     head, token = unit.head_and_token(h, n)
     kv_head = e.add(unit.first_head, h)
-    page = load_integer(e, e.offset(unit.piece("places"), entry, 4))
+    page = load_index(e, e.offset(unit.piece("places"), entry, 4))
     labels = e.add(a["labels"], e.multiply(page, a["labels_page"]))
     labels = e.add(labels, e.multiply(kv_head, a["labels_head"]))
     index = e.load(e.offset(unit.piece("pages"), entry, 8), I64)
@@ -84,10 +85,10 @@ def _score(c: Context, unit: Unit, entry: Any, h: Any, n: Any, packed: bool, cen
     sums = [e.variable(e.floats(0.0)) for _ in range(_GROUPS)]
     middle = e.variable(ir.Constant(F32, 0.0))
     with e.loop(a["chosen"]) as r:
-        row = load_integer(e, e.offset(chosen, r, 4))
+        row = load_index(e, e.offset(chosen, r, 4))
         number = e.load(e.offset(picked, r, 4), F32)
         if centred:
-            channel = load_integer(e, e.offset(channels, r, 4))
+            channel = load_index(e, e.offset(channels, r, 4))
             product = b.fmul(number, _mean(c, e.offset(means, channel, 2)))
             middle.value = b.fadd(middle.value, product)
         wide = e.splat(number)
@@ -100,7 +101,7 @@ def _score(c: Context, unit: Unit, entry: Any, h: Any, n: Any, packed: bool, cen
     scores = [b.fmul(scale, e.fma(total.value, factor, shift)) for total in sums]
     target = e.multiply(unit.flat_row(head, token), e.multiply(a["width"], 4 * PAGE))
     place = e.multiply(e.add(unit.begin, entry), 4 * PAGE)
-    count = load_integer(e, e.offset(unit.piece("counted"), entry, 4))
+    count = load_index(e, e.offset(unit.piece("counted"), entry, 4))
     _store(c, unit, e.add(e.add(a["out"], target), place), scores, count)
 
 

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from lath.kernels.select.cpu_arguments import PIECES, ROWS, TILE, VECTOR, Context, load_integer
+from lath.kernels.select.cpu_arguments import PIECES, ROWS, TILE, VECTOR, Context
 from lath.kernels.simd import mathematics
+from lath.kernels.simd.arguments import load_index
 from lath.kernels.simd.copy import copy_row
 from lath.kernels.simd.emitter import FLOATS, FP32, I32, I64, LANES
 
@@ -163,7 +164,7 @@ def prepare_pages(c: Context, unit: Unit, logs: bool) -> None:
     counts = e.add(a["counts"], e.multiply(unit.sequence, a["counts_sequence"]))
     with e.loop(e.add(unit.entries, 2 * TILE)) as i:
         at = e.add(unit.begin, e.smaller_of(i, e.subtract(unit.entries, 1)))
-        page = load_integer(e, e.offset(table, at, 4))
+        page = load_index(e, e.offset(table, at, 4))
         e.store(e.offset(unit.piece("places"), i, 4), c.b.trunc(page, I32))
         address = e.add(a["index"], e.multiply(page, a["index_page"]))
         e.store(e.offset(unit.piece("pages"), i, 8), address)

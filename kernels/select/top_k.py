@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lath.kernels.select.arguments import check_top_k
+
 _INFINITY = 0x7F800000  # its bits as fp32
 
 
@@ -14,10 +16,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     The lower index wins a tie; -inf is never taken; NaN is larger than everything. TypeError for
     other scores than float32, ValueError for k < 0.
     """
-    if scores.dtype != torch.float32:
-        raise TypeError(f"scores must be float32, got {scores.dtype}")
-    if k < 0:
-        raise ValueError(f"k must be 0 or more, got {k}")
+    check_top_k(scores, k)
     width = scores.shape[-1]
     k = min(k, width)
     if k == 0:

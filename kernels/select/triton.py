@@ -23,19 +23,20 @@ from lath.kernels.attention.plan import DTYPE_NAMES, INTERPRETED_DEVICE
 from lath.kernels.attention.triton_arguments import check as check_attention
 from lath.kernels.attention.triton_arguments import page_lists as lists_as_attended
 from lath.kernels.select import triton_pages, triton_tokens, triton_top_k
+from lath.kernels.select.arguments import (
+    check,
+    check_extremes,
+    check_labels,
+    check_top_k,
+    check_unread,
+    page_lists,
+)
 from lath.kernels.select.plan import (
     MOST_IN_REGISTERS,
     SelectKind,
     keeps_rows,
     plan_select,
     plan_top_k,
-)
-from lath.kernels.select.triton_arguments import (
-    check,
-    check_extremes,
-    check_labels,
-    check_unread,
-    page_lists,
 )
 
 
@@ -59,9 +60,9 @@ def page_scores(
     scores = torch.empty((*q.shape[:3], width), dtype=torch.float32, device=q.device)
     if scores.numel() == 0:
         return scores
-    with attention._device_of(q):
+    with attention.device_of(q):
         plan = plan or _plan(queries, pages, kind, subpages=extremes is not None)
-        arguments = _settings(pages.format, plan, q)
+        arguments = settings_of(pages.format, plan, q)
         index = _index_views(pages)
         triton_pages.page_scores_kernel[_grid(q, pages, plan)](
             _rows_of(q), queries.lengths, page_lists(pages), index,
@@ -94,7 +95,7 @@ def repair(
         return o.zero_(), lse.fill_(-torch.inf)
     lists = unread.shape[1]
     own_lists = lists not in (1, pages.num_kv_heads)
-    with attention._device_of(q):
+    with attention.device_of(q):
         plan = plan or _plan(queries, pages, "repair", own_lists=own_lists)
         output = (o, lse)
         if plan.split_k > 1:
@@ -106,10 +107,10 @@ def repair(
             _rows_of(q), queries.lengths, page_lists(pages), _index_views(pages),
             (unread.contiguous(), lists), output, q.shape[1], pages.num_kv_heads, q.shape[2], width,
             plan.split_k, scale, OWN_LISTS=own_lists, PARTIAL=plan.split_k > 1,
-            **_settings(fmt, plan, q),
+            **settings_of(fmt, plan, q),
         )  # fmt: skip
         if plan.split_k > 1:
-            rows = attention._MERGE_ROWS
+            rows = attention.MERGE_ROWS
             corrections.merge_kernel[(triton.cdiv(lse.numel(), rows),)](
                 *output, o, lse, lse.numel(), plan.split_k, DIM=fmt.value_dim,
                 BLOCK_D=_power_of_two(fmt.value_dim), BLOCK_R=rows, num_warps=2,
@@ -122,10 +123,7 @@ def top_k(scores: Tensor, k: int, plan: Plan | None = None) -> Tensor:
 
     The lower index wins a tie; -inf is never taken; NaN is larger than everything.
     """
-    if scores.dtype != torch.float32:
-        raise TypeError(f"scores must be float32, got {scores.dtype}")
-    if k < 0:
-        raise ValueError(f"k must be 0 or more, got {k}")
+    check_top_k(scores, k)
     width = scores.shape[-1]
     taken = min(k, width)
     out = torch.empty((*scores.shape[:-1], taken), dtype=torch.int32, device=scores.device)
@@ -135,7 +133,7 @@ def top_k(scores: Tensor, k: int, plan: Plan | None = None) -> Tensor:
     kernel = triton_top_k.top_k_kernel
     if width > MOST_IN_REGISTERS:
         kernel = triton_top_k.radix_top_k_kernel
-    with attention._device_of(scores):
+    with attention.device_of(scores):
         plan = plan or plan_top_k(
             rows=rows, width=width, k=taken, device=_device(scores), backend="triton"
         )
@@ -165,19 +163,19 @@ def token_scores(
     if scores.numel() == 0:
         return scores
     options = ScoreOptions(scale, query=query)
-    with attention._device_of(q):
+    with attention.device_of(q):
         plan = plan or _plan(queries, pages, "token")
         as_attended = _as_attended(plan, q, pages.format, query)
         check_attention(queries, pages, options, as_attended)
-        settings = attention._settings(
-            pages.format, q.dtype, pages.draft, attention._switches(queries, pages, options),
-            as_attended, attention._target(q),
+        settings = attention.settings_of(
+            pages.format, q.dtype, pages.draft, attention.switches_of(queries, pages, options),
+            as_attended, attention.target_of(q),
         )  # fmt: skip
         dtypes = (settings.key_dtype, settings.value_dtype, torch.float32)
         records = tuple(pages.records.view(dtype) for dtype in dtypes)
         grid = _grid(q, pages, plan)
         padded = grid[0] * plan.block_m
-        prepared = attention._prepare(
+        prepared = attention.prepare_queries(
             queries, pages, as_attended, settings, 0, padded, records[2],
             lists_as_attended(pages),
         )  # fmt: skip
@@ -215,7 +213,7 @@ def label_scores(
     if scores.numel() == 0:
         return scores
     bits = 8 if labels.dtype == torch.int8 else 4
-    with attention._device_of(q):
+    with attention.device_of(q):
         plan = plan or _plan(queries, pages, "label", labels=(count, bits))
         triton_tokens.label_scores_kernel[_grid(q, pages, plan)](
             _rows_of(q), queries.lengths, page_lists(pages), pages.index.view(torch.bfloat16),
@@ -252,7 +250,7 @@ def _device(x: Tensor) -> DeviceDescription:
     """Where kernels for x run."""
     if x.is_cuda:
         return describe_gpu(x.device.index)
-    target = attention._target(x)
+    target = attention.target_of(x)
     return INTERPRETED_DEVICE if target == "interpreter" else known_device(target)
 
 
@@ -270,7 +268,7 @@ def _index_views(pages: PageView) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(pages.index.view(dtype) for dtype in views)  # type: ignore[return-value]
 
 
-def _settings(fmt: PageFormat, plan: Plan, q: Tensor) -> dict[str, Any]:
+def settings_of(fmt: PageFormat, plan: Plan, q: Tensor) -> dict[str, Any]:
     """Constexpr arguments and options of the kernels over index rows."""
     fields = fmt.index_fields
     blocks = (_power_of_two(channels, 16) for channels in (fmt.key_dim, fmt.value_dim))

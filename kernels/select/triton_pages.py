@@ -207,6 +207,14 @@ def _score(
 
 
 @triton.jit
+def _rows_of_tile(length, group, kv_head, BLOCK_R: tl.constexpr):
+    """Token, query head and presence [R] of the rows of a program's tile. length: a pointer."""
+    lane = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    token, head = lane // group, kv_head * group + lane % group
+    return token, head, token < tl.load(length)
+
+
+@triton.jit
 def page_scores_kernel(
     q,
     lengths,
@@ -236,12 +244,10 @@ def page_scores_kernel(
     int8* and fp32*. extremes: int8 [N, Hkv, 4, 2, D] where SUBPAGES. scores: fp32 [S, Hq, rows,
     width], all of it written. RELOAD: rows of q that registers cannot keep.
     """
-    kv_head = tl.program_id(1)
-    sequence, piece = tl.program_id(2) // pieces, tl.program_id(2) % pieces
+    kv_head, piece = tl.program_id(1), tl.program_id(2) % pieces
+    sequence = tl.program_id(2) // pieces
     wide, group = sequence.to(tl.int64), heads // kv_heads
-    lane = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    token, head = lane // group, kv_head * group + lane % group
-    present = token < tl.load(lengths + sequence)
+    token, head, present = _rows_of_tile(lengths + sequence, group, kv_head, BLOCK_R)
     own_rows = (q[0] + wide * q[1], q[1], q[2], q[3])
     if not RELOAD:
         x = _load_rows(own_rows, head, token, present, RELOAD, DIMS)
@@ -326,12 +332,10 @@ def repair_kernel(
     rows, E] and lse fp32 [pieces, S, Hq, rows], all of both written; in units of log 2 where
     PARTIAL.
     """
-    kv_head = tl.program_id(1)
-    sequence, piece = tl.program_id(2) // pieces, tl.program_id(2) % pieces
+    kv_head, piece = tl.program_id(1), tl.program_id(2) % pieces
+    sequence = tl.program_id(2) // pieces
     wide, group = sequence.to(tl.int64), heads // kv_heads
-    lane = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    token, head = lane // group, kv_head * group + lane % group
-    present = token < tl.load(lengths + sequence)
+    token, head, present = _rows_of_tile(lengths + sequence, group, kv_head, BLOCK_R)
     own_rows = (q[0] + wide * q[1], q[1], q[2], q[3])
     if not RELOAD:
         x = _load_rows(own_rows, head, token, present, RELOAD, DIMS)

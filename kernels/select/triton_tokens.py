@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lath.kernels.attention.triton_attend import _load_query
-from lath.kernels.attention.triton_pages import _products
+from lath.kernels.attention.triton_attend import load_query
+from lath.kernels.attention.triton_pages import score_products
 from lath.kernels.attention.triton_tiles import float_keys, load_planes
 from lath.kernels.select.triton_pages import times
 
@@ -36,7 +36,7 @@ def _page_of_scores(
         return tl.dot(query[0][0], keys, input_precision=MATH[3]) * query[4]
     else:
         keys = load_planes(records[0] + record * PAGES[0], KEYS, False)
-        products = _products(query[0], keys, KEYS, MATH)
+        products = score_products(query[0], keys, KEYS, MATH)
         slope = query[1] * tl.load(numbers + PAGES[4])
         if PAGES[5] >= 0:
             products *= tl.load(numbers + PAGES[5] + tl.arange(0, 64))[None, :]
@@ -83,7 +83,7 @@ def token_scores_kernel(
     at = own * padded_rows + tile * BLOCK_M
     base = (q[0] + wide * q[1], q[2], q[3])
     codes = (prepared[0] + at * (KEYS[3] * KEYS[1]), prepared[1] + at)
-    tiles, row_scale = _load_query(base, codes, (token, token, head, present), KEYS, PAGES, MATH[0])
+    tiles, row_scale = load_query(base, codes, (token, token, head, present), KEYS, PAGES, MATH[0])
     at = own * width * padded_rows + tile * BLOCK_M
     query = (tiles, row_scale * scale, prepared[2] + at, padded_rows, scale)
     to = scores + ((wide * heads + head) * rows + token) * width * 64

@@ -13,7 +13,7 @@ from torch import Tensor
 from lath.formats.page_pool import SideTable
 from lath.formats.pages import PAGE, SUBPAGE, PageFormat
 from lath.selectors.base import Request, Scored, Selector, hide, pool
-from lath.verbs.page_decode import decode_pages, read_field
+from lath.verbs.page_decode import decode_pages, mean_over_tokens, read_field
 from lath.verbs.select_backends import page_scores
 
 
@@ -118,9 +118,7 @@ def _norm_ratios(
     keys, values = decode_pages(records, index, fmt, dtype)
     keys = keys if scales is None else keys * scales[:, None]
     ratios = values.norm(dim=-1) / keys.norm(dim=-1).clamp(min=1e-30)
-    written = _tokens_written(index, fmt)
-    used = torch.arange(PAGE, device=index.device) < written[..., None]
-    return (((ratios * used).sum(-1) / written).float(),)
+    return (mean_over_tokens(ratios, index, fmt).float(),)
 
 
 def _numbers(index: Tensor, fmt: PageFormat) -> Tensor:

@@ -26,7 +26,7 @@ from lath.formats.pages import PAGE, PageFormat
 from lath.verbs.attention_options import check_device, check_number, integers
 from lath.verbs.backends import resolve_backend
 from lath.verbs.checks import check_size, check_tensor
-from lath.verbs.page_decode import decode_pages
+from lath.verbs.page_decode import decode_pages, mean_over_tokens
 from lath.verbs.paged_kv import PagedKV
 from lath.verbs.queries import check_query, queries_of, scaled_query
 from lath.verbs.select_backends import page_scores
@@ -197,11 +197,7 @@ def _page_ratios(
     keys, values = decode_pages(records, index, fmt, dtype)
     if scales is not None:
         keys = keys * scales[:, None].double()
-    field = fmt.index_fields["numbers"]
-    written = index[:, 0, field.offset : field.end].contiguous().view(torch.float32)[:, 1]
-    used = torch.arange(PAGE, device=index.device) < written[:, None]
-    ratios = _ratios(keys, values).mean(dim=1).masked_fill(~used, 0)
-    return (ratios.sum(dim=1) / written.clamp(min=1),)
+    return (mean_over_tokens(_ratios(keys, values), index, fmt).mean(dim=1),)
 
 
 def _ratios(keys: Tensor, values: Tensor) -> Tensor:

@@ -77,3 +77,11 @@ def _split(stored: Tensor, bits: int) -> Tensor:
 def read_field(rows: Tensor, field: Field, dtype: torch.dtype) -> Tensor:
     """A field of records or index rows uint8 [..., bytes] as numbers of `dtype`."""
     return rows[..., field.offset : field.end].contiguous().view(dtype)
+
+
+def mean_over_tokens(numbers: Tensor, index: Tensor, fmt: PageFormat) -> Tensor:
+    """Numbers of tokens [n, Hkv, 64] → [n, Hkv], the mean over what its page was written with."""
+    written = read_field(index, fmt.index_fields["numbers"], torch.float32)[..., 1]
+    used = torch.arange(PAGE, device=index.device) < written[..., None]
+    mean: Tensor = numbers.masked_fill(~used, 0).sum(-1) / written.clamp(min=1)
+    return mean

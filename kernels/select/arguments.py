@@ -39,6 +39,14 @@ def check(queries: Queries, pages: PageView) -> None:
             raise ValueError(f"pages {name} must be contiguous, got strides {tensor.stride()}")
 
 
+def check_top_k(scores: Tensor, k: int) -> None:
+    """TypeError for other scores than float32, ValueError for k < 0."""
+    if scores.dtype != torch.float32:
+        raise TypeError(f"scores must be float32, got {scores.dtype}")
+    if k < 0:
+        raise ValueError(f"k must be 0 or more, got {k}")
+
+
 def check_extremes(extremes: Tensor | None, pages: PageView, kind: PageScore) -> None:
     if kind not in get_args(PageScore):
         raise ValueError(f"kind must be one of {get_args(PageScore)}, got {kind!r}")
