@@ -14,7 +14,7 @@ import triton
 
 from cases import DTYPES
 from lath.formats.activations import activation_format
-from lath.formats.codec import codec as parse_codec
+from lath.formats.families import weight_codec
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
 from lath.kernels.linear import triton as launcher
@@ -72,7 +72,7 @@ def cell(
     if dataflow == "gemv" and orientation == "s":
         return "-"
     plan = plan_of(architecture, orientation, dataflow, dtype, activations)
-    weight = QTensor.empty(parse_codec(codec), (ROWS, columns), device="cpu")
+    weight = QTensor.empty(weight_codec(codec), (ROWS, columns), device="cpu")
     x = torch.empty(plan.block_m, columns, dtype=DTYPES[dtype])
     with fake_gpu(architecture) as recording:
         launcher.linear(x, weight, None, activation_format(activations), plan)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lath.formats.activations import activation_format
-from lath.formats.codec import codec as parse_codec
+from lath.formats.families import weight_codec
 from lath.integration.benchmark import (
     BenchRow,
     bench_linear,
@@ -49,7 +49,7 @@ def linear_command(
     chosen = None if activations == "auto" else activation_format(activations)
     pairs = [parse_shape(text) for text in shapes.split(",")]
     tokens = [_positive(text) for text in m.split(",")]
-    names = [str(parse_codec(text)) for text in codecs.split(",")]
+    names = [str(weight_codec(text)) for text in codecs.split(",")]
     rows: list[BenchRow] = []
     for k, n in pairs:
         for name in names:

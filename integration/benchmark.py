@@ -20,7 +20,7 @@ import torch
 
 import lath
 from lath.formats.activations import ActivationFormat
-from lath.formats.codec import codec as parse_codec
+from lath.formats.families import weight_codec
 from lath.verbs.backends import resolve_backend
 
 # Copies of a weight together exceed any cache met so far (eight times a 32 MB L3).
@@ -60,7 +60,7 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 def default_activations(codec: str) -> ActivationFormat:
     """int8 with the weight's own group: what `patch` picks on a CPU."""
-    return ActivationFormat("int8", parse_codec(codec).group)
+    return ActivationFormat("int8", weight_codec(codec).group)
 
 
 def bench_linear(
@@ -122,13 +122,11 @@ def _spread(seconds: list[float]) -> tuple[float, float]:
 
 
 def _lath_call(
-    packed: lath.QTensor, x: torch.Tensor, activations: ActivationFormat
+    packed: lath.PackedWeight, x: torch.Tensor, activations: ActivationFormat
 ) -> Callable[[int], object]:
-    def copy() -> lath.QTensor:
-        zeros = None if packed.zeros is None else packed.zeros.clone()
-        return lath.QTensor(
-            packed.codec, packed.shape, packed.codes.clone(), packed.scales.clone(), zeros
-        )
+    def copy() -> lath.PackedWeight:
+        tensors = {name: tensor.clone() for name, tensor in packed.tensors.items()}
+        return packed.from_tensors(packed.codec, packed.shape, tensors)
 
     weights = [copy() for _ in range(_copies(packed.nbytes))]
     for weight in weights:  # each is repacked for this CPU once, before anything is timed

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from lath.formats.activations import activation_format
-from lath.formats.codec import codec as parse_codec
+from lath.formats.families import weight_codec
 from lath.formats.registry import systems_table
 from lath.integration.bench_command import bench_app
 from lath.integration.models import ACCEPTED_MODELS, parse_dtype
@@ -94,9 +94,9 @@ def run(
 
     Bytes, perplexity, speed and answers, before and after, in one run.
     """
-    parse_codec(weights)
+    weight_codec(weights)
     if head != NO_HEAD:
-        parse_codec(head)
+        weight_codec(head)
     parse_dtype(dtype)
     if activations != "auto":
         activation_format(activations)
@@ -153,7 +153,7 @@ def warmup(
     They are kept on disk, so that the first call of a later process need not wait for them.
     """
     codecs = [
-        str(parse_codec(text)) for text in weights or (DEFAULT_WEIGHTS, DEFAULT_HEAD, "int4-g64")
+        str(weight_codec(text)) for text in weights or (DEFAULT_WEIGHTS, DEFAULT_HEAD, "int4-g64")
     ]
     _check_backend("cpu")
     from lath.kernels.linear.cpu import warmup as compile_kernels

@@ -15,28 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from lath.formats.activations import ActivationFormat, activation_format
-from lath.formats.codec import Codec
-from lath.formats.codec import codec as parse_codec
-from lath.formats.qtensor import QTensor
+from lath.formats.families import load_weight, weight_class, weight_codec
+from lath.formats.packed_weight import PackedWeight, WeightCodec
 from lath.verbs.backends import BACKENDS, resolve_backend
+from lath.verbs.kinds import kind_of
 from lath.verbs.linear import linear
 from lath.verbs.quantize import quantize
 
-# Parameter of the module → tensor of the QTensor.
-_PARTS = {
-    "weight": "codes", "weight_scale": "scales", "weight_zero": "zeros", "weight_outer": "outer",
-    "weight_table": "table",
-}  # fmt: skip
+# Tensor of the packed weight → parameter of the module, where it is not "weight_" and its name.
+_PARAMETERS = {"codes": "weight", "scales": "weight_scale", "zeros": "weight_zero"}
 _META = "weight_meta"
+
+
+def _parameter_of(tensor: str) -> str:
+    return _PARAMETERS.get(tensor, f"weight_{tensor}")
 
 
 class PackedLinear(nn.Module):
     """y = x Wᵀ + bias with W packed: x [..., in_features] → [..., out_features] of x's dtype.
 
-    Parameters, none of which takes a gradient: `weight` int32 (packed codes), `weight_scale`;
-    `weight_zero`, `weight_outer`, `weight_table` (None unless the codec has zero points or minima,
-    a scale of scales, a learned table) and `bias` (or None). The
-    state_dict holds `weight_meta` besides: codec, shape and a digest, checked when it is loaded.
+    Parameters, none of which takes a gradient: `weight` (packed codes), the other tensors of the
+    packed weight (`weight_scale`; `weight_zero`, `weight_outer`, `weight_table`, ... if the codec
+    has them) and `bias` (or None). The state_dict holds `weight_meta` besides: codec, shape and a
+    digest, checked when it is loaded.
 
     Casting the module (`model.half()`, `.to(dtype)`) leaves the packed numbers as they are; moving
     it moves them. Gradients reach x (the rounding of activations counts as the identity), never the
@@ -46,10 +47,6 @@ class PackedLinear(nn.Module):
     """
 
     weight: Tensor
-    weight_scale: Tensor
-    weight_zero: Tensor | None
-    weight_outer: Tensor | None
-    weight_table: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -58,7 +55,7 @@ class PackedLinear(nn.Module):
         out_features: int,
         bias: bool = True,
         *,
-        codec: str | Codec = "int4-g64",
+        codec: str | WeightCodec = "int4-g64",
         activations: str | ActivationFormat = "float",
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -67,14 +64,15 @@ class PackedLinear(nn.Module):
         """An empty module, to be filled by `load_state_dict`. dtype: of the bias."""
         super().__init__()
         device = torch.get_default_device() if device is None else device
-        packed = QTensor.empty(parse_codec(codec), (out_features, in_features), device)
+        parsed = weight_codec(codec)
+        packed = weight_class(parsed).empty(parsed, (out_features, in_features), device)
         values = torch.empty(out_features, device=device, dtype=dtype) if bias else None
         self._set_up(packed, values, activations, backend, dtype or torch.get_default_dtype())
 
     @classmethod
     def from_qtensor(
         cls,
-        weight: QTensor,
+        weight: PackedWeight,
         bias: Tensor | None = None,
         *,
         activations: str | ActivationFormat = "float",
@@ -97,7 +95,7 @@ class PackedLinear(nn.Module):
     def from_linear(
         cls,
         source: nn.Linear,
-        codec: str | Codec,
+        codec: str | WeightCodec,
         activations: str | ActivationFormat = "float",
         backend: str = "auto",
         search: bool = False,
@@ -114,7 +112,7 @@ class PackedLinear(nn.Module):
 
     def _set_up(
         self,
-        packed: QTensor,
+        packed: PackedWeight,
         bias: Tensor | None,
         activations: str | ActivationFormat,
         backend: str,
@@ -130,22 +128,22 @@ class PackedLinear(nn.Module):
         # What `weight.dtype` would be if the weight were dense: followed through casts, so that
         # the module which this one replaced can be given the same dtype when it comes back.
         self.dense_dtype = dtype
-        self._packed: QTensor | None = None
+        self._packed: PackedWeight | None = None
         self._kernel: Callable[[Tensor], Tensor] | None = None
-        for name, part in _PARTS.items():
+        # Parameter → tensor of the packed weight.
+        self._parts = {_parameter_of(name): name for name in packed.tensors}
+        for name, part in self._parts.items():
             self.register_parameter(name, _frozen(getattr(packed, part)))
         self.register_parameter("bias", _frozen(bias))
 
     @property
-    def qtensor(self) -> QTensor:
+    def qtensor(self) -> PackedWeight:
         """The weight; its tensors are this module's parameters."""
         packed = self._packed
         if packed is None:
             shape = (self.out_features, self.in_features)
-            packed = QTensor(
-                self.codec, shape, self.weight, self.weight_scale, self.weight_zero,
-                self.weight_outer, self.weight_table,
-            )  # fmt: skip
+            tensors = {part: getattr(self, name) for name, part in self._parts.items()}
+            packed = weight_class(self.codec).from_tensors(self.codec, shape, tensors)
             if not torch.compiler.is_compiling():
                 self._packed = packed
         return packed
@@ -173,9 +171,11 @@ class PackedLinear(nn.Module):
     def _prepare(self) -> Callable[[Tensor], Tensor]:
         """The call that computes this module on CPU tensors, ready to run."""
         if self.weight.is_cpu and resolve_backend(self.backend, self.weight.device) == "cpu":
-            from lath.kernels.linear.cpu import prepare
-
-            return prepare(self.qtensor, self.bias, self.activations)
+            prepare = kind_of(self.qtensor).function("cpu", "prepare")
+            prepared: Callable[[Tensor], Tensor] = prepare(
+                self.qtensor, self.bias, self.activations
+            )
+            return prepared
         return self._through_verb
 
     def extra_repr(self) -> str:
@@ -191,20 +191,21 @@ class PackedLinear(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Tying code assigns an embedding's weight to its output layer without asking.
-        if name in _PARTS and isinstance(value, Tensor) and name in self._parameters:
+        parts = self.__dict__.get("_parts", ())
+        if name in parts and isinstance(value, Tensor):
             current = self._parameters[name]
             if current is None or value.dtype != current.dtype or value.shape != current.shape:
                 raise TypeError(
                     f"{name} of a {self.codec} PackedLinear holds packed numbers and cannot become "
                     f"a {value.dtype} tensor {list(value.shape)}: undo the patch first"
                 )
-        if name in _PARTS or name == "bias":
+        if name in parts or name == "bias":
             self._forget()
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Move or cast. A cast of the model's floats must not round packed scales."""
-        kept = {name: p.data for name in _PARTS if (p := self._parameters[name]) is not None}
+        kept = {name: p.data for name in self._parts if (p := self._parameters[name]) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, data in kept.items():
             parameter = self._parameters[name]
@@ -237,7 +238,7 @@ class PackedLinear(nn.Module):
         """Load or refuse: a damaged or different weight leaves this module as it was."""
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         meta = own.pop(prefix + _META, None)
-        names = [name for name in _PARTS if prefix + name in own]
+        names = [name for name in self._parts if prefix + name in own]
         if meta is None and names:
             missing_keys.append(prefix + _META)
             error_msgs.append(
@@ -245,9 +246,9 @@ class PackedLinear(nn.Module):
             )
             return
         if meta is not None:
-            saved = {_PARTS[name]: own[prefix + name] for name in names}
+            saved = {self._parts[name]: own[prefix + name] for name in names}
             try:
-                loaded = QTensor.from_state_dict({**saved, "meta": meta})
+                loaded = load_weight({**saved, "meta": meta})
             except ValueError as error:
                 error_msgs.append(f"{prefix}weight: {error}")
                 return
@@ -257,10 +258,18 @@ class PackedLinear(nn.Module):
                     f"module holds {self.codec} {self.qtensor.shape}"
                 )
                 return
+            self._make_room(loaded)
         super()._load_from_state_dict(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._forget()
+
+    def _make_room(self, loaded: PackedWeight) -> None:
+        """Parameters of the sizes that are loaded, where a kind's sizes depend on the numbers."""
+        for name, part in self._parts.items():
+            saved, own = getattr(loaded, part), getattr(self, name)
+            if own.shape != saved.shape:
+                self._parameters[name] = _frozen(torch.empty_like(saved, device=own.device))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: the kernel holds addresses of this module's memory."""

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lath.formats.activations import ActivationFormat, activation_format
-from lath.formats.codec import Codec
-from lath.formats.codec import codec as parse_codec
-from lath.formats.qtensor import QTensor
+from lath.formats.families import weight_class, weight_codec
+from lath.formats.packed_weight import PackedWeight, WeightCodec
 from lath.integration.find import Found, check_selection, find_linears
 from lath.integration.linear import PackedLinear
 from lath.integration.patch_attention import AttentionPatch, attention_options
@@ -40,7 +39,7 @@ _SEARCH_COST = 40
 
 @dataclass(frozen=True)
 class _Options:
-    codec: Codec
+    codec: WeightCodec
     activations: ActivationFormat | None  # None: as the device suggests
     backend: str
     search: bool
@@ -60,7 +59,7 @@ class _Packed:
 
 def patch(
     model: nn.Module,
-    weights: str | Codec | None = "int4-g64",
+    weights: str | WeightCodec | None = "int4-g64",
     *,
     attention: str | None = None,
     kv: str | None = None,
@@ -140,14 +139,14 @@ def patch(
     return report
 
 
-def auto_activations(codec: Codec, on_cpu: bool) -> ActivationFormat:
+def auto_activations(codec: WeightCodec, on_cpu: bool) -> ActivationFormat:
     """int8 on a CPU, where the integer dot is what makes it fast, grouped as the weight is."""
     return ActivationFormat("int8", codec.group) if on_cpu else ActivationFormat()
 
 
 def _parse_options(
     model: nn.Module,
-    weights: str | Codec | None,
+    weights: str | WeightCodec | None,
     activations: str | ActivationFormat,
     backend: str,
     search: bool,
@@ -158,7 +157,7 @@ def _parse_options(
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     chosen = None if activations == "auto" else activation_format(activations)
     # Without weights no layer is looked for, and the codec is never read.
-    codec = parse_codec("int8" if weights is None else weights)
+    codec = weight_codec("int8" if weights is None else weights)
     return _Options(codec, chosen, backend, check_flag("search", search))
 
 
@@ -182,7 +181,7 @@ def _check_packed(found: list[Found], options: _Options) -> None:
 def _pack_all(todo: list[Found], options: _Options, progress: bool | None) -> dict[int, _Packed]:
     """Quantise every layer before the model is touched; keyed by the id of the dense module."""
     packed: dict[int, _Packed] = {}
-    weights: dict[int, tuple[QTensor, float]] = {}
+    weights: dict[int, tuple[PackedWeight, float]] = {}
     total = sum(one.module.weight.numel() for one in todo)
     worth = total * (_SEARCH_COST if options.search else 1) >= _WORTH_A_BAR
     enabled = (worth and shows_progress()) if progress is None else progress
@@ -207,7 +206,7 @@ def _pack_all(todo: list[Found], options: _Options, progress: bool | None) -> di
     return packed
 
 
-def _quantize(name: str, dense: Tensor, options: _Options) -> tuple[QTensor, float]:
+def _quantize(name: str, dense: Tensor, options: _Options) -> tuple[PackedWeight, float]:
     """The packed weight and its relative error; checks that its backend can run where it is."""
     resolve_backend(options.backend, dense.device)
     try:
@@ -217,7 +216,7 @@ def _quantize(name: str, dense: Tensor, options: _Options) -> tuple[QTensor, flo
     return weight, relative_error(dense, weight)
 
 
-def relative_error(dense: Tensor, weight: QTensor) -> float:
+def relative_error(dense: Tensor, weight: PackedWeight) -> float:
     """||W - packed W|| / ||W|| in the Frobenius norm; 0 for a weight of zeros."""
 
     def norm(matrix: Tensor) -> float:
@@ -268,7 +267,8 @@ def _row(one: Found, packed: _Packed | None, options: _Options) -> PatchRow:
 
 
 def _weight_bytes(one: Found, options: _Options) -> int:
-    return QTensor.empty(options.codec, (one.module.out_features, one.module.in_features)).nbytes
+    shape = (one.module.out_features, one.module.in_features)
+    return weight_class(options.codec).empty(options.codec, shape).nbytes
 
 
 def _bytes_after(model: nn.Module, found: list[Found], options: _Options) -> int:
@@ -294,7 +294,7 @@ def _each(values: Iterable[str]) -> str:
     return ", ".join(sorted({value for value in values if value})) or "none"
 
 
-def _why_nothing(model: nn.Module, rows: list[PatchRow], weights: str | Codec | None) -> str:
+def _why_nothing(model: nn.Module, rows: list[PatchRow], weights: str | WeightCodec | None) -> str:
     if weights is None:
         return "weights, attention and kv are None"
     if not rows:

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from lath.formats.activations import ActivationFormat, activation_format
-from lath.formats.codec import codec as parse_codec
+from lath.formats.families import weight_codec
 from lath.integration.find import check_selection, find_linears
 from lath.integration.models import empty_model
 from lath.integration.patch import auto_activations
@@ -27,7 +27,7 @@ def plan_table(
     skip: Sequence[str] = ("lm_head",),
 ) -> Table:
     """A line for each distinct layer shape of the model and each number of tokens."""
-    codec, target = parse_codec(weights), describe_device(device)
+    codec, target = weight_codec(weights), describe_device(device)
     chosen: ActivationFormat = (
         auto_activations(codec, target.kind == "cpu")
         if activations == "auto"

@@ -69,7 +69,18 @@ def linear(
 
     outer, table: of the codecs that have them, as in `lath.reference.codecs.Quantised`.
     """
+    decoded = dequantize(codes, scales, zeros, codec, outer, table)
+    return multiply(x, decoded, bias, activations)
+
+
+def multiply(
+    x: NDArray[np.float32],
+    decoded: NDArray[np.float64],
+    bias: NDArray[np.float32] | None = None,
+    activations: ActivationFormat | None = None,
+) -> NDArray[np.float64]:
+    """x [M, K], a decoded weight [N, K], bias [N] → y [M, N] float64."""
     values = decode_activations(x, activations or ActivationFormat())
     with np.errstate(invalid="ignore"):
-        y = values @ dequantize(codes, scales, zeros, codec, outer, table).T
+        y = values @ decoded.T
     return y if bias is None else y + bias.astype(np.float64)

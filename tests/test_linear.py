@@ -124,7 +124,12 @@ WEIGHT = lath.quantize(torch.randn(20, 64), "int4-g32")
     ("arguments", "options", "error", "message"),
     [
         (([1.0], WEIGHT), {}, TypeError, "x must be a torch.Tensor, got list"),
-        ((torch.randn(2, 64), torch.randn(20, 64)), {}, TypeError, "weight must be a lath.QTensor"),
+        (
+            (torch.randn(2, 64), torch.randn(20, 64)),
+            {},
+            TypeError,
+            "weight must be a packed weight",
+        ),
         ((torch.randn(2, 63), WEIGHT), {}, ValueError, r"x must be \[..., 64\]"),
         ((torch.tensor(1.0), WEIGHT), {}, ValueError, r"x must be \[..., 64\]"),
         ((torch.randn(2, 64).double(), WEIGHT), {}, TypeError, "x must be float16.*got float64"),
@@ -151,8 +156,8 @@ def test_malformed_calls_are_refused(arguments, options, error, message: str) ->
 def operator_arguments(activations: str, backend: str) -> tuple[object, ...]:
     packed = lath.quantize(torch.randn(20, 64), "int4-g32-asym")
     return (
-        torch.randn(3, 64), packed.codes, packed.scales, packed.zeros, None, None, torch.randn(20),
-        str(packed.codec), 20, 64, activations, backend,
+        torch.randn(3, 64), list(packed.tensors.values()), torch.randn(20), str(packed.codec),
+        20, 64, activations, backend,
     )  # fmt: skip
 
 

@@ -62,26 +62,30 @@ class CpuLinear:
         self._shared = padded if group is None or group >= self.columns else group
         self._bias = self._padded(bias)
         # By dtype and tokens (8 stands for all above): the address of a block and the block.
-        self._launches: dict[tuple[torch.dtype, int], tuple[int, NDArray[np.int64]]] = {}
+        self._launches: dict[
+            tuple[torch.dtype, torch.dtype, int], tuple[int, NDArray[np.int64]]
+        ] = {}
         self._serial = serial_driver()
 
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """y = A(x) Wᵀ + bias. x: [..., K] float32, float16 or bfloat16 on the CPU. bias: [N], in
-        place of the one that was prepared."""
+        place of the one that was prepared. out: contiguous [..., N] fp32, filled and returned in
+        place of a new tensor of x's dtype."""
         shape, columns = x.shape, self.columns
         if shape[-1] != columns or not x.is_cpu:
             raise ValueError(f"x must be [..., {columns}] on the CPU, got {[*shape]} on {x.device}")
         offsets = self._bias if bias is None else self._padded(bias)
         tokens = x.numel() // columns if columns else 0
         if tokens == 0 or self.rows == 0:
-            return offsets[: self.rows].to(x.dtype).expand(*shape[:-1], self.rows).clone()
+            y = x.new_empty((*shape[:-1], self.rows)) if out is None else out
+            return y.copy_(offsets[: self.rows].expand_as(y))
         dtype = x.dtype
         if not x.is_contiguous():
             x = x.contiguous()
-        known = self._launches.get((dtype, tokens if tokens < 8 else 8))
+        y = torch.empty((*shape[:-1], self.rows), dtype=dtype) if out is None else out
+        known = self._launches.get((dtype, y.dtype, tokens if tokens < 8 else 8))
         if known is None:
-            known = self._launch(dtype, tokens)
-        y = torch.empty((*shape[:-1], self.rows), dtype=dtype)
+            known = self._launch(dtype, y.dtype, tokens)
         stride = columns * dtype.itemsize
         threads = torch.get_num_threads()
         if threads == 1 or tokens * self.rows * columns < PARALLEL_OPERATIONS:
@@ -99,12 +103,16 @@ class CpuLinear:
             padded[: self.rows] = bias.detach()
         return padded
 
-    def _launch(self, dtype: torch.dtype, tokens: int) -> tuple[int, NDArray[np.int64]]:
+    def _launch(
+        self, dtype: torch.dtype, y_dtype: torch.dtype, tokens: int
+    ) -> tuple[int, NDArray[np.int64]]:
         if dtype not in FLOAT_KINDS:
             raise TypeError(f"x must be float32, float16 or bfloat16, got {dtype}")
         tile = tile_of(self._kind, tokens, self._view.panel_bytes)
-        block = linear_block(self._view, self._kind, self._shared, FLOAT_KINDS[dtype], tile)
-        launch = self._launches[dtype, min(tokens, 8)] = (block.ctypes.data, block)
+        block = linear_block(
+            self._view, self._kind, self._shared, FLOAT_KINDS[dtype], tile, FLOAT_KINDS[y_dtype]
+        )
+        launch = self._launches[dtype, y_dtype, min(tokens, 8)] = (block.ctypes.data, block)
         return launch
 
 
@@ -128,16 +136,18 @@ def linear(
     bias: Tensor | None,
     activations: ActivationFormat,
     plan: Plan | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """y [M, N] = A(x) Wᵀ + bias of x's dtype; x [M, K], weight [N, K], bias [N] or None.
 
     plan: only the account of what runs: its tile follows from the same arguments by `cpu_tile`.
+    out: fp32 [M, N], contiguous; filled and returned in place of a new tensor.
     """
     layer = weight.view(
         f"cpu-linear-{activations.kind}-{activations.group}",
         lambda: prepare(weight, None, activations),
     )
-    return layer(x, bias)
+    return layer(x, bias, out)
 
 
 def _view(weight: QTensor, activations: ActivationFormat) -> CpuView:

@@ -41,15 +41,15 @@ def tile_of(kind: Kind, tokens: int, panel_bytes: int) -> tuple[int, int]:
 
 
 def linear_block(
-    view: CpuView, kind: Kind, shared: int, x_type: int, tile: tuple[int, int]
+    view: CpuView, kind: Kind, shared: int, x_type: int, tile: tuple[int, int], y_type: int
 ) -> NDArray[np.int64]:
-    """The argument block that multiplies x of `x_type` by a view; y has the same type.
+    """The argument block that multiplies x of `x_type` by a view into y of `y_type`.
 
     shared: columns that share one scale of the activations. Raises RuntimeError if the kernels do
     not pass their check.
     """
     _check(kind, view.record, x_type, tile)
-    return _block(view, kind, shared, x_type, tile, x_type)
+    return _block(view, kind, shared, x_type, tile, y_type)
 
 
 def _block(

@@ -51,25 +51,28 @@ def linear(
     bias: Tensor | None,
     activations: ActivationFormat,
     plan: Plan,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x [M, K] times the packed weight [N, K], plus bias [N]: [M, N] of x's dtype.
 
     x: fp16, bf16 or fp32, any strides. bias: any floating dtype. plan: its fields for the Triton
     backend. Scales, zero points and bias are applied in fp32 before the one rounding to x's dtype;
-    "decode_matmul" also rounds each decoded weight to it, and leaves the rest to torch.matmul.
+    "decode_matmul" also rounds each decoded weight to it, and leaves the rest to torch.matmul. out:
+    fp32 [M, N], contiguous; filled and returned in place of a new tensor.
     ValueError for a plan that the kernels cannot run.
     """
     tokens, columns = x.shape
     outputs = weight.shape[0]
-    if tokens == 0 or outputs == 0:
-        return x.new_empty((tokens, outputs))
+    y = x.new_empty((tokens, outputs)) if out is None else out
+    if y.numel() == 0:
+        return y
     if columns == 0:
-        empty = x.new_zeros((tokens, outputs))
-        return empty if bias is None else empty + bias.to(x.dtype)
+        return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     bias = None if bias is None else bias.contiguous()
     with _device_of(x):
         if plan.dataflow == "decode_matmul":
-            return _decode_matmul(x, weight, bias, activations)
+            product = _decode_matmul(x, weight, bias, activations, y.dtype)
+            return product if out is None else out.copy_(product)
         if plan.dataflow == "gemv" and tokens > plan.block_m:
             raise ValueError(
                 f"plan block_m for dataflow 'gemv' must be at least {tokens} for {tokens} tokens, "
@@ -78,7 +81,6 @@ def linear(
         settings = settings_of(weight.codec, activations, x.dtype, columns, plan, _target(x))
         operand = _prepare(_addressable(x, plan.block_m), activations, settings)
         pieces = min(plan.split_k, -(-columns // settings.step))
-        y = x.new_empty((tokens, outputs))
         if pieces == 1:
             _multiply(y, operand, weight, bias, settings, plan, pieces)
             return y
@@ -116,8 +118,13 @@ def _tensors(weight: QTensor, dot: str) -> tuple[Tensor, Tensor, Tensor, Tensor,
 
 
 def _decode_matmul(
-    x: Tensor, weight: QTensor, bias: Tensor | None, activations: ActivationFormat
+    x: Tensor,
+    weight: QTensor,
+    bias: Tensor | None,
+    activations: ActivationFormat,
+    dtype: torch.dtype,
 ) -> Tensor:
+    """x times the decoded weight, in `dtype`: x's or fp32."""
     if activations.kind != "float":
         raise ValueError(
             f"plan dataflow 'decode_matmul' takes activations 'float', got {str(activations)!r}"
@@ -125,12 +132,12 @@ def _decode_matmul(
     dense = dequantize(weight, x.dtype).t()
     # A GPU's matmul sums in fp32 and adds a bias of x's type there, then rounds once; a CPU's does
     # not promise to. Where it cannot be one rounding in x's type, it is a matmul in fp32.
-    if x.is_cuda and bias is None:
+    if x.is_cuda and bias is None and dtype == x.dtype:
         return x @ dense
-    if x.is_cuda and bias is not None and bias.dtype == x.dtype:
+    if x.is_cuda and bias is not None and bias.dtype == x.dtype == dtype:
         return torch.addmm(bias, x, dense)
     y = x.float() @ dense.float()
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def _multiply(

@@ -21,8 +21,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lath.formats.activations import ActivationFormat
-from lath.formats.codec import Codec, codec
+from lath.formats.codec import Codec
 from lath.formats.device import DeviceDescription
+from lath.formats.families import load_weight
+from lath.formats.families import weight_codec as codec
+from lath.formats.packed_weight import PackedWeight
 from lath.formats.pages import PageCodec
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
@@ -58,6 +61,7 @@ __all__ = [
     "DeviceDescription",
     "IndexList",
     "LathCache",
+    "PackedWeight",
     "PageCodec",
     "PagedEviction",
     "PagedKV",
@@ -77,6 +81,7 @@ __all__ = [
     "index_list",
     "key_channel_scales",
     "linear",
+    "load_weight",
     "merge",
     "patch",
     "plan",

@@ -8,14 +8,14 @@ import torch
 
 from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.attention import ScoreOptions
-from lath.formats.codec import Codec
-from lath.formats.codec import codec as parse_codec
 from lath.formats.device import KNOWN_DEVICES, DeviceDescription, describe_gpu, known_device
+from lath.formats.families import weight_codec
+from lath.formats.packed_weight import WeightCodec
 from lath.formats.pages import PAGE, PageCodec, PageFormat, page_codec
 from lath.formats.plan import Plan
-from lath.kernels.linear.plan import plan_linear
 from lath.verbs.backends import is_installed
 from lath.verbs.checks import FLOAT_DTYPES, check_flag, check_size
+from lath.verbs.kinds import kind_of
 
 
 def describe_device(device: str | torch.device | DeviceDescription) -> DeviceDescription:
@@ -60,7 +60,7 @@ def plan(
     M: int,
     N: int,
     K: int,
-    codec: str | Codec,
+    codec: str | WeightCodec,
     dtype: torch.dtype = torch.float16,
     device: str | torch.device | DeviceDescription = "cpu",
     activations: str | ActivationFormat = "float",
@@ -72,15 +72,17 @@ def plan(
     """
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
-    return plan_linear(
+    parsed = weight_codec(codec)
+    made: Plan = kind_of(parsed).function("plan", "plan_linear")(
         check_size("M", M),
         check_size("N", N),
         check_size("K", K),
-        parse_codec(codec),
+        parsed,
         activation_format(activations),
         dtype,
         describe_device(device),
     )
+    return made
 
 
 def plan_attention(

@@ -5,65 +5,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lath.formats.codec import Codec
-from lath.formats.codec import codec as parse_codec
-from lath.formats.qtensor import OUTER_DTYPES, QTensor
-from lath.kernels import quantize as kernel
+from lath.formats.families import weight_class, weight_codec
+from lath.formats.packed_weight import PackedWeight, WeightCodec
 from lath.verbs.checks import check_flag, check_tensor
+from lath.verbs.kinds import kind_of
 
 
 @torch.library.custom_op("lath::quantize", mutates_args=())
-def _quantize(
-    weight: Tensor, codec: str, search: bool, table: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The tensors of a QTensor, empty where the codec has none."""
-    return _five(kernel.quantize(weight, parse_codec(codec), search, table))
+def _quantize(weight: Tensor, codec: str, search: bool, table: Tensor | None) -> list[Tensor]:
+    """The tensors of a packed weight, in their order."""
+    parsed = weight_codec(codec)
+    packed = kind_of(parsed).function("quantize", "quantize")(weight, parsed, search, table)
+    return [tensor.clone() for tensor in packed.tensors.values()]
 
 
 @_quantize.register_fake
-def _(
-    weight: Tensor, codec: str, search: bool, table: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(weight: Tensor, codec: str, search: bool, table: Tensor | None) -> list[Tensor]:
     rows, columns = weight.shape
-    return _five(QTensor.empty(parse_codec(codec), (rows, columns), device=weight.device))
-
-
-def _five(packed: QTensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def present(tensor: Tensor | None) -> Tensor:
-        return packed.scales.new_empty(0) if tensor is None else tensor.clone()
-
-    zeros, outer, table = (present(t) for t in (packed.zeros, packed.outer, packed.table))
-    return packed.codes, packed.scales, zeros, outer, table
+    parsed = weight_codec(codec)
+    empty = weight_class(parsed).empty(parsed, (rows, columns), device=weight.device)
+    return list(empty.tensors.values())
 
 
 def quantize(
-    weight: Tensor, codec: str | Codec, *, search: bool = False, table: Tensor | None = None
-) -> QTensor:
+    weight: Tensor, codec: str | WeightCodec, *, search: bool = False, table: Tensor | None = None
+) -> PackedWeight:
     """Round a weight to nearest in a codec and pack it.
 
     weight: [N, K] float16, bfloat16 or float32, any N and K (K need not be a multiple of the
-    group), on any device; not changed. codec: a `Codec` or its text form, "int4-g128".
+    group), on any device; not changed. codec: a codec or its text form, "int4-g128".
     search: choose each group's range among 33 fractions of the full one by squared error (about
     forty times the work, usually a better weight; see `lath.reference.codecs.quantize`). table: the
     ascending numbers of a "lut" codec, [2**bits]; None: found by k-means.
 
-    Returns a QTensor on the same device. Raises ValueError if the weight has NaN or infinity or
+    Returns a QTensor, or another kind of packed weight if the codec is of another, on the same
+    device. Raises ValueError if the weight has NaN or infinity or
     does not fit the codec's scale dtype.
     """
     weight = check_tensor("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight must be [N, K], got shape {list(weight.shape)}")
-    parsed = parse_codec(codec)
-    if table is not None and parsed.values != "learned":
+    parsed = weight_codec(codec)
+    if table is not None and getattr(parsed, "values", None) != "learned":
         raise ValueError(f"table is for 'lut' codecs, got codec {str(parsed)!r}")
     tensors = _quantize(
         weight.detach(), str(parsed), check_flag("search", search),
         None if table is None else check_tensor("table", table).detach().float(),
     )  # fmt: skip
-    codes, scales, zeros, outer, learned = tensors
-    return QTensor(
-        parsed, (weight.shape[0], weight.shape[1]), codes, scales,
-        None if parsed.zero == "none" else zeros,
-        outer if parsed.scale_dtype in OUTER_DTYPES else None,
-        learned if parsed.values == "learned" else None,
-    )  # fmt: skip
+    cls = weight_class(parsed)
+    named = dict(zip(cls.tensor_names(parsed), tensors, strict=True))
+    return cls.from_tensors(parsed, (weight.shape[0], weight.shape[1]), named)
