@@ -16,6 +16,7 @@ from lath.kernels.linear import triton as launcher
 from lath.kernels.linear import triton_settings
 from lath.kernels.linear.triton_settings import Settings, settings_of
 from lath.reference import linear as reference
+from tools import inline_assembly
 from tools.sanitizer import sanitize
 
 # Codec, M, N, K, dtype, activations, data, bias | plan. Each row varies what the ones before did
@@ -303,3 +304,35 @@ def test_impossible_plans_are_refused(chosen: str, activations: str, message: st
     x = torch.randn(3, 64).half()
     with pytest.raises(ValueError, match=message):
         launcher.linear(x, packed, None, activation_format(activations), plan_of(chosen))
+
+
+@pytest.mark.parametrize("dot", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_what_nvidia_computes_in_assembly_is_the_same(
+    bits: int, dot: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoders of sm_80 and of all of NVIDIA, with twins of their instructions, bit for bit."""
+    dtype = torch.bfloat16 if dot == "bf16" else torch.float16
+    activations = activation_format("int8" if dot == "int8" else "float")
+    weight = lath.quantize(torch.randn(20, 300), f"int{bits}-g64-asym")
+    x = torch.randn(3, 300).to(dtype)
+    plan = plan_of(f"flat {dot} 16x32x128")
+    plain = launcher.linear(x, weight, None, activations, plan)
+    monkeypatch.setattr(launcher, "_target", lambda x: "sm_80")
+    assembly = launcher.linear(x, weight, None, activations, plan)
+    assert torch.equal(plain, assembly)
+    symmetric = lath.quantize(torch.randn(20, 300), f"int{bits}")
+    found = launcher.linear(x, symmetric, None, activations, plan)
+    monkeypatch.undo()
+    assert torch.equal(found, launcher.linear(x, symmetric, None, activations, plan))
+
+
+def test_a_wrong_twin_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The assembly is what runs there: another instruction in its place gives other numbers."""
+    weight, x = lath.quantize(torch.randn(20, 128), "int4"), torch.randn(3, 128).half()
+    plan = plan_of("flat fp16 16x32x128")
+    plain = launcher.linear(x, weight, None, ActivationFormat(), plan)
+    monkeypatch.setattr(launcher, "_target", lambda x: "sm_80")
+    text = "fma.rn.f16x2 $0, $1, $2, $3;"
+    monkeypatch.setitem(inline_assembly.INSTRUCTIONS, text, lambda a, b, c: a)
+    assert not torch.equal(plain, launcher.linear(x, weight, None, ActivationFormat(), plan))

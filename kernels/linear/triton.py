@@ -103,7 +103,8 @@ def dequantize(weight: QTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor
     loops.decode_kernel[(triton.cdiv(outputs, block_n), blocks)](
         *_tensors(weight, "fp32"), dense,
         outputs, columns, padded, blocks, weight.codec.num_groups(columns),
-        **codec_arguments(weight.codec, "fp32", True, columns), BLOCK_N=block_n, num_warps=4,
+        **codec_arguments(weight.codec, "fp32", True, columns, _target(weight.codes)),
+        BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
     return dense
 

@@ -8,11 +8,12 @@ out of a word with a shift by a constant and a mask, for two or four codes at on
 of a split code are OR-ed; no code moves between lanes. Runs are then put side by side, which only
 renames registers, so that a dot meets x in one piece.
 
-What comes out is not the code q but a number D with q = unit * D + base (`encoding`), because a
-floating-point number is free to build only with its exponent in place:
+What comes out is not the code q but a number D with q = unit * D + base (`encoding`), whichever is
+the cheapest to build:
 
-    fp16, bf16, fp32   D = 1 + q / 2**bits      exact (8 bits in bf16: D = q - 128)
-    int8               D = q                    (8 bits: D = q - 128)
+    fp16, bf16   D = q / 2**e              exact, from the field where it stands in its word
+    fp32         D = 1 + q / 2**bits       exact (bf16 on AMD likewise; 8 bits: D = q - 128)
+    int8         D = q                     (8 bits: D = q - 128)
 
 A symmetric codec may subtract its constant zero here (FORM), exactly; any other zero point, and
 that one where subtracting is dear, is folded into the fp32 sums through sums of x.
@@ -33,7 +34,6 @@ HALVES = tl.constexpr(0x00010001)
 QUARTERS = tl.constexpr(0x01010101)
 # The bit patterns of 1.0, and of 128 and 256 in bf16.
 _ONE_FP32 = tl.constexpr(0x3F800000)
-_ONE_FP16 = tl.constexpr(0x3C003C00)
 _ONE_BF16 = tl.constexpr(0x3F803F80)
 _128_BF16 = tl.constexpr(0x43004300)
 _256_BF16 = tl.constexpr(0x43804380)
@@ -41,28 +41,40 @@ _256_BF16 = tl.constexpr(0x43804380)
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a dot type represents a code: q = unit * D + base; then `centre` is subtracted from D."""
+    """How a dot type represents a code: q = unit * D + base; then `centre` is subtracted from D.
+
+    exponent: log2 of unit where a code is decoded in place, else None.
+    """
 
     unit: float
     base: int
     centre: float
+    exponent: int | None = None
 
 
-def encoding(codec: Codec, dot: str, centred: bool) -> Encoding:
+def encoding(codec: Codec, dot: str, centred: bool = True, in_place: bool = True) -> Encoding:
     """The encoding of `codec` for a dot in "fp16", "bf16", "fp32" or "int8".
 
-    centred: let the decoder subtract the zero of a symmetric codec where D is a float. Of a table D
-    is the entry itself, for "int8" the entry in its unit.
+    centred: let the decoder subtract the zero of a symmetric codec where D is a float. in_place:
+    whether the target has 16-bit arithmetic to decode bf16 with. Of a table D is the entry itself,
+    for "int8" the entry in its unit.
     """
     if codec.is_table:
         return Encoding(value_tables.UNITS[codec.values] if dot == "int8" else 1, 0, 0.0)
-    if codec.bits == 8 and dot in ("bf16", "int8"):
-        return Encoding(1, 128, 0.0)
     if dot == "int8":
-        return Encoding(1, 0, 0.0)
+        return Encoding(1, 128 if codec.bits == 8 else 0, 0.0)
+    zero = codec.zero_code if centred and codec.zero == "none" else None
+    if dot == "fp16" or (dot == "bf16" and in_place):
+        # The power of two from a plane's subnormals to D should be a number of the type for a plane
+        # at bit 0; D itself must be no subnormal, which AMD's matrix cores flush.
+        above = codec.bits - codec.plane_widths[-1]
+        exponent = min(14, 9 + above) if dot == "fp16" else 6 + above
+        unit = 1 << exponent
+        return Encoding(unit, 0, 0.0 if zero is None else zero / unit, exponent)
+    if codec.bits == 8 and dot == "bf16":
+        return Encoding(1, 128, 0.0)
     unit = 1 << codec.bits
-    centre = 1.0 + codec.zero_code / unit if centred and codec.zero == "none" else 0.0
-    return Encoding(unit, -unit, centre)
+    return Encoding(unit, -unit, 0.0 if zero is None else 1.0 + zero / unit)
 
 
 @triton.jit
@@ -191,23 +203,6 @@ def column_order(COUNT: tl.constexpr, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def decode_fp16(
-    planes,
-    rows,
-    RUN: tl.constexpr,
-    FORM: tl.constexpr,
-    WIDTHS: tl.constexpr,
-):
-    """Run RUN (16 columns) of a block: fp16 [rows, 16]."""
-    TO: tl.constexpr = 10 - (WIDTHS[0] + WIDTHS[1] + WIDTHS[2])
-    codes = eight_words(planes, rows, RUN, 0, TO, HALVES, WIDTHS)
-    numbers = halves(codes | _ONE_FP16).to(tl.float16, bitcast=True)
-    if FORM > 0:
-        numbers = numbers - tl.full((1, 1), FORM, tl.float16)
-    return numbers
-
-
-@triton.jit
 def decode_fp32(
     planes,
     rows,
@@ -227,14 +222,14 @@ def decode_fp32(
 
 
 @triton.jit
-def decode_bf16(
+def decode_bf16_by_exponent(
     planes,
     rows,
     RUN: tl.constexpr,
     FORM: tl.constexpr,
     WIDTHS: tl.constexpr,
 ):
-    """Run RUN (16 columns) of a block: bf16 [rows, 16]."""
+    """`decode_bf16` for targets without bf16 arithmetic, where a product takes six instructions."""
     if WIDTHS[0] == 8:
         # bf16 has 8 bits of precision: 128 + (q mod 128) is exact, and so is its distance to 128
         # or 256, whichever makes it q - 128.
@@ -262,6 +257,28 @@ def decode_int8(
     codes = quarter_words(planes, rows, RUN, WIDTHS)
     if WIDTHS[0] == 8:
         codes = codes ^ 0x80808080
+    return quarters(codes)
+
+
+@triton.jit
+def decode_int8_opaque(
+    planes,
+    rows,
+    RUN: tl.constexpr,
+    FORM: tl.constexpr,
+    WIDTHS: tl.constexpr,
+):
+    """`decode_int8` for NVIDIA: a move that LLVM does not see through.
+
+    It would take each byte out of the loaded word by a shift of its own; ptxas drops the move.
+    """
+    codes = quarter_words(planes, rows, RUN, WIDTHS)
+    if WIDTHS[0] == 8:
+        codes = codes ^ 0x80808080
+    else:
+        codes = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [codes], dtype=tl.uint32, is_pure=True, pack=1
+        )
     return quarters(codes)
 
 

@@ -18,14 +18,26 @@ from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
 from lath.formats.plan import Plan
 from lath.kernels.linear import triton_decode as decode
+from lath.kernels.linear import triton_in_place as in_place
 from lath.kernels.linear import triton_tables as tables
 
 _DOTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _DECODERS: dict[str, Any] = {
-    "fp16": decode.decode_fp16,
-    "bf16": decode.decode_bf16,
+    "fp16": in_place.decode_fp16,
+    "bf16": in_place.decode_bf16,
     "fp32": decode.decode_fp32,
     "int8": decode.decode_int8,
+}
+# What is better done otherwise on some targets.
+_DECODERS_OF_TARGET: dict[str, dict[str, Any]] = {
+    "hip": {"bf16": decode.decode_bf16_by_exponent},
+    "interpreter": {},
+    "sm_80": {
+        "fp16": in_place.decode_fp16_packed,
+        "bf16": in_place.decode_bf16_packed,
+        "int8": decode.decode_int8_opaque,
+    },
+    "cuda": {"int8": decode.decode_int8_opaque},
 }
 _FLOAT_DECODERS = {
     "fp16": tables.float_fp16,
@@ -70,10 +82,8 @@ def settings_of(
     dot = "fp32" if without_dot else plan.dot
     span = _span(codec, activations, columns, step, dot)
     _check_plan(plan, codec, activations, dtype, span, target)
-    # AMD has no bf16 arithmetic: a subtraction there takes about six instructions.
     amd = target == "hip"
-    centred = not without_dot and not (amd and dot == "bf16")
-    kernel = codec_arguments(codec, dot, centred, columns) | {
+    kernel = codec_arguments(codec, dot, not without_dot, columns, target) | {
         "X_GROUP": _activation_group(activations, columns),
         "SPAN": span,
         "MASKED": activations.kind == "float" and columns % step != 0,
@@ -96,11 +106,17 @@ def settings_of(
     return Settings(dot, span, step, plan.block_m, natural, sums_outside, kernel)
 
 
-def codec_arguments(codec: Codec, dot: str, centred: bool, columns: int) -> dict[str, Any]:
-    """The constexpr arguments that say how a weight is decoded for a dot."""
-    found = decode.encoding(codec, dot, centred)
-    decoders = _DECODERS
+def codec_arguments(
+    codec: Codec, dot: str, centred: bool, columns: int, target: str
+) -> dict[str, Any]:
+    """The constexpr arguments that say how a weight is decoded for a dot on a target."""
+    # AMD has no bf16 arithmetic: a subtraction there takes about six instructions.
+    arithmetic = target != "hip" or dot != "bf16"
+    found = decode.encoding(codec, dot, centred and arithmetic, arithmetic)
+    decoders = _DECODERS | _DECODERS_OF_TARGET.get(target, _DECODERS_OF_TARGET["cuda"])
     form: tables.Form = found.centre
+    if found.exponent is not None:
+        form = (found.centre, found.exponent)
     if codec.is_table:
         form = tables.form_of(codec, dot)
         decoders = _TABLE_DECODERS if tables.is_looked_up(codec) else _FLOAT_DECODERS

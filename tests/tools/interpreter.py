@@ -27,6 +27,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from tools.inline_assembly import patch_inline_assembly
 from tools.narrow_floats import NARROW_FLOATS, Array, decode, encode
 
 KNOWN_VERSIONS = ("3.9.",)
@@ -62,6 +63,7 @@ def install(sanitize_overflow: bool = False) -> None:
     _patch_elementwise(interpreter)
     _patch_dot(interpreter)
     _patch_reductions(interpreter)
+    patch_inline_assembly(interpreter)
     _patch_language_patching(interpreter)
     _silence_numpy(interpreter)
     _installed = True
