@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from lath.integration.benchmark import (
     rows_as_json,
     rows_as_markdown,
 )
+from lath.integration.peers import PEERS
 
 bench_app = typer.Typer(help="Paired timing against peers, in one run.", no_args_is_help=True)
 
@@ -35,7 +37,15 @@ def linear_command(
     shapes: Annotated[str, typer.Option(help="K x N, comma separated")] = "2560x6912,4096x14336",
     m: Annotated[str, typer.Option(help="tokens, comma separated")] = "1,8,128",
     codecs: Annotated[str, typer.Option(help="codecs, comma separated")] = "int4-g128,int2",
-    peers: Annotated[str, typer.Option(help="torch-bf16, torch-fp32")] = "torch-bf16,torch-fp32",
+    peers: Annotated[
+        str, typer.Option(help=f"comma separated, of {', '.join(PEERS)}")
+    ] = "torch-bf16,torch-fp32",
+    ggml: Annotated[
+        Path | None, typer.Option(help="folder of ggml's libraries; else llama-cpp-python's")
+    ] = None,
+    cpu_time: Annotated[
+        bool, typer.Option(help="CPU time of the thread, not wall time; one thread only")
+    ] = False,
     activations: Annotated[
         str, typer.Option(help="'auto' is int8 in the weight's groups")
     ] = "auto",
@@ -50,19 +60,32 @@ def linear_command(
     pairs = [parse_shape(text) for text in shapes.split(",")]
     tokens = [_positive(text) for text in m.split(",")]
     names = [str(weight_codec(text)) for text in codecs.split(",")]
+    if cpu_time and threads > 1:
+        raise ValueError(f"--cpu-time times one thread, got --threads {threads}")
+    clock = time.thread_time if cpu_time else time.perf_counter
     rows: list[BenchRow] = []
+    missing: dict[str, str] = {}
     for k, n in pairs:
         for name in names:
             for count in tokens:
-                rows += bench_linear(k, n, count, name, peers.split(","), chosen, rounds)
-    Console().print(_table(rows))
+                found, absent = bench_linear(
+                    k, n, count, name, peers.split(","), chosen, rounds, ggml, clock
+                )
+                rows += found
+                missing |= absent
+    if rows:
+        Console().print(_table(rows))
+    for peer, reason in missing.items():
+        Console().print(f"not measured: {peer}: {reason}")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(rows_as_json(rows), indent=1) + "\n")
-    if markdown is not None:
+    if markdown is not None and rows:
         markdown.parent.mkdir(parents=True, exist_ok=True)
         command = f"lath bench linear --shapes {shapes} --m {m} --codecs {codecs} --peers {peers}"
-        markdown.write_text(rows_as_markdown(rows, f"{command} --threads {threads}"))
+        command += f" --threads {threads}" + (" --cpu-time" if cpu_time else "")
+        notes = [f"Not measured: {peer}: {reason}." for peer, reason in missing.items()]
+        markdown.write_text(rows_as_markdown(rows, command, notes))
 
 
 def _positive(text: str) -> int:

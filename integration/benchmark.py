@@ -12,8 +12,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,13 +21,13 @@ import torch
 import lath
 from lath.formats.activations import ActivationFormat
 from lath.formats.families import weight_codec
+from lath.integration.peers import PEERS, PeerMissingError, PeerSetting, make_peer
 from lath.verbs.backends import resolve_backend
 
 # Copies of a weight together exceed any cache met so far (eight times a 32 MB L3).
 COLD_BYTES = 256 << 20
 # A block of calls is long against the clock's resolution and short against a time slice.
 BLOCK_SECONDS = 0.03
-PEER_DTYPES = {"torch-bf16": torch.bfloat16, "torch-fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class BenchRow:
     activations: str
     backend: str
     threads: int
-    peer: str
     median_us: float
     spread_us: tuple[float, float]
-    peer_median_us: float
-    peer_spread_us: tuple[float, float]
-    ratio: float
     gb_per_s: float
     gops: float
+    peer: str = ""
+    peer_median_us: float = 0.0
+    peer_spread_us: tuple[float, float] = (0.0, 0.0)
+    ratio: float = 0.0
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -71,15 +71,19 @@ def bench_linear(
     peers: list[str],
     activations: ActivationFormat | None = None,
     rounds: int = 9,
-) -> list[BenchRow]:
+    ggml: Path | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[BenchRow], dict[str, str]]:
     """x [m, k] against a weight [n, k]: lath on the CPU and each peer, interleaved.
 
     x is bf16 for lath and each peer's own dtype for the peer; the quantisation of activations is
-    part of lath's time. Raises ValueError for an unknown peer.
+    part of lath's time. ggml: the folder of a build of it. clock: seconds; `time.thread_time`
+    leaves out what other processes take from a thread that works alone. Returns a row for each
+    peer, and the peers that are missing with the reason. Raises ValueError for an unknown peer.
     """
     for peer in peers:
-        if peer not in PEER_DTYPES:
-            raise ValueError(f"peers must be among {sorted(PEER_DTYPES)}, got {peer!r}")
+        if peer not in PEERS:
+            raise ValueError(f"peers must be among {sorted(PEERS)}, got {peer!r}")
     activations = activations or default_activations(codec)
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(n, k, generator=generator) / k**0.5
@@ -88,33 +92,39 @@ def bench_linear(
     calls: dict[str, Callable[[int], object]] = {
         "lath": _lath_call(packed, x.bfloat16(), activations)
     }
+    missing = {}
+    setting = PeerSetting(_copies, torch.get_num_threads(), ggml)
     for peer in peers:
-        calls[peer] = _torch_call(dense, x, PEER_DTYPES[peer])
+        try:
+            calls[peer], _ = make_peer(peer, dense, x, setting)
+        except PeerMissingError as error:
+            missing[peer] = str(error)
     with torch.inference_mode():
-        seconds = time_interleaved(calls, rounds)
-    own = statistics.median(seconds["lath"])
-    rows = []
-    for peer in peers:
-        theirs = statistics.median(seconds[peer])
-        rows.append(
-            BenchRow(
-                shape=f"{k}x{n}",
-                m=m,
-                codec=codec,
-                activations=str(activations),
-                backend=resolve_backend("auto", torch.device("cpu")),
-                threads=torch.get_num_threads(),
-                peer=peer,
-                median_us=own * 1e6,
-                spread_us=_spread(seconds["lath"]),
-                peer_median_us=theirs * 1e6,
-                peer_spread_us=_spread(seconds[peer]),
-                ratio=theirs / own,
-                gb_per_s=packed.nbytes / own / 1e9,
-                gops=2 * m * n * k / own / 1e9,
-            )
-        )
-    return rows
+        seconds = time_interleaved(calls, rounds, clock)
+    own = seconds.pop("lath")
+    middle = statistics.median(own)
+    shared = BenchRow(
+        shape=f"{k}x{n}",
+        m=m,
+        codec=codec,
+        activations=str(activations),
+        backend=resolve_backend("auto", torch.device("cpu")),
+        threads=torch.get_num_threads(),
+        median_us=middle * 1e6,
+        spread_us=_spread(own),
+        gb_per_s=packed.nbytes / middle / 1e9,
+        gops=2 * m * n * k / middle / 1e9,
+    )
+    return [_beside(shared, peer, theirs) for peer, theirs in seconds.items()], missing
+
+
+def _beside(row: BenchRow, peer: str, seconds: list[float]) -> BenchRow:
+    """The row of lath's time with that of a peer."""
+    median = statistics.median(seconds) * 1e6
+    return replace(
+        row, peer=peer, peer_median_us=median, peer_spread_us=_spread(seconds),
+        ratio=median / row.median_us,
+    )  # fmt: skip
 
 
 def _spread(seconds: list[float]) -> tuple[float, float]:
@@ -134,40 +144,31 @@ def _lath_call(
     return lambda i: lath.linear(x, weights[i % len(weights)], activations=activations)
 
 
-def _torch_call(
-    dense: torch.Tensor, x: torch.Tensor, dtype: torch.dtype
-) -> Callable[[int], object]:
-    first = dense.to(dtype)
-    weights = [first] + [
-        first.clone() for _ in range(_copies(first.numel() * first.element_size()) - 1)
-    ]
-    x = x.to(dtype)
-    return lambda i: torch.nn.functional.linear(x, weights[i % len(weights)])
-
-
 def _copies(nbytes: int) -> int:
     return max(2, -(-COLD_BYTES // max(nbytes, 1)))
 
 
 def time_interleaved(
-    calls: dict[str, Callable[[int], object]], rounds: int
+    calls: dict[str, Callable[[int], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds per call of each contender in each round; `calls[name](i)` runs its i-th call."""
     counts, positions = {}, dict.fromkeys(calls, 0)
     for name, call in calls.items():
         call(0)  # compiles, repacks, allocates
-        start = time.perf_counter()
+        start = clock()
         call(1)
-        once = time.perf_counter() - start
+        once = clock() - start
         counts[name] = max(1, min(2000, int(BLOCK_SECONDS / max(once, 1e-7))))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             first = positions[name]
-            start = time.perf_counter()
+            start = clock()
             for i in range(first, first + counts[name]):
                 call(i)
-            seconds[name].append((time.perf_counter() - start) / counts[name])
+            seconds[name].append((clock() - start) / counts[name])
             positions[name] = first + counts[name]
     return seconds
 
@@ -211,8 +212,8 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def rows_as_markdown(rows: list[BenchRow], command: str) -> str:
-    """A table for a report: the command, the machine, a line per comparison."""
+def rows_as_markdown(rows: list[BenchRow], command: str, notes: Sequence[str] = ()) -> str:
+    """A table for a report: the command, the machine, a line per comparison, then the notes."""
     facts = ", ".join(f"{key} {value}" for key, value in machine_facts().items())
     lines = [
         f"    {command}",
@@ -235,7 +236,7 @@ def rows_as_markdown(rows: list[BenchRow], command: str) -> str:
             f"| {row.shape} | {row.m} | `{row.codec}` | `{row.activations}` | {own} | {row.peer} | "
             f"{theirs} | {row.ratio:.2f} | {row.gb_per_s:.1f} | {row.gops:.0f} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
 
 
 def rows_as_json(rows: list[BenchRow]) -> list[dict[str, object]]:
