@@ -1,8 +1,8 @@
 """ggml's CPU matrix products, through its shared libraries: a peer to be timed beside lath.
 
 The libraries are those of a build, given by its folder or in the environment's LATH_GGML, or those
-that the llama-cpp-python package carries. Weights go where ggml itself would put them: into the first of the CPU's own buffer types
-that takes the matrix in another order ("CPU_REPACK"), else as they are.
+that the llama-cpp-python package carries. Weights go where ggml itself would put them: into the
+CPU's buffer type that takes them in another order ("CPU_REPACK") if there is one, else as they are.
 """
 
 from __future__ import annotations
