@@ -57,11 +57,14 @@ def _add_plane(
     FIRST, COUNT: words, as in `triton_decode._plane`. UPPER: the upper byte of each lane.
     """
     WORDS: tl.constexpr = 4 * WIDTH
-    AT: tl.constexpr = WIDTH * (FIRST // WORDS)
+    SLOT: tl.constexpr = WIDTH * (FIRST // WORDS)
+    # The two halves of a run in a 1-bit plane are brought to one bit, and so share their factor.
+    AT: tl.constexpr = SLOT // 2 * 2 if WIDTH == 1 else SLOT
+    SHIFT: tl.constexpr = (8 if UPPER else 0) + SLOT - AT
     offsets = rows[:, None] * WORDS + (FIRST % WORDS + tl.arange(0, COUNT))[None, :]
     words = tl.load(plane + offsets).to(tl.uint32, bitcast=True)
-    if UPPER:
-        words >>= 8
+    if SHIFT > 0:
+        words >>= SHIFT
     fields = words & ((((1 << WIDTH) - 1) * HALVES) << AT)
     # The largest power of two of fp16 is 2**15.
     LIFT: tl.constexpr = max(UP - AT - 15, 0) if tl.float16 == TYPE else 0

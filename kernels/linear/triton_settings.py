@@ -97,7 +97,7 @@ def settings_of(
         kernel |= {
             "SUMS": needs_sums,
             "RUN": 32 if dot == "int8" else 16,
-            "DEPTH": min(span or packing.BLOCK, _depth(dot, plan.swap, amd)),
+            "DEPTH": min(span or packing.BLOCK, _depth(dot, plan, amd)),
             "SWAP": plan.swap,
             "BLOCK_M": plan.block_m,
             "BLOCK_K": plan.block_k,
@@ -144,15 +144,16 @@ def _span(codec: Codec, activations: ActivationFormat, columns: int, step: int, 
     return math.gcd(step, *groups) if groups else 0
 
 
-def _depth(dot: str, swap: bool, amd: bool) -> int:
+def _depth(dot: str, plan: Plan, amd: bool) -> int:
     """Columns of a dot. Fewer need fewer registers, more let x be loaded in wider pieces.
 
     Without a tensor unit (fp32) all of a tile's operands are live at once. A weight on the left of
-    sm_90's and sm_100's dot, or on its way through AMD's shared memory, is best moved whole.
+    sm_90's and sm_100's dot of four warps, or on its way through AMD's shared memory, is best moved
+    whole.
     """
     if dot == "fp32":
         return 32
-    return packing.BLOCK if swap or amd else 64
+    return packing.BLOCK if amd or (plan.swap and plan.warps >= 4) else 64
 
 
 def _offset(codec: Codec, found: decode.Encoding) -> int | float:
