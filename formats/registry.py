@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Family = Literal[
-    "8-bit attention", "key-value cache", "decoding", "sparse selection", "eviction",
-    "ragged batches", "trees",
+    "low-bit linear", "8-bit attention", "key-value cache", "decoding", "sparse selection",
+    "eviction", "ragged batches", "trees",
 ]  # fmt: skip
 
 
@@ -45,7 +45,27 @@ def _selector(name: str, text: str, note: str, *tests: str) -> System:
     return System(name, "sparse selection", how, (*common, *tests), note)
 
 
+def _linear(name: str, how: str, note: str, *tests: str) -> System:
+    return System(name, "low-bit linear", how, tests, note)
+
+
 SYSTEMS = (
+    _linear(
+        "FlexQ",
+        '`linear(x, "int6-g128", activations="int6-g128")`, or "int8-g128" in some layers',
+        "6-bit integers in int8 dots: the same sums as its bit planes on binary tensor cores",
+        "test_activations.py::test_bit_planes_are_the_integer_matmul",
+        "test_activations.py::test_flexq_stores_six_bits",
+        "test_activations.py::test_flexq_patches_each_layer_as_it_asks",
+        "test_activations.py::test_parity",
+    ),
+    _linear(
+        "W8A8",
+        '`linear(x, "int8", activations="int8")`: a scale per row and per token',
+        "",
+        "test_activations.py::test_parity",
+        "test_linear.py::test_parity",
+    ),
     System(
         "SageAttention",
         "8-bit attention",

@@ -22,6 +22,7 @@ FIELDS = (
     "groups",  # along K
     "group",  # columns of one, padding included
     "shared",  # columns that share one scale of the activations
+    "largest",  # code of the largest of them
     "tile",  # tokens side by side in `codes`
     "unit",  # panels that a thread takes at a time
     "item",  # bytes of one prepared activation

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lath.formats import values as value_tables
-from lath.formats.activations import LARGEST_CODE
 from lath.formats.codec import Codec, ScaleDtype
 from lath.formats.packing import PANEL, pack, round_up
 from lath.formats.qtensor import SCALE_DTYPES, QTensor
@@ -31,7 +30,11 @@ from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16, FP16, FP32
 from lath.kernels.simd.isa import host_isa
 
-_PREPARATION = {"int8": emit_quantize, "float": emit_widen, "rounded": emit_round}
+# What prepares x, and options of its emission behind the type of x.
+_PREPARATION: dict[Kind, tuple[Any, tuple[str, ...]]] = {
+    "int8": (emit_quantize, ()), "float": (emit_widen, ()), "rounded": (emit_round, ()),
+    "e4m3": (emit_round, ("e4m3",)), "e5m2": (emit_round, ("e5m2",)),
+}  # fmt: skip
 FLOAT_KINDS = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 
 
@@ -41,22 +44,29 @@ def tile_of(kind: Kind, tokens: int, panel_bytes: int) -> tuple[int, int]:
 
 
 def linear_block(
-    view: CpuView, kind: Kind, shared: int, x_type: int, tile: tuple[int, int]
+    view: CpuView, kind: Kind, shared: int, largest: int, x_type: int, tile: tuple[int, int]
 ) -> NDArray[np.int64]:
     """The argument block that multiplies x of `x_type` by a view; y has the same type.
 
-    shared: columns that share one scale of the activations. Raises RuntimeError if the kernels do
-    not pass their check.
+    shared: columns that share one scale of the activations. largest: code of the largest of them.
+    Raises RuntimeError if the kernels do not pass their check.
     """
     _check(kind, view.record, x_type, tile)
-    return _block(view, kind, shared, x_type, tile, x_type)
+    return _block(view, kind, shared, largest, x_type, tile, x_type)
 
 
 def _block(
-    view: CpuView, kind: Kind, shared: int, x_type: int, tile: tuple[int, int], y_type: int
+    view: CpuView,
+    kind: Kind,
+    shared: int,
+    largest: int,
+    x_type: int,
+    tile: tuple[int, int],
+    y_type: int,
 ) -> NDArray[np.int64]:
     options, rest = view.record.options
-    prepare = compile_kernel(_PREPARATION[kind], x_type)
+    emission, how = _PREPARATION[kind]
+    prepare = compile_kernel(emission, x_type, *how)
     if kind == "int8":
         kernel = compile_kernel(emit_tile, *options, *tile, *rest)
     else:
@@ -71,6 +81,7 @@ def _block(
         groups=view.groups,
         group=view.group,
         shared=shared,
+        largest=largest,
         tile=tile[0],
         unit=tile[1],
         item=1 if kind == "int8" else 4,
@@ -89,13 +100,16 @@ def _check(kind: Kind, record: Record, x_type: int, tile: tuple[int, int]) -> No
     view = build_view(weight, size, record)
     tokens = 1 if tile[0] == 1 else tile[0] + 1
     rng = np.random.default_rng(1)
-    x = rng.integers(-9, 10, (tokens, columns)).astype(np.float32)
-    x[:, ::size] = LARGEST_CODE  # the largest magnitude of every group: its scale is 1
+    # The largest magnitude of every group has the code 127, or 7 where all of 8-bit floats up to
+    # that are whole: its scale is 1.
+    largest = 7 if kind in ("e4m3", "e5m2") else 127
+    x = rng.integers(-7, 8, (tokens, columns)).astype(np.float32)
+    x[:, ::size] = largest
     dtype = next(dtype for dtype, number in FLOAT_KINDS.items() if number == x_type)
     values = torch.from_numpy(x).to(dtype)
     bias = torch.arange(16 * view.panels, dtype=torch.float32)
     y = torch.full((tokens, rows), torch.nan)
-    block = _block(view, kind, size, x_type, tile, FP32)
+    block = _block(view, kind, size, largest, x_type, tile, FP32)
     _run(block, values, bias, y)
     expected = x.astype(np.float64) @ decoded.T + np.arange(rows)
     _require(np.array_equal(y.double().numpy(), expected), f"{kind} {record} tile={tile}")

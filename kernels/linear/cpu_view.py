@@ -31,9 +31,9 @@ from lath.kernels.simd.tables import ENTRIES
 # 255 * 127 * LONGEST_GROUP < 2**31: the int32 sums of a group cannot overflow.
 LONGEST_GROUP = 65536
 
-# What multiplies a layer: int8 codes of x; x itself; or the numbers that those codes stand for, in
-# the float kernel, where the weight's numbers are not whole.
-Kind = Literal["int8", "float", "rounded"]
+# What multiplies a layer: whole codes of x; x itself; or, in the float kernel, the numbers that the
+# codes of x stand for: whole ones where the weight's numbers are not, and 8-bit floats.
+Kind = Literal["int8", "float", "rounded", "e4m3", "e5m2"]
 # The 8-bit float that holds all numbers of a 6-bit one.
 _WIDER: dict[str, Literal["e4m3", "e5m2"]] = {"e2m3": "e4m3", "e3m2": "e5m2"}
 _E4M3_NAN = 0x7F
@@ -87,6 +87,8 @@ def kind_of(codec: Codec, activations: ActivationFormat) -> Kind:
     """What multiplies a weight of a codec with x in an activation format."""
     if activations.kind == "float":
         return "float"
+    if not activations.is_integer:
+        return "e5m2" if activations.values == "e5m2" else "e4m3"
     return "rounded" if codec.is_table and codec.values not in value_tables.UNITS else "int8"
 
 

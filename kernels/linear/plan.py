@@ -27,7 +27,7 @@ SCALE_BYTES = {"fp16": 2, "fp32": 4, "int8": 1, "e8m0": 1, "e4m3": 1}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Bytes of a panel from which four at a time were faster on a Zen 4 core (33 to 59 KB measured).
 LONG_STREAM = 32768
-# Register tiles (tokens, panels) by kind of activations and whether the CPU has AVX512-VNNI:
+# Register tiles (tokens, panels) by what is multiplied and whether the CPU has AVX512-VNNI:
 # accumulators, one panel of codes each and a broadcast fill the 32 (or 16 half as wide) registers.
 CPU_TILES = {
     ("int8", True): ((1, 4), (2, 4), (4, 4), (8, 3)),
@@ -92,9 +92,9 @@ def weight_bytes(n: int, k: int, codec: Codec) -> int:
 def _bytes_moved(
     m: int, n: int, k: int, codec: Codec, activations: ActivationFormat, dtype: torch.dtype
 ) -> int:
-    """Each byte of weight, x and y once; int8 activations are also written and read as codes."""
+    """Each byte of weight, x and y once; rounded activations are also written and read as codes."""
     size = dtype.itemsize
-    x = m * k * (size + (2 if activations.kind == "int8" else 0))
+    x = m * k * (size + (0 if activations.kind == "float" else 2))
     return weight_bytes(n, k, codec) + x + m * n * size
 
 
@@ -116,9 +116,9 @@ def _plan_cpu(
     reasons = [f"{device.architecture}, {device.threads} thread(s)"]
     if stored != codec.bits:
         reasons.append(f"{codec.bits}-bit codes are widened to {stored} bits in the CPU's view")
-    if activations.kind == "float":
+    if not activations.is_integer:
         dot = "fp32"
-        reasons.append("float activations: codes become fp32 in registers")
+        reasons.append(f"{activations.kind} activations: codes become fp32 in registers")
     else:
         dot = "int8"
         reasons.append("int8 dot products")
@@ -127,7 +127,8 @@ def _plan_cpu(
             shared = math.gcd(x_group, weight_group)
             reasons.append(f"groups of {x_group} and {weight_group} share runs of {shared}")
     # Codes of 16 rows; the scales beside them are a few per cent and decide nothing here.
-    tokens, panels = cpu_tile(activations.kind, m, 2 * stored * k, device.architecture)
+    kind = "int8" if dot == "int8" else "float"
+    tokens, panels = cpu_tile(kind, m, 2 * stored * k, device.architecture)
     dataflow: Dataflow = "gemv" if m <= 1 else "tiled"
     reasons.append("one token streams the weight" if m <= 1 else "tokens share a register tile")
     return replace(
@@ -144,9 +145,9 @@ def _plan_cpu(
 def cpu_tile(kind: str, tokens: int, panel_bytes: int, architecture: str) -> tuple[int, int]:
     """(tokens, panels of 16 rows) of the register tile of a CPU kernel.
 
-    kind: of the activations. panel_bytes: of 16 rows of the CPU's view. One token reads long panels
-    four at a time, since one stream does not fill the bandwidth, and short ones singly, since the
-    prefetcher must first find a stream.
+    kind: "int8" or "float", what is multiplied. panel_bytes: of 16 rows of the CPU's view. One
+    token reads long panels four at a time, since one stream does not fill the bandwidth, and short
+    ones singly, since the prefetcher must first find a stream.
     """
     if tokens <= 1 and panel_bytes < LONG_STREAM:
         return 1, 1
@@ -202,13 +203,15 @@ def _dot_type(
     if activations.kind == "float":
         name = DTYPE_NAMES[dtype]
         return name, f"{name} activations are multiplied as they are"
+    if not activations.is_integer:
+        return "fp16", f"{activations.kind} activations: their numbers in fp16, which holds them"
     if codec.is_table and codec.values not in value_tables.UNITS:
-        why = f"int8 activations, but entries of {codec.values} that no int8 holds: fp16"
-        return "fp16", why
+        why = f"{activations.kind} activations, but entries of {codec.values} that no int8 holds"
+        return "fp16", f"{why}: fp16"
     run = common_group(k, codec, activations)
     if run % 32:
         return "fp16", f"scales change every {run} columns, below an int8 dot's depth of 32: fp16"
-    return "int8", "int8 activations: int8 dot, summed in int32"
+    return "int8", f"{activations.kind} activations: int8 dot, summed in int32"
 
 
 def _has_no_tensor_core(dot: str, device: DeviceDescription) -> bool:

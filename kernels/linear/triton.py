@@ -1,7 +1,7 @@
 """`linear` on a GPU in Triton: what a `Plan` says becomes launches. No choices are made here.
 
 float activations   [sums of x, if the codec has zero points]   matmul or gemv   [reduction]
-int8 activations    row quantiser                               matmul or gemv   [reduction]
+rounded ones        row quantiser                               matmul or gemv   [reduction]
 decode_matmul       decoder                                     torch's matmul
 """
 
@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from lath.formats import packing
-from lath.formats.activations import LARGEST_CODE, SMALLEST_ABSMAX, ActivationFormat
+from lath.formats.activations import SMALLEST_ABSMAX, ActivationFormat
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
 from lath.kernels.linear import triton_activations as rows
@@ -182,17 +182,19 @@ def _prepare(x: Tensor, activations: ActivationFormat, settings: Settings) -> _R
         return _Rows(x, padded_tokens, sums=sums)
     size = padded if activations.group is None else activations.group
     groups = 1 if activations.group is None else activations.num_groups(columns)
-    dtype = torch.float16 if settings.dot == "fp16" else torch.int8
+    whole = activations.is_integer and settings.dot != "fp16"
+    dtype = torch.int8 if whole else torch.float16
     codes = torch.empty((tokens, padded), dtype=dtype, device=x.device)
     scales = torch.empty((groups, padded_tokens), dtype=torch.float32, device=x.device)
-    sums = torch.empty((spans, padded_tokens), dtype=torch.int32, device=x.device)
+    exact = torch.int32 if activations.is_integer else torch.float32
+    sums = torch.empty((spans, padded_tokens), dtype=exact, device=x.device)
     chunk = min(_power_of_two(size), _MOST_COLUMNS)
     together = max(1, min(_power_of_two(-(-padded // size)), 1024 // chunk))
     programs = triton.cdiv(triton.cdiv(padded, size), together)
     rows.quantize_rows_kernel[(padded_tokens, programs)](
         x, codes, scales, sums, columns, tokens, x.stride(0), padded, padded_tokens, groups, size,
         SPAN=span, NATURAL=settings.natural, GROUPS=together, CHUNK=chunk,
-        LIMIT=float(LARGEST_CODE), SMALLEST=SMALLEST_ABSMAX,
+        LIMIT=float(activations.largest), SMALLEST=SMALLEST_ABSMAX, VALUES=activations.values,
         num_warps=8 if chunk * together >= 4096 else 4, enable_fp_fusion=False,
     )  # fmt: skip
     return _Rows(codes, padded_tokens, scales, sums, groups)
