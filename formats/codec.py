@@ -13,6 +13,8 @@ A scale is stored in fp16 or fp32, or in 8 bits below a second scale:
     "e8m0"    2**(byte - 127)
     "e4m3"    E4M3 byte * an fp32 scale of the tensor
     "int8"    byte * an fp16 scale of the row
+    "fp8"     E4M3 byte below an fp32 scale of the row, with each product rounded to E4M3:
+              weight[n, k] = outer[n] * E4M3(byte * (code[n, k] - zero_code))
 
 Text forms: the table of `GRAMMAR`.
 """
@@ -28,7 +30,7 @@ from lath.formats import values as value_tables
 from lath.formats.values import Values
 
 Zero = Literal["none", "integer", "float"]
-ScaleDtype = Literal["fp16", "fp32", "int8", "e8m0", "e4m3"]
+ScaleDtype = Literal["fp16", "fp32", "int8", "fp8", "e8m0", "e4m3"]
 
 # Sixteen codes of a row are the finest run that every packed word keeps together (DESIGN.md, 2).
 GROUP_MULTIPLE = 16
@@ -37,6 +39,8 @@ GROUP_MULTIPLE = 16
 GRAMMAR_TABLE = {
     "int{1..8}[-gG][-asym|-fzero][-s32|-s8]": "whole numbers; -s8 (4 bits or fewer): int8 group "
     "scales under an fp16 scale of the row, scale * code fits int8 (DGQ)",
+    "int{2..4}[-gG]-fp8": "E4M3 group scales under an fp32 scale of the row; scale * code is "
+    "rounded to E4M3 (FireQ)",
     "ternary[-gG][-s32]": "-1, 0, 1 times the mean of |w|, of the tensor or the group (BitNet)",
     "nf4|fp4[-gG][-s32|-dq]": "normal quantiles; E2M1. -dq: 8-bit group scales under an fp16 one",
     "lut{1..8}[-gG][-s32|-dq]": "a table of the tensor's own, by k-means",
@@ -46,7 +50,7 @@ GRAMMAR_TABLE = {
 }
 GRAMMAR = "one of " + "; ".join(GRAMMAR_TABLE) + " (G a multiple of 16), for example 'int4-g128'"
 _INTEGER = re.compile(
-    r"int(?P<bits>[1-8])(-g(?P<group>[1-9]\d*))?(-(?P<zero>asym|fzero))?(-(?P<scale>s32|s8))?"
+    r"int(?P<bits>[1-8])(-g(?P<group>[1-9]\d*))?(-(?P<zero>asym|fzero))?(-(?P<scale>s32|s8|fp8))?"
 )
 _TABLE = re.compile(
     r"(?P<values>ternary|nf4|fp4|lut(?P<bits>[1-8])|e4m3|e5m2)(-g(?P<group>[1-9]\d*))?"
@@ -55,7 +59,7 @@ _TABLE = re.compile(
 _ZERO_OF_TEXT: dict[str | None, Zero] = {None: "none", "asym": "integer", "fzero": "float"}
 _TEXT_OF_ZERO: dict[Zero, str] = {"none": "", "integer": "-asym", "float": "-fzero"}
 _SCALE_OF_TEXT: dict[str | None, ScaleDtype] = {
-    None: "fp16", "s32": "fp32", "s8": "int8", "dq": "int8",
+    None: "fp16", "s32": "fp32", "s8": "int8", "dq": "int8", "fp8": "fp8",
 }  # fmt: skip
 # The formats with fixed groups and scales: values, bits, group, scale.
 _FIXED: dict[str, tuple[Values, int, int, ScaleDtype]] = {
@@ -160,9 +164,12 @@ class Codec:
 
     @property
     def largest_inner_scale(self) -> int:
-        """The largest byte of an "int8" scale: of whole numbers, byte * |code - zero| fits int8."""
+        """The largest "int8" or "fp8" scale: of whole numbers, scale * |code - zero| is at most
+        127, or 448."""
         if self.is_table:
             return 255
+        if self.scale_dtype == "fp8":
+            return 448 // int(self.zero_code)
         most = self.levels - 1 if self.zero == "integer" else int(self.zero_code)
         return 127 // most
 
@@ -181,15 +188,21 @@ def _text_of(codec: Codec) -> str:
     for name, fixed in _FIXED.items():
         if fixed == (values, codec.bits, codec.group, scale) and codec.zero == "none":
             return name
-    names = ("fp16", "fp32", "int8")
+    names = ("fp16", "fp32", "int8", "fp8")
     if scale not in names:
         raise ValueError(
             f"codec scale_dtype must be one of {names}, or that of {tuple(_FIXED)} with their "
             f"values and group, got {scale!r}"
         )
     grouped = "" if codec.group is None else f"-g{codec.group}"
-    wide = {"fp16": "", "fp32": "-s32", "int8": "-s8" if values == "integer" else "-dq"}[scale]
+    wide = {"fp16": "", "fp32": "-s32", "int8": "-s8" if values == "integer" else "-dq",
+            "fp8": "-fp8"}[scale]  # fmt: skip
     if values == "integer":
+        if scale == "fp8" and (codec.zero != "none" or not 2 <= codec.bits <= 4):
+            raise ValueError(
+                "codec scale_dtype 'fp8' needs 2 to 4 bits and zero 'none', "
+                f"got {codec.bits} bits, zero {codec.zero!r}"
+            )
         if scale == "int8" and (codec.zero == "float" or codec.bits > 4 or codec.bits == 1):
             raise ValueError(
                 "codec scale_dtype 'int8' needs 2 to 4 bits and zero 'none' or 'integer' (scale * "
@@ -209,7 +222,7 @@ def _text_of(codec: Codec) -> str:
         if scale != "fp32":
             raise ValueError(f"codec scale_dtype of {values!r} must be 'fp32', got {scale!r}")
         return f"{values}{grouped}"
-    if values in ("e2m3", "e3m2") or (values == "ternary" and scale == "int8"):
+    if values in ("e2m3", "e3m2") or (values == "ternary" and scale == "int8") or scale == "fp8":
         raise ValueError(f"codec values {values!r} cannot have {scale} scales in groups {grouped}")
     name = f"lut{codec.bits}" if values == "learned" else values
     return f"{name}{grouped}{wide}"

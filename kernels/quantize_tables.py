@@ -49,7 +49,7 @@ def quantize_in_steps(weight: Tensor, codec: Codec, search: bool, table: Tensor 
         zeros.append(z)
         group += block.shape[1]
     kept = torch.cat(zeros, dim=1).T if codec.zero == "integer" else None
-    if outer is not None and codec.scale_dtype == "int8":
+    if outer is not None and codec.scale_dtype in ("int8", "fp8"):
         outer = torch.nn.functional.pad(outer, pad)
     return QTensor(
         codec, (rows, weight.shape[1]), packing.pack(torch.cat(codes, dim=1), codec),
@@ -183,6 +183,11 @@ def store_scales(exact: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
         inner = torch.where(inner.float() < 2.0**-9, smallest.float(), inner.float())
         return inner.to(torch.float8_e4m3fn).view(torch.uint8), outer.reshape(1)
     top = exact.amax(dim=0) if exact.shape[0] else exact.new_zeros(exact.shape[1])
+    if kind == "fp8":
+        row = _store(top / codec.largest_inner_scale, "fp32", codec)
+        # The largest is within a rounding of the cap, which E4M3 holds: it rounds to it.
+        inner = (exact / row).to(torch.float8_e4m3fn).float().clamp(min=2.0**-9)
+        return inner.to(torch.float8_e4m3fn).view(torch.uint8), row
     row = _store(top / codec.largest_inner_scale, "fp16", codec)
     byte = torch.round(exact / row.float()).clamp_(1, codec.largest_inner_scale)
     return byte.to(torch.uint8), row
@@ -205,7 +210,7 @@ def effective_scales(scales: Tensor, outer: Tensor | None, codec: Codec) -> Tens
         return torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - 127)
     if outer is None:
         return scales.float()
-    inner = scales.view(torch.float8_e4m3fn) if codec.scale_dtype == "e4m3" else scales
+    inner = scales.view(torch.float8_e4m3fn) if codec.scale_dtype in ("e4m3", "fp8") else scales
     return inner.float() * outer.float()
 
 

@@ -201,6 +201,8 @@ def store_scales(exact: Floats, codec: Codec) -> tuple[Side, Side | None]:
         e4m3   outer = max scale / 448, byte = E4M3(scale / outer), not below its smallest
         int8   outer = fp16(max scale of the row / cap), byte = clip(rint(scale / outer), 1, cap),
                cap = `codec.largest_inner_scale`
+        fp8    outer = fp32(max scale of the row / cap), byte = E4M3(scale / outer), not below its
+               smallest
 
     Scales 0 (groups of zeros) are stored as 1, or as the smallest byte below an outer scale.
     """
@@ -220,6 +222,10 @@ def store_scales(exact: Floats, codec: Codec) -> tuple[Side, Side | None]:
         inner = np.maximum(floats.round_e4m3(exact / outer), 2.0**-9)
         return floats.encode_e4m3(inner), np.array([outer], np.float32)
     most = exact.max(axis=0, initial=0)
+    if kind == "fp8":
+        row = _scale(most / np.float32(codec.largest_inner_scale), Codec(8, scale_dtype="fp32"))
+        inner = np.clip(floats.round_e4m3(exact / row), 2.0**-9, codec.largest_inner_scale)
+        return floats.encode_e4m3(inner), row
     wide = most / np.float32(codec.largest_inner_scale)
     row = _scale(wide, Codec(8))
     byte = np.rint(exact / row.astype(np.float32))
@@ -227,7 +233,8 @@ def store_scales(exact: Floats, codec: Codec) -> tuple[Side, Side | None]:
 
 
 def effective_scales(scales: Side, outer: Side | None, codec: Codec) -> NDArray[np.float64]:
-    """What codes are multiplied by, [G, N]: exact, but one fp32 product below an outer scale."""
+    """What codes are multiplied by, [G, N]: exact, but one fp32 product below an outer scale
+    ("fp8": before the products are rounded)."""
     if codec.scale_dtype == "e8m0":
         power: NDArray[np.float64] = np.ldexp(1.0, scales.astype(np.int64) - 127)
         return power
@@ -235,7 +242,7 @@ def effective_scales(scales: Side, outer: Side | None, codec: Codec) -> NDArray[
         exact: NDArray[np.float64] = scales.astype(np.float64)
         return exact
     inner = scales.astype(np.float32)
-    if codec.scale_dtype == "e4m3":
+    if codec.scale_dtype in ("e4m3", "fp8"):
         inner = floats.decode_e4m3(scales.astype(np.uint8)).astype(np.float32)
     product: NDArray[np.float64] = (inner * outer.astype(np.float32)).astype(np.float64)
     return product
@@ -358,8 +365,13 @@ def dequantize(
     table: Floats | None = None,
 ) -> NDArray[np.float64]:
     """codes [N, K], scales and zeros [G, N] → weight [N, K] float64, exact (two scales: of their
-    fp32 product)."""
+    fp32 product; "fp8": outer * E4M3(scale * (code - zero)))."""
     group = np.arange(codes.shape[1]) // codec.group_size(codes.shape[1])
+    if codec.scale_dtype == "fp8":
+        assert outer is not None
+        inner = floats.decode_e4m3(scales.astype(np.uint8)).T[:, group]
+        entries = floats.round_e4m3((codes - codec.zero_code) * inner)
+        return entries * outer.astype(np.float64)[:, None]
     wide = effective_scales(scales, outer, codec).T[:, group]
     zero = None if zeros is None else zeros.T[:, group]
     return _decode(codes, wide, zero, codec, entries_of(codec, table))

@@ -19,7 +19,8 @@ from lath.formats.qtensor import QTensor
 from lath.reference import codecs
 
 TEXTS = [
-    "int4-g64-s8", "int4-g48-asym-s8", "int2-g16-s8", "ternary", "ternary-g64", "ternary-g32-s32",
+    "int4-g64-s8", "int4-g48-asym-s8", "int2-g16-s8", "int4-g64-fp8", "int2-g48-fp8", "int3-fp8",
+    "ternary", "ternary-g64", "ternary-g32-s32",
     "nf4-g64", "nf4-g64-dq", "nf4-s32", "fp4-g64", "fp4-g16-dq", "lut4-g128", "lut3-g64-dq", "lut8",
     "lut1-g16", "e4m3", "e4m3-g48", "e5m2-g128", "mxfp4", "mxfp6", "mxfp6-e3m2", "mxfp8",
     "mxfp8-e5m2", "nvfp4",
@@ -44,7 +45,8 @@ def test_text_forms_round_trip(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("int8-g64-s8", "2 to 4 bits"), ("int4-fzero-s8", "zero"), ("e4m3-s32", "fp32 scales"),
+        ("int8-g64-s8", "2 to 4 bits"), ("int8-fp8", "2 to 4 bits"),
+        ("int4-asym-fp8", "zero"), ("int4-fzero-s8", "zero"), ("e4m3-s32", "fp32 scales"),
         ("ternary-dq", "ternary"), ("mxfp4-g32", "codec must be"), ("nf5", "codec must be"),
         ("lut9", "codec must be"), ("nf4-g8", "multiple of 16"), ("fp4-asym", "codec must be"),
     ],

@@ -128,10 +128,15 @@ def _check_weight(record: Record) -> tuple[QTensor, NDArray[np.float64]]:
         return _check_table(record)
     rows, columns, group = 40, 140, 48
     rng = np.random.default_rng(0)
-    codec = Codec(record.width, group, record.zero, "fp16" if record.half else "fp32")
+    scale_dtype: ScaleDtype = "fp16" if record.half else "fp32"
+    codec = Codec(record.width, group, record.zero, "int8" if record.is_folded else scale_dtype)
     codes = rng.integers(0, codec.levels, (rows, columns)).astype(np.uint8)
     shape = (codec.num_groups(columns), rows)
-    scales = 2.0 ** rng.integers(-2, 3, shape)
+    scales: NDArray[Any] = 2.0 ** rng.integers(-2, 3, shape)
+    outer = None
+    if record.is_folded:
+        scales = rng.integers(1, codec.largest_inner_scale + 1, shape)
+        outer = 2.0 ** rng.integers(-2, 3, rows)
     zeros: NDArray[Any] = np.full(shape, codec.zero_code)
     if record.zero != "none":
         zeros = rng.integers(0, codec.levels, shape)
@@ -143,8 +148,12 @@ def _check_weight(record: Record) -> tuple[QTensor, NDArray[np.float64]]:
         decoded = scales.T[:, of_column] * (codes - zeros.T[:, of_column].astype(np.float64))
         stored = _side(zeros, "uint8") if record.zero == "integer" else None
     packed = pack(torch.from_numpy(codes), codec)
+    above = None
+    if outer is not None:
+        decoded = decoded * outer[:, None]
+        above = _side(outer[None], "fp16")[0]
     scales_stored = _side(scales, codec.scale_dtype)
-    return QTensor(codec, (rows, columns), packed, scales_stored, stored), decoded
+    return QTensor(codec, (rows, columns), packed, scales_stored, stored, above), decoded
 
 
 def _check_table(record: Record) -> tuple[QTensor, NDArray[np.float64]]:

@@ -22,7 +22,8 @@ VECTOR_BYTES = 64
 # What a stored code stands for: code - zero, a whole number of a unit (`formats/values.py`), an
 # entry of a table in memory, or an 8-bit float.
 Stored = Literal["integer", "fp4", "e2m3", "table", "e4m3", "e5m2"]
-ByteScale = Literal["", "e8m0", "e4m3"]
+# "int8": a scale of the row above them; activations have one scale a token, and sums are integers.
+ByteScale = Literal["", "int8", "e8m0", "e4m3"]
 
 
 def whole_entries(values: Literal["fp4", "e2m3"]) -> list[int]:
@@ -81,6 +82,11 @@ class Record:
         return self.width == 8 and self.stored in ("table", "e4m3", "e5m2")
 
     @property
+    def is_folded(self) -> bool:
+        """Whether the scales of groups are whole numbers, so that a row is summed as integers."""
+        return self.byte_scale == "int8"
+
+    @property
     def scale_bytes(self) -> int:
         return LANES * (1 if self.byte_scale else 2 if self.half else 4)
 
@@ -117,6 +123,10 @@ class RecordReader:
         if self.record.byte_scale == "e4m3":
             return self.e.builder.fmul(tables.load_e4m3(self.e, side), self._outer)
         return self.e.load_floats(side, self._kind)
+
+    def whole_scale(self, side: Any) -> Any:
+        """The scales of a folded record, as int lanes."""
+        return self.e.load_bytes(side)
 
     def zero_point(self, side: Any) -> Any:
         """Integer zero points as int lanes."""

@@ -17,13 +17,15 @@ from lath.formats import packing
 from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
-from lath.formats.device import DeviceDescription, known_device
+from lath.formats.device import DeviceDescription, has_e4m3, known_device
 from lath.formats.plan import Backend, Dataflow, Plan
 
-OPERAND_BYTES = {"int8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
+OPERAND_BYTES = {"int8": 1, "e4m3": 1, "fp16": 2, "bf16": 2, "fp32": 4}
 # Entries that a GPU's decoder reads from memory (kernels/linear/triton_tables.py).
 LOOKED_UP = ("nf4", "learned")
-SCALE_BYTES = {"fp16": 2, "fp32": 4, "int8": 1, "e8m0": 1, "e4m3": 1}
+SCALE_BYTES = {"fp16": 2, "fp32": 4, "int8": 1, "e8m0": 1, "e4m3": 1, "fp8": 1}
+# A product of an activation code and a weight code (less its zero) is at most 127 * 255.
+MOST_INT32_COLUMNS = (2**31 - 1) // (127 * 255)
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Bytes of a panel from which four at a time were faster on a Zen 4 core (33 to 59 KB measured).
 LONG_STREAM = 32768
@@ -85,7 +87,7 @@ def weight_bytes(n: int, k: int, codec: Codec) -> int:
     rows, columns = packing.round_up(n, packing.PANEL), packing.round_up(k, packing.BLOCK)
     scale = SCALE_BYTES[codec.scale_dtype]
     zero = {"none": 0, "integer": 1, "float": scale}[codec.zero]
-    outer = {"int8": 2 * rows, "e4m3": 4}.get(codec.scale_dtype, 0)
+    outer = {"int8": 2 * rows, "fp8": 4 * rows, "e4m3": 4}.get(codec.scale_dtype, 0)
     return rows * columns * codec.bits // 8 + codec.num_groups(k) * rows * (scale + zero) + outer
 
 
@@ -98,9 +100,36 @@ def _bytes_moved(
     return weight_bytes(n, k, codec) + x + m * n * size
 
 
-def common_group(k: int, codec: Codec, activations: ActivationFormat) -> int:
-    """Longest run along K that has one weight scale and one activation scale."""
+def holds_integers(codec: Codec) -> bool:
+    """Whether the numbers of a codec are whole numbers of 8 bits times the scale of their group."""
+    whole = not codec.is_table or codec.values in value_tables.UNITS
+    return whole and codec.scale_dtype != "fp8"
+
+
+def folds_scales(k: int, codec: Codec, activations: ActivationFormat) -> bool:
+    """Whether codes are multiplied by the 8-bit scales of their groups before the dot, so that one
+    dot sums all of K: always where the products are rounded (FireQ), and for int8 dots where
+    integers of 8 bits hold them (DGQ) and a token has one scale."""
+    if codec.scale_dtype == "fp8":
+        return True
     groups = [g for g in (codec.group, activations.group) if g is not None and g < k]
+    one_scale = activations.group is None or activations.group >= k
+    fits = codec.scale_dtype == "int8" and holds_integers(codec) and k <= MOST_INT32_COLUMNS
+    return fits and activations.is_integer and one_scale and all(g % 32 == 0 for g in groups)
+
+
+def multiplies_float8(k: int, codec: Codec, activations: ActivationFormat) -> bool:
+    """Whether a dot of 8-bit floats takes x and the weight as they are stored or decoded."""
+    if activations.values != "e4m3":
+        return False
+    of_weight = codec.scale_dtype == "fp8" or codec.values == "e4m3"
+    return of_weight and common_group(k, codec, activations) % 32 == 0
+
+
+def common_group(k: int, codec: Codec, activations: ActivationFormat) -> int:
+    """Longest run along K that has one weight scale and one activation scale outside the dot."""
+    own = None if folds_scales(k, codec, activations) else codec.group
+    groups = [g for g in (own, activations.group) if g is not None and g < k]
     return math.gcd(*groups) if groups else packing.round_up(max(k, 1), packing.BLOCK)
 
 
@@ -112,7 +141,8 @@ def _plan_cpu(
     activations: ActivationFormat,
     device: DeviceDescription,
 ) -> Plan:
-    stored = next(bits for bits in (2, 4, 8) if bits >= codec.bits)
+    needed = 8 if codec.scale_dtype == "fp8" else codec.bits
+    stored = next(bits for bits in (2, 4, 8) if bits >= needed)
     reasons = [f"{device.architecture}, {device.threads} thread(s)"]
     if stored != codec.bits:
         reasons.append(f"{codec.bits}-bit codes are widened to {stored} bits in the CPU's view")
@@ -203,14 +233,18 @@ def _dot_type(
     if activations.kind == "float":
         name = DTYPE_NAMES[dtype]
         return name, f"{name} activations are multiplied as they are"
+    if multiplies_float8(k, codec, activations) and has_e4m3(device.architecture):
+        return "e4m3", "fp8 activations: e4m3 dot, summed in fp32"
     if not activations.is_integer:
         return "fp16", f"{activations.kind} activations: their numbers in fp16, which holds them"
-    if codec.is_table and codec.values not in value_tables.UNITS:
-        why = f"{activations.kind} activations, but entries of {codec.values} that no int8 holds"
+    if not holds_integers(codec):
+        why = f"{activations.kind} activations, but numbers of {codec} that no int8 holds"
         return "fp16", f"{why}: fp16"
     run = common_group(k, codec, activations)
     if run % 32:
         return "fp16", f"scales change every {run} columns, below an int8 dot's depth of 32: fp16"
+    if folds_scales(k, codec, activations):
+        return "int8", "codes times the 8-bit scales of their groups: one int8 dot over all of K"
     return "int8", f"{activations.kind} activations: int8 dot, summed in int32"
 
 

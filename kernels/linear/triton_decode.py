@@ -287,10 +287,11 @@ def decode_tile(
 
 @triton.jit
 def block_planes(weight, block, WIDTHS: tl.constexpr):
-    """Where a block begins in each plane of the flat tensor of codes, and the table.
+    """Where a block begins in each plane of the flat tensor of codes, the table, and what finds the
+    scale of a group: (zeros, rows of the weight, groups, block, padded rows).
 
-    weight: (codes, panel, rows, padded rows, blocks, table), the panel that the tile begins with
-    and where its rows begin (`rows_of_tile`).
+    weight: (codes, panel, rows, padded rows, blocks, table, (zeros, rows of the weight, groups)),
+    the panel that the tile begins with and where its rows begin (`rows_of_tile`).
     """
     # Per bit of plane width: 64 words in a block of 16 rows, 4 * padded_rows * blocks in all.
     before = (weight[1].to(tl.int64) * weight[4] + block) * 64
@@ -298,4 +299,5 @@ def block_planes(weight, block, WIDTHS: tl.constexpr):
     first = weight[0] + before * WIDTHS[0]
     second = weight[0] + (size * WIDTHS[0] + before * WIDTHS[1])
     third = weight[0] + (size * (WIDTHS[0] + WIDTHS[1]) + before * WIDTHS[2])
-    return first, second, third, weight[5]
+    side = (weight[6][0], weight[6][1], weight[6][2], block, weight[3])
+    return first, second, third, weight[5], side

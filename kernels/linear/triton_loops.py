@@ -227,7 +227,8 @@ def matmul_kernel(
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     token = first_m + tl.arange(0, BLOCK_M)
     row, plane_rows = rows_of_tile(first_n, padded_rows, blocks, BLOCK_N)
-    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table)
+    side = (zeros, row, groups)
+    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table, side)
     outer = outer_scale(outer, row, OUTER)
     order = tl.arange(0, DEPTH)
     if RUN == 16:
@@ -240,7 +241,7 @@ def matmul_kernel(
     else:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     nothing = total
-    if RUN == 32:
+    if x.dtype.element_ty == tl.int8:
         nothing = total.to(tl.int32)
     part = nothing
     sums = tl.zeros((BLOCK_M,), x_sums.dtype.element_ty)
@@ -339,7 +340,8 @@ def decode_kernel(
     """dense [N, K] = the decoded weight: fp32 inside, rounded once. A program per block of K."""
     first_n, block = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     row, plane_rows = rows_of_tile(first_n, padded_rows, blocks, BLOCK_N)
-    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table)
+    side = (zeros, row, groups)
+    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table, side)
     planes = block_planes(weight, block, WIDTHS)
     outer = outer_scale(outer, row, OUTER)
     order = column_order(16, WIDTHS)
