@@ -269,6 +269,10 @@ CHANGES = [
     ("lut5", "fp32 float", "gemv fp32 4x32x128"),
     ("ternary-g32", "fp32 int8", "flat int8 16x32x128"),
     ("int4-g64-s8", "fp32 float", "gemv fp32 4x32x128"),
+    ("int4-g32-asym-s8", "fp32 int8", "flat int8 16x32x128"),
+    ("int4-g32-fp8", "fp32 fp8", "flat e4m3 16x32x128"),
+    ("int4-g32-fp8", "fp32 float", "flat fp32 16x32x128"),
+    ("e4m3", "fp32 fp8", "flat e4m3 8x32x128 swap"),
 ]
 
 
@@ -316,6 +320,9 @@ def test_one_wrong_number_is_seen(text: str, how: str, chosen: str) -> None:
         "mxfp6-e3m2 3 37 300 fp32 float normal False | gemv fp32 4x32x128 k2",
         "e4m3 5 33 200 bf16 int8 normal True | flat fp16 16x32x256",
         "lut3-g64-dq 5 37 300 fp16 float normal True | decode_matmul fp16 16x32x128",
+        "int4-g96-asym-s8 5 37 300 fp16 int8 normal True | flat int8 16x32x128 k2",
+        "int3-g48-fp8 5 37 300 fp16 fp8 normal True | flat e4m3 8x32x128 k2 swap",
+        "int2-g32-fp8 3 20 200 bf16 fp8-e5m2 normal False | flat fp16 16x32x128",
     ],
 )
 def test_sanitizer_is_clean_and_order_does_not_matter(text: str) -> None:
@@ -344,7 +351,7 @@ def test_the_verb_takes_them(text: str, activations: str) -> None:
 def test_entries_that_are_no_int8_are_refused_an_int8_dot(text: str) -> None:
     weight = make_weight(text, 16, 64, np.random.default_rng(9))
     assert text.split("-g")[0] not in value_tables.UNITS
-    with pytest.raises(ValueError, match=r"plan dot .* 'fp16', as the entries of .* got 'int8'"):
+    with pytest.raises(ValueError, match=r"plan dot .* 'fp16', as int8 times .* got 'int8'"):
         launcher.linear(
             torch.randn(3, 64), weight, None, ActivationFormat("int8"),
             plan_of("flat int8 16x32x128"),

@@ -20,7 +20,14 @@ import triton.language as tl
 
 from lath.formats import packing
 from lath.formats.codec import Codec
-from lath.kernels.linear.triton_decode import QUARTERS, decode_fp16, quarter_words, quarters
+from lath.kernels.linear.triton_decode import (
+    HALVES,
+    QUARTERS,
+    decode_fp16,
+    halves,
+    quarter_words,
+    quarters,
+)
 from lath.kernels.linear.triton_loops import group_of
 from lath.kernels.linear.triton_tables import e4m3_to_fp32
 
@@ -75,9 +82,11 @@ def scaled_e4m3(planes, rows, RUN: tl.constexpr, FORM: tl.constexpr, WIDTHS: tl.
     if FORM[3] == "e4m3":
         return numbers.to(tl.float8e4nv)
     else:
-        bits = numbers.to(tl.uint16, bitcast=True)
-        bits = (bits + 0x3F + ((bits >> 7) & 1)) & 0xFF80
-        rounded = bits.to(tl.float16, bitcast=True)
+        # Two at once: neither rounds up beyond its 16 bits.
+        low, high = tl.split(tl.reshape(numbers.to(tl.uint16, bitcast=True), (rows.shape[0], 8, 2)))
+        words = low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+        words = (words + 0x003F003F + ((words >> 7) & HALVES)) & 0xFF80FF80
+        rounded = halves(words).to(tl.float16, bitcast=True)
         if FORM[3] == "bf16":
             return rounded.to(tl.bfloat16)
         elif FORM[3] == "fp32":
