@@ -41,6 +41,8 @@ GRAMMAR_TABLE = {
     "scales under an fp16 scale of the row, scale * code fits int8 (DGQ)",
     "int{2..4}[-gG]-fp8": "E4M3 group scales under an fp32 scale of the row; scale * code is "
     "rounded to E4M3 (FireQ)",
+    "int{8|4|2}[-gG]-nested[-s32]": "half a step beside whole numbers; `nested(4)` and `nested(2)` "
+    "are views of the same codes (MatQuant)",
     "ternary[-gG][-s32]": "-1, 0, 1 times the mean of |w|, of the tensor or the group (BitNet)",
     "nf4|fp4[-gG][-s32|-dq]": "normal quantiles; E2M1. -dq: 8-bit group scales under an fp16 one",
     "lut{1..8}[-gG][-s32|-dq]": "a table of the tensor's own, by k-means",
@@ -50,7 +52,7 @@ GRAMMAR_TABLE = {
 }
 GRAMMAR = "one of " + "; ".join(GRAMMAR_TABLE) + " (G a multiple of 16), for example 'int4-g128'"
 _INTEGER = re.compile(
-    r"int(?P<bits>[1-8])(-g(?P<group>[1-9]\d*))?(-(?P<zero>asym|fzero))?(-(?P<scale>s32|s8|fp8))?"
+    r"int(?P<bits>[1-8])(-g(?P<group>[1-9]\d*))?(-(?P<zero>asym|fzero|nested))?(-(?P<scale>s32|s8|fp8))?"
 )
 _TABLE = re.compile(
     r"(?P<values>ternary|nf4|fp4|lut(?P<bits>[1-8])|e4m3|e5m2)(-g(?P<group>[1-9]\d*))?"
@@ -74,6 +76,8 @@ _WIDE_VALUES = ("e4m3", "e5m2")
 _PLANE_WIDTHS: dict[int, tuple[int, ...]] = {
     1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,),
 }  # fmt: skip
+# The planes of 4 and 2 upper bits are weights of their own.
+_NESTED_WIDTHS: dict[int, tuple[int, ...]] = {2: (2,), 4: (2, 2), 8: (4, 2, 2)}
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,8 @@ class Codec:
         values: Values = "integer"
         if match is not None:
             zero = match["zero"]
+            if zero == "nested":
+                zero, values = None, "nested"
         else:
             match = _TABLE.fullmatch(text)
             if match is None:
@@ -139,7 +145,7 @@ class Codec:
     @functools.cached_property
     def plane_widths(self) -> tuple[int, ...]:
         """Bits of each plane, the lowest bits of the code first: 3 → (2, 1)."""
-        return _PLANE_WIDTHS[self.bits]
+        return (_NESTED_WIDTHS if self.values == "nested" else _PLANE_WIDTHS)[self.bits]
 
     @property
     def levels(self) -> int:
@@ -149,7 +155,7 @@ class Codec:
     @property
     def is_table(self) -> bool:
         """Whether codes stand for the entries of a table, not for whole numbers."""
-        return self.values not in ("integer", "ternary")
+        return self.values not in ("integer", "nested", "ternary")
 
     @property
     def zero_code(self) -> float:
@@ -160,6 +166,8 @@ class Codec:
         """
         if self.values == "ternary":
             return 1.0
+        if self.values == "nested":
+            return (self.levels - 1) / 2
         return 0.5 if self.bits == 1 else float(1 << (self.bits - 1))
 
     @property
@@ -209,6 +217,13 @@ def _text_of(codec: Codec) -> str:
                 f"code must fit int8), got {codec.bits} bits, zero {codec.zero!r}"
             )
         return f"int{codec.bits}{grouped}{_TEXT_OF_ZERO[codec.zero]}{wide}"
+    if values == "nested":
+        if codec.bits not in _NESTED_WIDTHS or codec.zero != "none" or wide not in ("", "-s32"):
+            raise ValueError(
+                "codec values 'nested' needs 2, 4 or 8 bits, zero 'none' and scales in fp16 or "
+                f"fp32, got {codec.bits} bits, zero {codec.zero!r}, {scale}"
+            )
+        return f"int{codec.bits}{grouped}-nested{wide}"
     if values not in ("learned", *value_tables.BITS):
         known = ("integer", "learned", *value_tables.BITS)
         raise ValueError(f"codec values must be one of {known}, got {values!r}")

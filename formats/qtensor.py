@@ -153,6 +153,14 @@ class QTensor:
         entries = value_tables.table(self.codec.values)
         return torch.tensor(entries, dtype=torch.float32, device=self.device)
 
+    def nested(self, bits: int) -> QTensor:
+        """This weight in `bits` bits. Of a "-nested" codec (8 -> 4 -> 2 bits) it shares the codes
+        and reads only its own planes; keep it, since views of a backend hang on it. Ordinary codes
+        are rounded to the nearest multiple (MatQuant) and packed anew. ValueError for others."""
+        from lath.formats.nested import nested_view
+
+        return nested_view(self, bits)
+
     def to(self, device: torch.device | str) -> QTensor:
         """The same weight on another device; itself if it is there already."""
         target = torch.device(device)
@@ -286,6 +294,9 @@ def _check_tensors(weight: QTensor) -> None:
                 f"{name} of a {weight.codec} {weight.shape} must be {dtype} {list(shape)}, "
                 f"got {tensor.dtype} {list(tensor.shape)}"
             )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} of a {weight.codec} must be contiguous, it has strides "
+                             f"{tensor.stride()}")  # fmt: skip
         if tensor.device != weight.codes.device:
             raise ValueError(f"{name} is on {tensor.device}, codes are on {weight.codes.device}")
 

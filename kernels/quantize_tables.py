@@ -49,12 +49,15 @@ def quantize_in_steps(weight: Tensor, codec: Codec, search: bool, table: Tensor 
         zeros.append(z)
         group += block.shape[1]
     kept = torch.cat(zeros, dim=1).T if codec.zero == "integer" else None
+    if codec.values == "nested":  # no code stands for 0: the scale of a group of zeros must
+        scales = torch.where(exact.T == 0, 0, scales)
     if outer is not None and codec.scale_dtype in ("int8", "fp8"):
         outer = torch.nn.functional.pad(outer, pad)
     return QTensor(
         codec, (rows, weight.shape[1]), packing.pack(torch.cat(codes, dim=1), codec),
-        torch.nn.functional.pad(scales, pad),
-        None if kept is None else torch.nn.functional.pad(kept, pad),
+        # Nothing to pad leaves the strides of a transpose, which no kernel follows.
+        torch.nn.functional.pad(scales, pad).contiguous(),
+        None if kept is None else torch.nn.functional.pad(kept, pad).contiguous(),
         outer, entries if codec.values == "learned" else None,
     )  # fmt: skip
 
@@ -112,6 +115,8 @@ def _exact_scale(block: Tensor, codec: Codec, entries: Tensor) -> Tensor:
     if codec.values == "ternary":
         return block.double().abs().mean(dim=-1).float()
     amax = block.abs().amax(dim=-1)
+    if codec.values == "nested":
+        return amax / (codec.levels // 2)
     if codec.is_table:
         return amax / entries[torch.isfinite(entries)].abs().max()
     if codec.zero == "integer":
@@ -127,6 +132,9 @@ def _nearest(block: Tensor, scale: Tensor, codec: Codec, entries: Tensor) -> tup
     if codec.is_table:
         return nearest_entry(scaled, entries), zero
     top = codec.levels - 1
+    if codec.values == "nested":
+        code = torch.floor(scaled) + codec.levels // 2
+        return code.clamp_(0, top).to(torch.uint8), zero
     offset: Tensor | float = codec.zero_code
     if codec.zero == "integer":
         low = block.amin(dim=-1).clamp(max=0) if block.numel() else torch.zeros_like(scale)

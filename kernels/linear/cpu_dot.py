@@ -163,9 +163,12 @@ class _Tile:
             scale = e.broadcast(e.add(scales, 4 * m), F32)
             if reader.record.unit != 1:
                 scale = e.builder.fmul(scale, e.floats(reader.record.unit))
-            total_code = e.broadcast(e.add(sums, 4 * m)) if offsets else None
+            nested = reader.record.stored == "nested"
+            total_code = e.broadcast(e.add(sums, 4 * m)) if offsets or nested else None
             for n in range(self.panels):
                 exact = self._dot(accumulators[m, n])
+                if nested:  # in halves: a group of 65536 still fits
+                    exact = e.builder.add(e.builder.add(exact, exact), total_code)
                 place = self._total((m, n))
                 total = e.load(place, scale.type)
                 if zero == "integer":

@@ -124,12 +124,13 @@ def _run(block: NDArray[np.int64], x: Tensor, bias: Tensor, y: Tensor) -> None:
 
 def _check_weight(record: Record) -> tuple[QTensor, NDArray[np.float64]]:
     """A weight [40, 140] with power-of-two scales, and its values computed here."""
-    if record.stored != "integer":
+    if record.stored not in ("integer", "nested"):
         return _check_table(record)
     rows, columns, group = 40, 140, 48
     rng = np.random.default_rng(0)
     scale_dtype: ScaleDtype = "fp16" if record.half else "fp32"
-    codec = Codec(record.width, group, record.zero, "int8" if record.is_folded else scale_dtype)
+    scale_dtype = "int8" if record.is_folded else scale_dtype
+    codec = Codec(record.width, group, record.zero, scale_dtype, record.stored)
     codes = rng.integers(0, codec.levels, (rows, columns)).astype(np.uint8)
     shape = (codec.num_groups(columns), rows)
     scales: NDArray[Any] = 2.0 ** rng.integers(-2, 3, shape)

@@ -25,7 +25,13 @@ from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import GROUP_MULTIPLE, Codec
 from lath.formats.qtensor import QTensor
-from lath.kernels.linear.cpu_record import VECTOR_BYTES, ByteScale, Record, whole_entries
+from lath.kernels.linear.cpu_record import (
+    VECTOR_BYTES,
+    ByteScale,
+    Record,
+    Stored,
+    whole_entries,
+)
 from lath.kernels.linear.plan import folds_scales, holds_integers
 from lath.kernels.simd.compile import driver
 from lath.kernels.simd.tables import ENTRIES
@@ -125,7 +131,8 @@ def record_of(codec: Codec, kind: Kind, folded: bool = False) -> Record:
     if codec.scale_dtype in ("e8m0", "e4m3"):
         byte_scale = codec.scale_dtype
     if not codec.is_table:
-        return Record(width, codec.zero, half, byte_scale=byte_scale)
+        stored: Stored = "nested" if codec.values == "nested" else "integer"
+        return Record(width, codec.zero, half, stored, byte_scale)
     if codec.values == "fp4" or (codec.values == "e2m3" and kind == "int8"):
         return Record(width, "none", half, codec.values, byte_scale)
     if codec.values in ("nf4", "learned"):

@@ -235,7 +235,7 @@ def decode_bf16(
     WIDTHS: tl.constexpr,
 ):
     """Run RUN (16 columns) of a block: bf16 [rows, 16]."""
-    if WIDTHS[0] == 8:
+    if WIDTHS[0] + WIDTHS[1] + WIDTHS[2] == 8:
         # bf16 has 8 bits of precision: 128 + (q mod 128) is exact, and so is its distance to 128
         # or 256, whichever makes it q - 128.
         codes = eight_words(planes, rows, RUN, 0, 0, HALVES, WIDTHS)
@@ -260,7 +260,7 @@ def decode_int8(
 ):
     """Run RUN (32 columns) of a block: int8 [rows, 32], in the order of the int8 row quantiser."""
     codes = quarter_words(planes, rows, RUN, WIDTHS)
-    if WIDTHS[0] == 8:
+    if WIDTHS[0] + WIDTHS[1] + WIDTHS[2] == 8:
         codes = codes ^ 0x80808080
     return quarters(codes)
 

@@ -227,8 +227,7 @@ def matmul_kernel(
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     token = first_m + tl.arange(0, BLOCK_M)
     row, plane_rows = rows_of_tile(first_n, padded_rows, blocks, BLOCK_N)
-    side = (zeros, row, groups)
-    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table, side)
+    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table, (zeros, row, groups))
     outer = outer_scale(outer, row, OUTER)
     order = tl.arange(0, DEPTH)
     if RUN == 16:
@@ -340,8 +339,7 @@ def decode_kernel(
     """dense [N, K] = the decoded weight: fp32 inside, rounded once. A program per block of K."""
     first_n, block = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     row, plane_rows = rows_of_tile(first_n, padded_rows, blocks, BLOCK_N)
-    side = (zeros, row, groups)
-    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table, side)
+    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table, (zeros, row, groups))
     planes = block_planes(weight, block, WIDTHS)
     outer = outer_scale(outer, row, OUTER)
     order = column_order(16, WIDTHS)
