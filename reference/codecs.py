@@ -66,8 +66,8 @@ def quantize(
     Codes are clipped to 0..L-1; scale and minimum are rounded to their stored dtype before the
     codes are computed; rint rounds half to even, and of two nearest entries of a table the one with
     the even code is taken. A group that is all zero has scale 1, zero 0 and the codes of 0 (one
-    bit, none, and nested: scale 0). L/2 - 1/2 puts ±max|w| half a step outside the outer codes, so that |error|
-    <= scale/2 everywhere, clipping included (up to the scale's rounding).
+    bit, none, and nested: scale 0). L/2 - 1/2 puts ±max|w| half a step outside the outer codes, so
+    that |error| <= scale/2 everywhere, clipping included (up to the scale's rounding).
 
     Scales of 8 bits: see `lath.reference.scales`. table: the entries of a learned codec, ascending;
     None: found by `learn_table`.
@@ -139,7 +139,7 @@ def _quantize_in_steps(
         q, z = nearest(block, effective[g], codec, entries)
         codes[:, g * size : (g + 1) * size], zeros[g] = q, z
     if codec.values == "nested":
-        scales = np.where(exact == 0, np.float32(0), scales).astype(scales.dtype)
+        scales[exact == 0] = 0
     kept = zeros if codec.zero == "integer" else None
     learned = entries if codec.values == "learned" else None
     return Quantised(codes, scales, kept, outer, learned)

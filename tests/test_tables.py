@@ -19,8 +19,8 @@ from lath.formats.qtensor import QTensor
 from lath.reference import codecs
 
 TEXTS = [
-    "int4-g64-s8", "int4-g48-asym-s8", "int2-g16-s8", "int4-g64-fp8", "int2-g48-fp8", "int3-fp8", "int8-g64-nested", "int4-nested-s32",
-    "int2-g48-nested",
+    "int4-g64-s8", "int4-g48-asym-s8", "int2-g16-s8", "int4-g64-fp8", "int2-g48-fp8", "int3-fp8",
+    "int8-g64-nested", "int4-nested-s32", "int2-g48-nested",
     "ternary", "ternary-g64", "ternary-g32-s32",
     "nf4-g64", "nf4-g64-dq", "nf4-s32", "fp4-g64", "fp4-g16-dq", "lut4-g128", "lut3-g64-dq", "lut8",
     "lut1-g16", "e4m3", "e4m3-g48", "e5m2-g128", "mxfp4", "mxfp6", "mxfp6-e3m2", "mxfp8",
