@@ -76,6 +76,17 @@ SYSTEMS = (
         "test_cpu_tables.py::test_bounds",
     ),
     _linear(
+        "MatQuant",
+        '`weight = quantize(w, "int8-g64-nested")`, `weight.nested(4)`, `weight.nested(2)`',
+        "views of one store, half a step beside whole numbers so that no rounding is left to do; "
+        "ordinary int8 codes are sliced as published and packed anew; training is not part of it",
+        "test_nested.py::test_slices_of_all_codes",
+        "test_nested.py::test_ordinary_codes_are_rounded",
+        "test_nested.py::test_the_view_is_the_end_of_the_store",
+        "test_nested.py::test_views_of_one_weight_run_and_read_their_share",
+        "test_nested.py::test_parity",
+    ),
+    _linear(
         "DGQ",
         '`linear(x, "int4-g128-s8", activations="int8")`, `quantize(…, search=True)`',
         "scales of groups are multiplied into the codes: one int8 dot, summed in int32 over all K",

@@ -30,6 +30,8 @@ COVER = {
     "mxfp8 fp16 fp8-g128 2048 False": "e4m3",
     "e5m2-g128 fp16 fp8-e5m2 2048 False": "fp16",
     "int4-g64 fp16 fp8 2048 False": "fp16",
+    "int8-g64-nested fp16 float 2048 False": "fp16",
+    "int4-g64-nested bf16 int8-g64 2048 False": "int8",
 }
 # Each with one token or sixteen on one architecture at every run, the others when there is time.
 MATRIX = [
