@@ -45,6 +45,18 @@ MATRIX = [
 ]  # fmt: skip
 
 
+# ptxas puts 8 bytes on the stack that the loop never touches.
+BESIDE_THE_LOOP = {("sm_100", 16, "int6-g128 bf16 int6-g128 2048 True"): 8}
+
+
+def multiplied(plan: Plan, architecture: str) -> str:
+    """What an E4M3 dot becomes: sm_90 and sm_100 take 8-bit floats only with 64 rows on the left
+    for four warps (and sm_100 not even those of 16 tokens); Triton multiplies smaller tiles as
+    fp16, which holds the same numbers."""
+    small = architecture == "sm_100" or (architecture == "sm_90" and plan.warps != 4)
+    return "fp16" if plan.dot == "e4m3" and small else plan.dot
+
+
 def plan_of(text: str, tokens: int, architecture: str) -> Plan:
     codec, dtype, activations, columns, _ = text.split()
     return plan_linear(
@@ -58,8 +70,11 @@ def test_the_planner_picks_what_compiles(text: str, tokens: int, architecture: s
     plan = plan_of(text, tokens, architecture)
     native = COVER[text] != "e4m3" or has_e4m3(architecture)
     assert plan.dot == (COVER[text] if native else "fp16")
+    stack = BESIDE_THE_LOOP.get((architecture, tokens, text), 0)
     for found in record(text, plan, architecture):
-        check(found, plan.dot)
+        check(found, multiplied(plan, architecture), stack)
+        if stack and found.name in LOOPS:
+            assert not analyze(compile_recorded(found)).hot.counts.get("local", 0)
 
 
 # As in test_aot_linear.py: instructions per weight in the hot loop, 16 tokens; measured, and 8 %.
@@ -67,8 +82,8 @@ def test_the_planner_picks_what_compiles(text: str, tokens: int, architecture: s
 FIGURES = [
     ("int4-g128-s8 fp16 int8 2048 False", 1.73),
     ("int4-g128 fp16 int8-g128 2048 False", 2.64),
-    ("int4-g128-fp8 fp16 fp8 2048 False", 4.40),
-    ("e4m3 fp16 fp8 2048 False", 1.00),
+    ("int4-g128-fp8 fp16 fp8 2048 False", 4.10),
+    ("e4m3 fp16 fp8 2048 False", 0.84),
 ]
 
 

@@ -295,14 +295,17 @@ def _tile(
         or codec.values in LOOKED_UP
         or (dot != "int8" and 1 in codec.plane_widths)
     )
+    # Rounding to E4M3 by hand needs still more: from nine tokens on, but where the codes go left.
+    rounds = codec.scale_dtype == "fp8" and OPERAND_BYTES[dot] == 2
+    many = 8 if rounds and device.capability != 90 else 16
     swap, warps = False, 4
     tokens = _power_of_two(m, 16, 64)
     rows = 128 if n >= 128 * device.compute_units or tokens == 64 else 64
     if _has_no_tensor_core(dot, device):
         tokens, rows, warps = 16, 32, 8
-    elif device.kind == "cuda" and m > 16 and (is_fine or _has_tensor_memory(device)):
+    elif device.kind == "cuda" and m > many and (is_fine or rounds or _has_tensor_memory(device)):
         # Larger tiles spill here, or take the longer path through tensor memory.
-        swap, tokens, rows, warps = True, 32, 64, 2
+        swap, tokens, rows, warps = True, min(tokens, 32), 64, 2
     elif device.kind == "cuda" and m <= 8:
         # Two warps keep to the small dot of 8 tokens on every architecture.
         swap, tokens, rows, warps = True, 8, 64, 2
