@@ -7,7 +7,8 @@ far each codec is from what one core can read,
 
     python bench/bench_linear.py [--tokens 1,8,128] [--codecs mxfp4/int8,nf4-g64/float] [--rounds 9]
 
-which writes bench/results/codecs_cpu.md and codecs_cpu.json.
+which writes bench/results/codecs_cpu.md and codecs_cpu.json; with `--rows activations` it takes the
+activation formats and the codecs that go with them instead (activations_cpu).
 """
 
 from __future__ import annotations
@@ -43,6 +44,13 @@ TABLE_CODECS = (
     "mxfp4/int8-g32", "nvfp4/int8", "mxfp6/int8", "nf4-g64/int8-g64", "nf4-g64/float",
     "mxfp4/float", "e4m3/float", "e4m3/int8",
 )  # fmt: skip
+# FlexQ, W8A8, DGQ beside the same codes with a sum for each group, FireQ, E4M3, views of one store.
+ACTIVATION_CODECS = (
+    "int6-g128/int6-g128", "int8/int8", "int4-g128/int8-g128", "int4-g128-s8/int8-g128",
+    "int4-g128-s8/int8", "int4-g32-s8/int8-g32", "int4-g32-s8/int8", "int4-g128-fp8/fp8",
+    "e4m3/fp8", "int8-g64-nested/int8-g64", "int4-g64-nested/int8-g64", "int2-g64-nested/int8-g64",
+)  # fmt: skip
+ROWS = {"codecs": TABLE_CODECS, "activations": ACTIVATION_CODECS}
 # Blocks of calls in turn: long against the clock, short against what else the machine does.
 BLOCK_SECONDS = 0.03
 
@@ -177,17 +185,23 @@ def main() -> None:
     parser = report.parser_of(__doc__)
     parser.add_argument("--shape", default="2560x6912", help="K x N")
     parser.add_argument("--tokens", default="1,8,128")
-    parser.add_argument("--codecs", default=",".join(TABLE_CODECS))
+    parser.add_argument("--rows", choices=tuple(ROWS), default="codecs")
+    parser.add_argument("--codecs", help="in place of those of --rows")
     options = report.parsed(parser)
     if options.threads != 1:
         parser.error(f"--threads must be 1: CPU time is that of one thread, got {options.threads}")
     k, n = (int(part) for part in options.shape.split("x"))
     rows = []
+    names = options.codecs.split(",") if options.codecs else list(ROWS[options.rows])
     for m in (int(part) for part in options.tokens.split(",")):
-        rows += rows_of(options.codecs.split(","), m, k, n, options.rounds)
+        rows += rows_of(names, m, k, n, options.rounds)
     command = report.command_of("bench_linear.py")
     report.save(
-        options, "codecs_cpu", as_markdown(rows, options.shape, command), command, rows=rows
+        options,
+        f"{options.rows}_cpu",
+        as_markdown(rows, options.shape, command),
+        command,
+        rows=rows,
     )
 
 

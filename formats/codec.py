@@ -13,6 +13,8 @@ A scale is stored in fp16 or fp32, or in 8 bits below a second scale:
     "e8m0"    2**(byte - 127)
     "e4m3"    E4M3 byte * an fp32 scale of the tensor
     "int8"    byte * an fp16 scale of the row
+    "fp8"     E4M3 byte below an fp32 scale of the row, with each product rounded to E4M3:
+              weight[n, k] = outer[n] * E4M3(byte * (code[n, k] - zero_code))
 
 Text forms: the table of `GRAMMAR`.
 """
@@ -28,7 +30,7 @@ from lath.formats import values as value_tables
 from lath.formats.values import Values
 
 Zero = Literal["none", "integer", "float"]
-ScaleDtype = Literal["fp16", "fp32", "int8", "e8m0", "e4m3"]
+ScaleDtype = Literal["fp16", "fp32", "int8", "fp8", "e8m0", "e4m3"]
 
 # Sixteen codes of a row are the finest run that every packed word keeps together (DESIGN.md, 2).
 GROUP_MULTIPLE = 16
@@ -37,6 +39,10 @@ GROUP_MULTIPLE = 16
 GRAMMAR_TABLE = {
     "int{1..8}[-gG][-asym|-fzero][-s32|-s8]": "whole numbers; -s8 (4 bits or fewer): int8 group "
     "scales under an fp16 scale of the row, scale * code fits int8 (DGQ)",
+    "int{2..4}[-gG]-fp8": "E4M3 group scales under an fp32 scale of the row; scale * code is "
+    "rounded to E4M3 (FireQ)",
+    "int{8|4|2}[-gG]-nested[-s32]": "half a step beside whole numbers; `nested(4)` and `nested(2)` "
+    "are views of the same codes (MatQuant)",
     "ternary[-gG][-s32]": "-1, 0, 1 times the mean of |w|, of the tensor or the group (BitNet)",
     "nf4|fp4[-gG][-s32|-dq]": "normal quantiles; E2M1. -dq: 8-bit group scales under an fp16 one",
     "lut{1..8}[-gG][-s32|-dq]": "a table of the tensor's own, by k-means",
@@ -46,7 +52,7 @@ GRAMMAR_TABLE = {
 }
 GRAMMAR = "one of " + "; ".join(GRAMMAR_TABLE) + " (G a multiple of 16), for example 'int4-g128'"
 _INTEGER = re.compile(
-    r"int(?P<bits>[1-8])(-g(?P<group>[1-9]\d*))?(-(?P<zero>asym|fzero))?(-(?P<scale>s32|s8))?"
+    r"int(?P<bits>[1-8])(-g(?P<group>[1-9]\d*))?(-(?P<zero>asym|fzero|nested))?(-(?P<scale>s32|s8|fp8))?"
 )
 _TABLE = re.compile(
     r"(?P<values>ternary|nf4|fp4|lut(?P<bits>[1-8])|e4m3|e5m2)(-g(?P<group>[1-9]\d*))?"
@@ -55,7 +61,7 @@ _TABLE = re.compile(
 _ZERO_OF_TEXT: dict[str | None, Zero] = {None: "none", "asym": "integer", "fzero": "float"}
 _TEXT_OF_ZERO: dict[Zero, str] = {"none": "", "integer": "-asym", "float": "-fzero"}
 _SCALE_OF_TEXT: dict[str | None, ScaleDtype] = {
-    None: "fp16", "s32": "fp32", "s8": "int8", "dq": "int8",
+    None: "fp16", "s32": "fp32", "s8": "int8", "dq": "int8", "fp8": "fp8",
 }  # fmt: skip
 # The formats with fixed groups and scales: values, bits, group, scale.
 _FIXED: dict[str, tuple[Values, int, int, ScaleDtype]] = {
@@ -70,6 +76,8 @@ _WIDE_VALUES = ("e4m3", "e5m2")
 _PLANE_WIDTHS: dict[int, tuple[int, ...]] = {
     1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,),
 }  # fmt: skip
+# The planes of 4 and 2 upper bits are weights of their own.
+_NESTED_WIDTHS: dict[int, tuple[int, ...]] = {2: (2,), 4: (2, 2), 8: (4, 2, 2)}
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,8 @@ class Codec:
         values: Values = "integer"
         if match is not None:
             zero = match["zero"]
+            if zero == "nested":
+                zero, values = None, "nested"
         else:
             match = _TABLE.fullmatch(text)
             if match is None:
@@ -135,7 +145,7 @@ class Codec:
     @functools.cached_property
     def plane_widths(self) -> tuple[int, ...]:
         """Bits of each plane, the lowest bits of the code first: 3 → (2, 1)."""
-        return _PLANE_WIDTHS[self.bits]
+        return (_NESTED_WIDTHS if self.values == "nested" else _PLANE_WIDTHS)[self.bits]
 
     @property
     def levels(self) -> int:
@@ -145,7 +155,7 @@ class Codec:
     @property
     def is_table(self) -> bool:
         """Whether codes stand for the entries of a table, not for whole numbers."""
-        return self.values not in ("integer", "ternary")
+        return self.values not in ("integer", "nested", "ternary")
 
     @property
     def zero_code(self) -> float:
@@ -156,13 +166,18 @@ class Codec:
         """
         if self.values == "ternary":
             return 1.0
+        if self.values == "nested":
+            return (self.levels - 1) / 2
         return 0.5 if self.bits == 1 else float(1 << (self.bits - 1))
 
     @property
     def largest_inner_scale(self) -> int:
-        """The largest byte of an "int8" scale: of whole numbers, byte * |code - zero| fits int8."""
+        """The largest "int8" or "fp8" scale: of whole numbers, scale * |code - zero| is at most
+        127, or 448."""
         if self.is_table:
             return 255
+        if self.scale_dtype == "fp8":
+            return 448 // int(self.zero_code)
         most = self.levels - 1 if self.zero == "integer" else int(self.zero_code)
         return 127 // most
 
@@ -181,21 +196,34 @@ def _text_of(codec: Codec) -> str:
     for name, fixed in _FIXED.items():
         if fixed == (values, codec.bits, codec.group, scale) and codec.zero == "none":
             return name
-    names = ("fp16", "fp32", "int8")
+    names = ("fp16", "fp32", "int8", "fp8")
     if scale not in names:
         raise ValueError(
             f"codec scale_dtype must be one of {names}, or that of {tuple(_FIXED)} with their "
             f"values and group, got {scale!r}"
         )
     grouped = "" if codec.group is None else f"-g{codec.group}"
-    wide = {"fp16": "", "fp32": "-s32", "int8": "-s8" if values == "integer" else "-dq"}[scale]
+    wide = {"fp16": "", "fp32": "-s32", "int8": "-s8" if values == "integer" else "-dq",
+            "fp8": "-fp8"}[scale]  # fmt: skip
     if values == "integer":
+        if scale == "fp8" and (codec.zero != "none" or not 2 <= codec.bits <= 4):
+            raise ValueError(
+                "codec scale_dtype 'fp8' needs 2 to 4 bits and zero 'none', "
+                f"got {codec.bits} bits, zero {codec.zero!r}"
+            )
         if scale == "int8" and (codec.zero == "float" or codec.bits > 4 or codec.bits == 1):
             raise ValueError(
                 "codec scale_dtype 'int8' needs 2 to 4 bits and zero 'none' or 'integer' (scale * "
                 f"code must fit int8), got {codec.bits} bits, zero {codec.zero!r}"
             )
         return f"int{codec.bits}{grouped}{_TEXT_OF_ZERO[codec.zero]}{wide}"
+    if values == "nested":
+        if codec.bits not in _NESTED_WIDTHS or codec.zero != "none" or wide not in ("", "-s32"):
+            raise ValueError(
+                "codec values 'nested' needs 2, 4 or 8 bits, zero 'none' and scales in fp16 or "
+                f"fp32, got {codec.bits} bits, zero {codec.zero!r}, {scale}"
+            )
+        return f"int{codec.bits}{grouped}-nested{wide}"
     if values not in ("learned", *value_tables.BITS):
         known = ("integer", "learned", *value_tables.BITS)
         raise ValueError(f"codec values must be one of {known}, got {values!r}")
@@ -209,7 +237,7 @@ def _text_of(codec: Codec) -> str:
         if scale != "fp32":
             raise ValueError(f"codec scale_dtype of {values!r} must be 'fp32', got {scale!r}")
         return f"{values}{grouped}"
-    if values in ("e2m3", "e3m2") or (values == "ternary" and scale == "int8"):
+    if values in ("e2m3", "e3m2") or (values == "ternary" and scale == "int8") or scale == "fp8":
         raise ValueError(f"codec values {values!r} cannot have {scale} scales in groups {grouped}")
     name = f"lut{codec.bits}" if values == "learned" else values
     return f"{name}{grouped}{wide}"

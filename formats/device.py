@@ -71,6 +71,14 @@ def known_device(architecture: str) -> DeviceDescription:
     return KNOWN_DEVICES[architecture]
 
 
+def has_e4m3(architecture: str) -> bool:
+    """Whether Triton has E4M3 (OCP) numbers and their dot on "sm_90", "gfx950", ..., "interpreter";
+    elsewhere fp16 holds them. gfx942 has only numbers of another bias."""
+    if architecture.startswith("sm_"):
+        return int(architecture[3:]) >= 89
+    return architecture in ("gfx950", "interpreter")
+
+
 @functools.cache
 def describe_gpu(index: int) -> DeviceDescription:
     """The GPU `cuda:index` of this machine, read from the driver once."""

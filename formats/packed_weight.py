@@ -208,6 +208,10 @@ def check_layout(
                 f"{name} of a {weight.codec} {weight.shape} must be {dtype} {list(shape)}, "
                 f"got {tensor.dtype} {list(tensor.shape)}"
             )
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} of a {weight.codec} must be contiguous, it has strides {tensor.stride()}"
+            )
         if tensor.device != weight.codes.device:
             raise ValueError(f"{name} is on {tensor.device}, codes are on {weight.codes.device}")
 

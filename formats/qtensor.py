@@ -13,11 +13,11 @@ from lath.formats.codec import Codec
 from lath.formats.packed_weight import PackedWeight, check_layout, check_names
 
 SCALE_DTYPES = {
-    "fp16": torch.float16, "fp32": torch.float32, "int8": torch.uint8, "e8m0": torch.uint8,
-    "e4m3": torch.uint8,
+    "fp16": torch.float16, "fp32": torch.float32, "int8": torch.uint8, "fp8": torch.uint8,
+    "e8m0": torch.uint8, "e4m3": torch.uint8,
 }  # fmt: skip
 # What a second scale is stored in, where the first one has 8 bits and needs one.
-OUTER_DTYPES = {"int8": torch.float16, "e4m3": torch.float32}
+OUTER_DTYPES = {"int8": torch.float16, "fp8": torch.float32, "e4m3": torch.float32}
 
 
 class QTensor(PackedWeight):
@@ -27,7 +27,8 @@ class QTensor(PackedWeight):
     (`lath.formats.packing`). scales: `[G, N16]` in the codec's scale dtype, G groups along K and
     N16 = N rounded up to 16. zeros: `[G, N16]`, uint8 for an integer zero point, the scale dtype
     for a float minimum, or None. Padded rows and columns hold code 0, scale 0, zero 0. outer: the
-    scale of the scales, fp16 `[N16]` below "int8", fp32 `[1]` below "e4m3", else None. table: fp32
+    scale of the scales, `[N16]` fp16 below "int8" and fp32 below "fp8", fp32 `[1]` below "e4m3",
+    else None. table: fp32
     `[levels]`, ascending, of learned values, else None.
 
     Treated as immutable: `to` and `dequantize` make new tensors, nothing writes into these.
@@ -104,6 +105,11 @@ class QTensor(PackedWeight):
             per_row = side[:, :rows].float().T
             return per_row.repeat_interleave(group, dim=1)[:, :columns]
 
+        if self.codec.scale_dtype == "fp8":
+            assert self.outer is not None
+            inner = expand(self.scales.view(torch.float8_e4m3fn))
+            entries = ((codes.float() - self.codec.zero_code) * inner).to(torch.float8_e4m3fn)
+            return (entries.float() * self.outer[:rows, None]).to(dtype)
         scales = expand(self.effective_scales())
         if self.codec.is_table:
             return (self.entries()[codes.long()] * scales).to(dtype)
@@ -115,11 +121,12 @@ class QTensor(PackedWeight):
         return (numbers * scales + expand(self.zeros)).to(dtype)
 
     def effective_scales(self) -> Tensor:
-        """fp32 [G, N16]: what codes are multiplied by, one product of both scales."""
+        """fp32 [G, N16]: what codes are multiplied by, one product of both scales ("fp8": before
+        the rounding of the products)."""
         kind, stored = self.codec.scale_dtype, self.scales
         if kind == "e8m0":
             return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.int() - 127)
-        if kind == "e4m3":
+        if kind in ("e4m3", "fp8"):
             assert self.outer is not None
             return stored.view(torch.float8_e4m3fn).float() * self.outer
         if kind == "int8":
@@ -134,6 +141,14 @@ class QTensor(PackedWeight):
         entries = value_tables.table(self.codec.values)
         return torch.tensor(entries, dtype=torch.float32, device=self.device)
 
+    def nested(self, bits: int) -> QTensor:
+        """This weight in `bits` bits. Of a "-nested" codec (8 -> 4 -> 2 bits) it shares the codes
+        and reads only its own planes; keep it, since views of a backend hang on it. Ordinary codes
+        are rounded to the nearest multiple (MatQuant) and packed anew. ValueError for others."""
+        from lath.formats.nested import nested_view
+
+        return nested_view(self, bits)
+
     def check_values(self) -> None:
         """Values that no quantiser writes: a scale that is negative or not finite, a zero off
         range."""
@@ -141,11 +156,15 @@ class QTensor(PackedWeight):
         scales = self.effective_scales()
         if not bool(torch.isfinite(scales).all()) or bool((scales < 0).any()):
             raise ValueError(f"scales of a {codec} must be finite and not negative")
-        if codec.scale_dtype == "int8" and bool((self.scales > codec.largest_inner_scale).any()):
-            raise ValueError(
-                f"scales of a {codec} must be {codec.largest_inner_scale} or less, so that scale * "
-                f"code fits int8, got {int(self.scales.max())}"
-            )
+        if codec.scale_dtype in ("int8", "fp8"):
+            inner = self.scales
+            if codec.scale_dtype == "fp8":
+                inner = inner.view(torch.float8_e4m3fn).float()
+            if not bool((inner <= codec.largest_inner_scale).all()):
+                raise ValueError(
+                    f"scales of a {codec} must be {codec.largest_inner_scale} or less, so that "
+                    f"scale * code fits {codec.scale_dtype}, got {float(inner.max()):g}"
+                )
         if self.table is not None and not bool(torch.isfinite(self.table).all()):
             raise ValueError(f"table of a {codec} must be finite")
         if codec.values == "ternary" and bool((self.unpack_codes() > 2).any()):
@@ -169,7 +188,7 @@ def _layout(codec: Codec, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, 
         "integer": torch.uint8,
         "float": SCALE_DTYPES[codec.scale_dtype],
     }[codec.zero]
-    outer = {"int8": (padded,), "e4m3": (1,)}.get(codec.scale_dtype, ())
+    outer = {"int8": (padded,), "fp8": (padded,), "e4m3": (1,)}.get(codec.scale_dtype, ())
     tensors = {
         "codes": ((count,), torch.int32),
         "scales": (side, SCALE_DTYPES[codec.scale_dtype]),

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Family = Literal[
-    "8-bit attention", "key-value cache", "decoding", "sparse selection", "eviction",
-    "ragged batches", "trees",
+    "low-bit linear", "8-bit attention", "key-value cache", "decoding", "sparse selection",
+    "eviction", "ragged batches", "trees",
 ]  # fmt: skip
 
 
@@ -45,7 +45,55 @@ def _selector(name: str, text: str, note: str, *tests: str) -> System:
     return System(name, "sparse selection", how, (*common, *tests), note)
 
 
+def _linear(name: str, how: str, note: str, *tests: str) -> System:
+    return System(name, "low-bit linear", how, tests, note)
+
+
 SYSTEMS = (
+    _linear(
+        "FlexQ",
+        '`linear(x, "int6-g128", activations="int6-g128")`, or "int8-g128" in some layers',
+        "6-bit integers in int8 dots: the same sums as its bit planes on binary tensor cores",
+        "test_activations.py::test_bit_planes_are_the_integer_matmul",
+        "test_activations.py::test_flexq_stores_six_bits",
+        "test_activations.py::test_flexq_patches_each_layer_as_it_asks",
+        "test_activations.py::test_parity",
+    ),
+    _linear(
+        "W8A8",
+        '`linear(x, "int8", activations="int8")`: a scale per row and per token',
+        "",
+        "test_activations.py::test_parity",
+        "test_linear.py::test_parity",
+    ),
+    _linear(
+        "FP8 (E4M3, E5M2)",
+        '`linear(x, "e4m3", activations="fp8")`, "e5m2" and "fp8-e5m2"',
+        "an E4M3 dot where the GPU has one, fp16 that holds the same numbers elsewhere",
+        "test_activations.py::test_no_other_code_is_nearer",
+        "test_scaled_codes.py::test_fp16_stands_in_for_e4m3_exactly",
+        "test_triton_tables.py::test_parity",
+        "test_cpu_tables.py::test_bounds",
+    ),
+    _linear(
+        "MatQuant",
+        '`weight = quantize(w, "int8-g64-nested")`, `weight.nested(4)`, `weight.nested(2)`',
+        "views of one store, half a step beside whole numbers so that no rounding is left to do; "
+        "ordinary int8 codes are sliced as published and packed anew; training is not part of it",
+        "test_nested.py::test_slices_of_all_codes",
+        "test_nested.py::test_ordinary_codes_are_rounded",
+        "test_nested.py::test_the_view_is_the_end_of_the_store",
+        "test_nested.py::test_views_of_one_weight_run_and_read_their_share",
+        "test_nested.py::test_parity",
+    ),
+    _linear(
+        "DGQ",
+        '`linear(x, "int4-g128-s8", activations="int8")`, `quantize(…, search=True)`',
+        "scales of groups are multiplied into the codes: one int8 dot, summed in int32 over all K",
+        "test_scaled_codes.py::test_dgq_is_one_integer_sum_over_all_groups",
+        "test_scaled_codes.py::test_scales_that_leave_int8_are_refused",
+        "test_tables.py::test_int8_group_scales_are_one_int8_matmul",
+    ),
     System(
         "SageAttention",
         "8-bit attention",
@@ -90,12 +138,16 @@ SYSTEMS = (
     System(
         "FireQ",
         "key-value cache",
-        '`PagedKV("int4", "int4", key_channel_scales=…)`, `decode_attention(…, query="e4m3")`',
+        '`PagedKV("int4", "int4", key_channel_scales=…)`, `decode_attention(…, query="e4m3")`; '
+        '`linear(x, "int4-g128-fp8", activations="fp8")`',
         (
+            "test_scaled_codes.py::test_fireq_entries_are_rounded_to_e4m3",
+            "test_scaled_codes.py::test_fireq_scales_at_the_edge_of_e4m3",
+            "test_triton_tables.py::test_parity",
             "test_decode_attention.py::test_e4m3_and_fireq",
             "test_channel_scales.py::test_scales_of_pairs_commute_with_rope",
         ),
-        "its attention only: the int4 x fp8 linear is not here yet",
+        "codes times an E4M3 scale of the group, rounded to E4M3; a scale of the row in fp32",
     ),
     System(
         "CacheBlend",

@@ -1,6 +1,7 @@
 """What a code stands for before its scale: whole numbers, or the entries of a table. Pure data.
 
     integer     code - zero (`lath.formats.codec`)
+    nested      code - (levels - 1) / 2: the upper bits of a code are the nearest code of fewer bits
     ternary     code - 1, codes 0, 1, 2
     nf4         the 16 quantiles of a normal distribution of QLoRA (2305.14314), 0 among them
     fp4         E2M1 of the OCP microscaling formats: 0, ½, 1, 1½, 2, 3, 4, 6 and their negatives
@@ -16,7 +17,9 @@ import functools
 import math
 from typing import Literal
 
-Values = Literal["integer", "ternary", "nf4", "fp4", "e2m3", "e3m2", "e4m3", "e5m2", "learned"]
+Values = Literal[
+    "integer", "nested", "ternary", "nf4", "fp4", "e2m3", "e3m2", "e4m3", "e5m2", "learned",
+]  # fmt: skip
 
 # Of the published 16, each the fp32 number nearest to a quantile of N(0, 1) over the largest.
 _NF4 = (

@@ -86,7 +86,7 @@ def patch(
     `*` and `?` ("lm_head", "layers.0", "*_proj"). "lm_head" also means the model's output layer,
     whatever its name. skip=() packs that too; a head that is tied to the embedding is untied first.
     only: patterns of the layers to pack, so that a second call gives others another codec; None
-    packs all. activations: "float", "int8", "int8-gG" or "auto": int8 with the weight's group on a
+    packs all. activations: as for `lath.linear`, or "auto": int8 with the weight's group on a
     CPU, float elsewhere. backend: as for `lath.linear`. search: choose each group's range by
     squared error, slower. dry_run: only report. progress: show a bar; None shows it on a terminal
     when there is much to do.

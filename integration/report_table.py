@@ -6,7 +6,8 @@ import math
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from lath.formats.activations import LARGEST_CODE, activation_format
+from lath.formats import values
+from lath.formats.activations import activation_format
 from lath.integration.text_table import align
 
 if TYPE_CHECKING:
@@ -83,13 +84,19 @@ def _summary(report: PatchReport) -> str:
 
 
 def typical_error(activations: str) -> float:
-    """Relative rounding error of an int8 format on normally distributed inputs.
+    """Relative rounding error of an activation format on normally distributed inputs.
 
-    The largest of g values is near sqrt(2 ln 2g) standard deviations; the step is that over 127,
-    and rounding to a step errs by step / sqrt(12). A per-token scale is counted as g = 1024.
+    Of whole codes: the largest of g values is near sqrt(2 ln 2g) standard deviations; the step is
+    that over the largest code, and rounding to a step errs by step / sqrt(12). A per-token scale is
+    counted as g = 1024. Of floats with m bits of mantissa: the step is 2**-m of a power of two, and
+    numbers between two of those, spread evenly over logarithms, have a mean square of 3 / (2 ln 2).
     """
-    group = activation_format(activations).group or 1024
-    return math.sqrt(2 * math.log(2 * group)) / LARGEST_CODE / math.sqrt(12)
+    fmt = activation_format(activations)
+    if fmt.values is not None:
+        step = 2.0 ** -values.FLOATS[fmt.values][1]
+        return step / math.sqrt(12 * 3 / (2 * math.log(2)))
+    group = fmt.group or 1024
+    return math.sqrt(2 * math.log(2 * group)) / fmt.largest / math.sqrt(12)
 
 
 def _groups(rows: list[PatchRow]) -> list[list[PatchRow]]:

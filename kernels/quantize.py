@@ -29,7 +29,7 @@ def quantize(
     table: fp32 [levels], ascending, of a learned codec; None: found here.
     """
     rows, columns = weight.shape
-    if codec.is_table or codec.values == "ternary" or codec.scale_dtype not in ("fp16", "fp32"):
+    if codec.values != "integer" or codec.scale_dtype not in ("fp16", "fp32"):
         return quantize_in_steps(weight, codec, search, table)
     chunk = max(1, _CHUNK_WEIGHTS // max(columns, 1))
     parts = [

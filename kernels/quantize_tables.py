@@ -49,12 +49,15 @@ def quantize_in_steps(weight: Tensor, codec: Codec, search: bool, table: Tensor 
         zeros.append(z)
         group += block.shape[1]
     kept = torch.cat(zeros, dim=1).T if codec.zero == "integer" else None
-    if outer is not None and codec.scale_dtype == "int8":
+    if codec.values == "nested":  # no code stands for 0: the scale of a group of zeros must
+        scales = torch.where(exact.T == 0, 0, scales)
+    if outer is not None and codec.scale_dtype in ("int8", "fp8"):
         outer = torch.nn.functional.pad(outer, pad)
     return QTensor(
         codec, (rows, weight.shape[1]), packing.pack(torch.cat(codes, dim=1), codec),
-        torch.nn.functional.pad(scales, pad),
-        None if kept is None else torch.nn.functional.pad(kept, pad),
+        # Nothing to pad leaves the strides of a transpose, which no kernel follows.
+        torch.nn.functional.pad(scales, pad).contiguous(),
+        None if kept is None else torch.nn.functional.pad(kept, pad).contiguous(),
         outer, entries if codec.values == "learned" else None,
     )  # fmt: skip
 
@@ -112,6 +115,8 @@ def _exact_scale(block: Tensor, codec: Codec, entries: Tensor) -> Tensor:
     if codec.values == "ternary":
         return block.double().abs().mean(dim=-1).float()
     amax = block.abs().amax(dim=-1)
+    if codec.values == "nested":
+        return amax / (codec.levels // 2)
     if codec.is_table:
         return amax / entries[torch.isfinite(entries)].abs().max()
     if codec.zero == "integer":
@@ -127,6 +132,9 @@ def _nearest(block: Tensor, scale: Tensor, codec: Codec, entries: Tensor) -> tup
     if codec.is_table:
         return nearest_entry(scaled, entries), zero
     top = codec.levels - 1
+    if codec.values == "nested":
+        code = torch.floor(scaled) + codec.levels // 2
+        return code.clamp_(0, top).to(torch.uint8), zero
     offset: Tensor | float = codec.zero_code
     if codec.zero == "integer":
         low = block.amin(dim=-1).clamp(max=0) if block.numel() else torch.zeros_like(scale)
@@ -183,6 +191,11 @@ def store_scales(exact: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
         inner = torch.where(inner.float() < 2.0**-9, smallest.float(), inner.float())
         return inner.to(torch.float8_e4m3fn).view(torch.uint8), outer.reshape(1)
     top = exact.amax(dim=0) if exact.shape[0] else exact.new_zeros(exact.shape[1])
+    if kind == "fp8":
+        row = _store(top / codec.largest_inner_scale, "fp32", codec)
+        # The largest is within a rounding of the cap, which E4M3 holds: it rounds to it.
+        inner = (exact / row).to(torch.float8_e4m3fn).float().clamp(min=2.0**-9)
+        return inner.to(torch.float8_e4m3fn).view(torch.uint8), row
     row = _store(top / codec.largest_inner_scale, "fp16", codec)
     byte = torch.round(exact / row.float()).clamp_(1, codec.largest_inner_scale)
     return byte.to(torch.uint8), row
@@ -205,7 +218,7 @@ def effective_scales(scales: Tensor, outer: Tensor | None, codec: Codec) -> Tens
         return torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - 127)
     if outer is None:
         return scales.float()
-    inner = scales.view(torch.float8_e4m3fn) if codec.scale_dtype == "e4m3" else scales
+    inner = scales.view(torch.float8_e4m3fn) if codec.scale_dtype in ("e4m3", "fp8") else scales
     return inner.float() * outer.float()
 
 

@@ -14,11 +14,17 @@ from numpy.typing import NDArray
 from lath.formats import values as value_tables
 from lath.formats.codec import Codec
 from lath.reference import floats
+from lath.reference.scales import (
+    SCALE_DTYPES,
+    Floats,
+    Side,
+    effective_scales,
+    in_dtype,
+    scale_in_dtype,
+    store_scales,
+)
 
 PANEL, BLOCK = 16, 128
-SCALE_DTYPES = {"fp16": np.float16, "fp32": np.float32}
-# The smallest scales that are stored: fp16 keeps subnormals everywhere, fp32 ones may be flushed.
-SMALLEST_SCALE = {"fp16": np.float32(2.0**-24), "fp32": np.float32(2.0**-126)}
 # Fractions of the full range that `search` tries; 1 first, so that a tie keeps the widest range.
 SEARCH_RATIOS = [(64 - i) / 64 for i in range(33)]
 # A power of two cannot be shrunk to a fraction: the one below and the one above.
@@ -26,8 +32,6 @@ POWER_RATIOS = [1.0, 2.0, 0.5]
 LLOYD_ROUNDS = 200  # of the k-means that finds a learned table
 
 Codes = NDArray[np.uint8]
-Side = NDArray[np.float16] | NDArray[np.float32] | NDArray[np.uint8]
-Floats = NDArray[np.float32]
 
 
 class Quantised(NamedTuple):
@@ -54,6 +58,7 @@ def quantize(
         float     scale = (hi - lo) / (L - 1)      minimum = lo,
                   lo = min(w), hi = max(w)         code = rint((w - minimum) / scale)
         one bit, none: scale = 2 * mean|w|, code = (w >= 0): the least-squares scale of a sign
+        nested    scale = max|w| / (L/2)           code = floor(w / scale) + L/2
         ternary   scale = mean|w| (of the tensor without groups: BitNet b1.58, 2402.17764)
                                                    code = clip(rint(w / scale), -1, 1) + 1
         a table   scale = max|w| / its largest     code = that of the nearest entry to w / scale
@@ -61,11 +66,11 @@ def quantize(
     Codes are clipped to 0..L-1; scale and minimum are rounded to their stored dtype before the
     codes are computed; rint rounds half to even, and of two nearest entries of a table the one with
     the even code is taken. A group that is all zero has scale 1, zero 0 and the codes of 0 (one
-    bit, none: scale 0). L/2 - 1/2 puts ±max|w| half a step outside the outer codes, so that |error|
-    <= scale/2 everywhere, clipping included (up to the scale's rounding).
+    bit, none, and nested: scale 0). L/2 - 1/2 puts ±max|w| half a step outside the outer codes, so
+    that |error| <= scale/2 everywhere, clipping included (up to the scale's rounding).
 
-    Scales of 8 bits: see `store_scales`. table: the entries of a learned codec, ascending; None:
-    found by `learn_table`.
+    Scales of 8 bits: see `lath.reference.scales`. table: the entries of a learned codec, ascending;
+    None: found by `learn_table`.
 
     search: try the range shrunk to 64/64, 63/64, ... 32/64 (around 0; around the middle for
     "float"; powers of two: itself, twice, half of it) and keep, per group, the first with the least
@@ -75,7 +80,7 @@ def quantize(
     """
     if not np.isfinite(weight).all():
         raise ValueError("weight must be finite: it has NaN or infinity")
-    if codec.is_table or codec.values == "ternary" or codec.scale_dtype not in SCALE_DTYPES:
+    if codec.values != "integer" or codec.scale_dtype not in SCALE_DTYPES:
         return _quantize_in_steps(weight, codec, search, table)
     rows, columns = weight.shape
     size, groups = codec.group_size(columns), codec.num_groups(columns)
@@ -133,6 +138,8 @@ def _quantize_in_steps(
         block = weight[:, g * size : (g + 1) * size].astype(np.float32)
         q, z = nearest(block, effective[g], codec, entries)
         codes[:, g * size : (g + 1) * size], zeros[g] = q, z
+    if codec.values == "nested":
+        scales[exact == 0] = 0
     kept = zeros if codec.zero == "integer" else None
     learned = entries if codec.values == "learned" else None
     return Quantised(codes, scales, kept, outer, learned)
@@ -157,6 +164,8 @@ def exact_scale(block: Floats, codec: Codec, entries: Floats) -> Floats:
     steps = np.float32(codec.levels / 2 - 0.5)
     if codec.values == "ternary":
         amax, steps = np.abs(block.astype(np.float64)).mean(axis=1), np.float32(1)
+    elif codec.values == "nested":
+        steps = np.float32(codec.levels // 2)
     elif codec.is_table:
         steps = np.float32(np.abs(entries[np.isfinite(entries)]).max())
     elif codec.zero == "integer":
@@ -175,6 +184,9 @@ def nearest(
     if codec.is_table:
         return nearest_entry(scaled, entries), zero
     top = codec.levels - 1
+    if codec.values == "nested":
+        code = np.floor(scaled) + np.float32(codec.levels // 2)
+        return np.clip(code, 0, top).astype(np.uint8), zero
     if codec.zero == "integer":
         low = np.minimum(block.min(axis=1), 0)
         zero = np.clip(np.rint(-low / scale), 0, top).astype(np.uint8)
@@ -191,54 +203,6 @@ def nearest_entry(x: Floats, entries: Floats) -> Codes:
     best = order[distance[..., order].argmin(axis=-1)]
     nearest_codes: Codes = codes[best].astype(np.uint8)
     return nearest_codes
-
-
-def store_scales(exact: Floats, codec: Codec) -> tuple[Side, Side | None]:
-    """Exact scales [G, N] → stored scales and the outer ones.
-
-        e8m0   byte = clip(e, -127, 127) + 127, 2**e the largest power of two not above scale * (the
-               mantissa of the table's largest entry): the OCP rule, floor(log2 amax) - emax
-        e4m3   outer = max scale / 448, byte = E4M3(scale / outer), not below its smallest
-        int8   outer = fp16(max scale of the row / cap), byte = clip(rint(scale / outer), 1, cap),
-               cap = `codec.largest_inner_scale`
-
-    Scales 0 (groups of zeros) are stored as 1, or as the smallest byte below an outer scale.
-    """
-    kind = codec.scale_dtype
-    if kind in SCALE_DTYPES:
-        return _scale(exact, codec), None
-    if kind == "e8m0":
-        mantissa = np.float32(np.frexp(np.float32(value_tables.largest(codec.values)))[0] * 2)
-        with np.errstate(divide="ignore"):
-            exponent = np.frexp(np.where(exact == 0, np.float32(1), exact) * mantissa)[1] - 1
-        exponent = np.where(exact == 0, 0, exponent)
-        return (np.clip(exponent, -127, 127) + 127).astype(np.uint8), None
-    if kind == "e4m3":
-        most = exact.max(initial=0)
-        outer = np.float32(most / np.float32(448)) if most > 0 else np.float32(1)
-        outer = np.maximum(outer, SMALLEST_SCALE["fp32"])
-        inner = np.maximum(floats.round_e4m3(exact / outer), 2.0**-9)
-        return floats.encode_e4m3(inner), np.array([outer], np.float32)
-    most = exact.max(axis=0, initial=0)
-    wide = most / np.float32(codec.largest_inner_scale)
-    row = _scale(wide, Codec(8))
-    byte = np.rint(exact / row.astype(np.float32))
-    return np.clip(byte, 1, codec.largest_inner_scale).astype(np.uint8), row
-
-
-def effective_scales(scales: Side, outer: Side | None, codec: Codec) -> NDArray[np.float64]:
-    """What codes are multiplied by, [G, N]: exact, but one fp32 product below an outer scale."""
-    if codec.scale_dtype == "e8m0":
-        power: NDArray[np.float64] = np.ldexp(1.0, scales.astype(np.int64) - 127)
-        return power
-    if outer is None:
-        exact: NDArray[np.float64] = scales.astype(np.float64)
-        return exact
-    inner = scales.astype(np.float32)
-    if codec.scale_dtype == "e4m3":
-        inner = floats.decode_e4m3(scales.astype(np.uint8)).astype(np.float32)
-    product: NDArray[np.float64] = (inner * outer.astype(np.float32)).astype(np.float64)
-    return product
 
 
 def learn_table(
@@ -292,42 +256,29 @@ def _quantize_group(block: Floats, codec: Codec, ratio: np.float32) -> tuple[Cod
     no_zeros = np.zeros(len(block), np.float32)
     if codec.zero == "none" and codec.bits == 1:
         mean = np.abs(block.astype(np.float64)).mean(axis=1)
-        return (block >= 0).astype(np.uint8), _store((2 * mean).astype(np.float32), codec), no_zeros
+        return (
+            (block >= 0).astype(np.uint8),
+            in_dtype((2 * mean).astype(np.float32), codec),
+            no_zeros,
+        )
     if codec.zero == "none":
         absmax = np.abs(block).max(axis=1) * ratio
-        scale = _scale(absmax / np.float32(codec.levels / 2 - 0.5), codec)
+        scale = scale_in_dtype(absmax / np.float32(codec.levels / 2 - 0.5), codec)
         code = np.rint(block / scale[:, None].astype(np.float32)) + np.float32(codec.zero_code)
         return np.clip(code, 0, top).astype(np.uint8), scale, no_zeros
     low, high = block.min(axis=1), block.max(axis=1)
     if codec.zero == "integer":
         low, high = np.minimum(low, 0) * ratio, np.maximum(high, 0) * ratio
-        scale = _scale((high - low) / np.float32(top), codec)
+        scale = scale_in_dtype((high - low) / np.float32(top), codec)
         zero = np.clip(np.rint(-low / scale.astype(np.float32)), 0, top)
         code = np.rint(block / scale[:, None].astype(np.float32)) + zero[:, None]
         return np.clip(code, 0, top).astype(np.uint8), scale, zero.astype(np.uint8)
     shrink = (high - low) * ((1 - ratio) / 2)
-    scale = _scale(((high - shrink) - (low + shrink)) / np.float32(top), codec)
-    minimum = _store(low + shrink, codec)
+    scale = scale_in_dtype(((high - shrink) - (low + shrink)) / np.float32(top), codec)
+    minimum = in_dtype(low + shrink, codec)
     offset = block - minimum[:, None].astype(np.float32)
     code = np.rint(offset / scale[:, None].astype(np.float32))
     return np.clip(code, 0, top).astype(np.uint8), scale, minimum
-
-
-def _scale(exact: Floats, codec: Codec) -> Side:
-    """A positive scale in its stored dtype; 1 where the group has no range."""
-    floor = SMALLEST_SCALE[codec.scale_dtype]
-    return _store(np.where(exact == 0, np.float32(1), np.maximum(exact, floor)), codec)
-
-
-def _store(exact: Floats, codec: Codec) -> Side:
-    with np.errstate(over="ignore"):
-        stored: Side = exact.astype(SCALE_DTYPES[codec.scale_dtype])
-    if not np.isfinite(stored).all():
-        raise ValueError(
-            f"weight is too large for {codec}: a scale or minimum of {np.abs(exact).max():.3g} "
-            f"overflows {codec.scale_dtype}; use '-s32' or scale the weight"
-        )
-    return stored
 
 
 def _decode(
@@ -358,8 +309,13 @@ def dequantize(
     table: Floats | None = None,
 ) -> NDArray[np.float64]:
     """codes [N, K], scales and zeros [G, N] → weight [N, K] float64, exact (two scales: of their
-    fp32 product)."""
+    fp32 product; "fp8": outer * E4M3(scale * (code - zero)))."""
     group = np.arange(codes.shape[1]) // codec.group_size(codes.shape[1])
+    if codec.scale_dtype == "fp8":
+        assert outer is not None
+        inner = floats.decode_e4m3(scales.astype(np.uint8)).T[:, group]
+        entries = floats.round_e4m3((codes - codec.zero_code) * inner)
+        return entries * outer.astype(np.float64)[:, None]
     wide = effective_scales(scales, outer, codec).T[:, group]
     zero = None if zeros is None else zeros.T[:, group]
     return _decode(codes, wide, zero, codec, entries_of(codec, table))

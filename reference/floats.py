@@ -1,4 +1,4 @@
-"""bfloat16 and float8 E4M3 in NumPy, rounded to nearest, ties to even."""
+"""bfloat16 and 8-bit floats in NumPy, rounded to nearest, ties to even."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 E4M3_LARGEST = 448.0
-_E4M3_SMALLEST_EXPONENT = -6  # below it numbers are subnormal: multiples of 2**-9
-_E4M3_MANTISSA = 3
+# Largest number, smallest exponent (below it numbers are subnormal), bits of the mantissa.
+_FLOATS = {"e4m3": (E4M3_LARGEST, -6, 3), "e5m2": (57344.0, -14, 2)}
 
 
 def round_bfloat16(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -30,14 +30,20 @@ def from_bfloat16_bits(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return wide.view(np.float32)
 
 
-def round_e4m3(x: NDArray[np.floating]) -> NDArray[np.float64]:
-    """x rounded to E4M3 and saturated at ±448, as float64. x must be finite."""
+def round_float8(x: NDArray[np.floating], values: str) -> NDArray[np.float64]:
+    """x rounded to "e4m3" or "e5m2" and saturated at ±448 or ±57344, as float64. x must be
+    finite."""
+    largest, smallest, mantissa = _FLOATS[values]
     x64 = np.asarray(x, np.float64)
     exponent = np.frexp(x64)[1] - 1  # |x| = 1.f * 2**exponent
-    exponent = np.maximum(exponent, _E4M3_SMALLEST_EXPONENT)
-    step = np.ldexp(1.0, exponent - _E4M3_MANTISSA)
-    rounded: NDArray[np.float64] = np.clip(np.rint(x64 / step) * step, -E4M3_LARGEST, E4M3_LARGEST)
+    step = np.ldexp(1.0, np.maximum(exponent, smallest) - mantissa)
+    rounded: NDArray[np.float64] = np.clip(np.rint(x64 / step) * step, -largest, largest)
     return rounded
+
+
+def round_e4m3(x: NDArray[np.floating]) -> NDArray[np.float64]:
+    """x rounded to E4M3 and saturated at ±448, as float64. x must be finite."""
+    return round_float8(x, "e4m3")
 
 
 def e4m3_values() -> NDArray[np.float64]:

@@ -3,31 +3,36 @@
     y[m, n] = Σ_k A(x)[m, k] * W[n, k] + bias[n]
 
 W is the decoded weight (`lath.reference.codecs.dequantize`), A the activation format
-(`lath.formats.activations`): "float" is x itself, "int8" the rounded codes times their scale. The
-sum, the scales and the bias are float64 here; a backend computes scales and bias in fp32 and rounds
-once to the type of x.
+(`lath.formats.activations`): "float" is x itself, the others the rounded codes times their scale.
+The sum, the scales and the bias are float64 here; a backend computes scales and bias in fp32 and
+rounds once to the type of x.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from lath.formats.activations import LARGEST_CODE, SMALLEST_ABSMAX, ActivationFormat
+from lath.formats.activations import SMALLEST_ABSMAX, ActivationFormat
 from lath.formats.codec import Codec
+from lath.reference import floats
 from lath.reference.codecs import dequantize
 
 
 def quantize_activations(
     x: NDArray[np.float32], activations: ActivationFormat
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """x [M, K] fp32 → codes int8 [M, K] and scales fp32 [M, groups], for an int8 format.
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """x [M, K] fp32 → codes [M, K] and scales fp32 [M, groups], for a format that rounds.
 
-    A group with NaN or infinity has scale NaN and codes 0; one below 2**-100 scale 1 and codes 0.
+    codes: int8, or of an 8-bit float the numbers, fp32. A group with NaN or infinity has scale NaN
+    and codes 0; one below 2**-100 scale 1 and codes 0.
     """
     tokens, columns = x.shape
     size, groups = activations.group_size(columns), activations.num_groups(columns)
-    codes = np.zeros((tokens, columns), np.int8)
+    codes = np.zeros((tokens, columns), np.int8 if activations.is_integer else np.float32)
+    largest = np.float32(activations.largest)
     scales = np.ones((tokens, groups), np.float32)
     for g in range(groups):
         block = x[:, g * size : (g + 1) * size].astype(np.float32)
@@ -35,10 +40,13 @@ def quantize_activations(
         finite = np.isfinite(block).all(axis=1)
         usable = finite & (absmax >= SMALLEST_ABSMAX)
         safe = np.where(usable, absmax, np.float32(1))
-        inverse = np.float32(LARGEST_CODE) / safe
-        rounded = np.rint(np.where(usable[:, None], block, 0) * inverse[:, None])
-        codes[:, g * size : (g + 1) * size] = rounded.astype(np.int8)
-        scales[:, g] = np.where(usable, safe / np.float32(LARGEST_CODE), np.float32(1))
+        inverse = largest / safe
+        scaled = np.where(usable[:, None], block, np.float32(0)) * inverse[:, None]
+        if activations.values is None:
+            codes[:, g * size : (g + 1) * size] = np.rint(scaled)
+        else:
+            codes[:, g * size : (g + 1) * size] = floats.round_float8(scaled, activations.values)
+        scales[:, g] = np.where(usable, safe / largest, np.float32(1))
         scales[~finite, g] = np.nan
     return codes, scales
 

@@ -54,6 +54,14 @@ def make_weight(
         stored = rng.integers(1, 127, (groups, padded)).astype(np.uint8)
         stored[:, rows:] = 127
         scales, outer = torch.from_numpy(stored), torch.tensor([float(exact.mean()) / 5])
+    elif kind == "fp8":  # all scales that are stored, those near the least number too
+        inner = torch.arange(1, 127, dtype=torch.uint8)
+        inner = inner[inner.view(torch.float8_e4m3fn).float() <= codec.largest_inner_scale]
+        scales = inner[torch.from_numpy(rng.integers(0, len(inner), (groups, padded)))]
+        scales.reshape(-1)[: len(inner)] = inner[: scales.numel()]
+        scales[:, rows:] = 127
+        outer = torch.from_numpy(exact[0] / 50).float()
+        outer[rows:] = torch.nan
     else:
         most = codec.largest_inner_scale
         scales = torch.from_numpy(rng.integers(1, most + 1, (groups, padded)).astype(np.uint8))

@@ -27,6 +27,8 @@ ARCHITECTURES = [
 ]  # fmt: skip
 ROWS = 1024
 LOOPS = ("matmul_kernel", "gemv_kernel")
+# Tensor instructions of a dot, where it is not one of 16-bit floats.
+_FAMILIES = {"int8": ["IMMA", "IGMMA", "UTCI"], "e4m3": ["QMMA", "QGMMA", "UTCQ"]}
 # ptxas stops at a register count that lets one more block run (80, 96, 128, ...) and then puts a
 # few values that the loop hardly needs on the stack. In the full matrix more than this counts as a
 # spill; what the cover and the catalogue launch has none at all.
@@ -135,7 +137,7 @@ def check(found: Specialisation, dot: str, most_stack: int = 0) -> None:
         assert not usage.tensor_instructions, str(found)
         return
     else:
-        families = ["IMMA", "IGMMA", "UTCI"] if dot == "int8" else ["HMMA", "HGMMA", "UTCH"]
+        families = _FAMILIES.get(dot, ["HMMA", "HGMMA", "UTCH"])
     assert any(usage.uses(family) for family in families), f"{found}: {usage.tensor_instructions}"
 
 

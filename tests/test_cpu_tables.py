@@ -28,12 +28,13 @@ from lath.reference import linear as reference
 
 CODECS = [
     "ternary", "ternary-g64", "ternary-g32-s32", "int4-g64-s8", "int3-g48-asym-s8",
+    "int2-g96-asym-s8", "int4-s8", "int4-g64-fp8", "int3-g48-fp8", "int2-fp8",
     "nf4-g64", "nf4-g64-dq", "nf4-s32", "fp4-g64", "fp4-g16-dq", "fp4-s32", "fp4-g128",
     "lut1-g16", "lut2-g32-s32", "lut3-g64-dq", "lut4-g128", "lut5", "lut6-g48", "lut7-g112",
     "lut8-g64", "e4m3", "e4m3-g48", "e5m2-g128", "mxfp4", "mxfp6", "mxfp6-e3m2", "mxfp8",
     "mxfp8-e5m2", "nvfp4",
 ]  # fmt: skip
-ACTIVATIONS = ("float", "int8", "int8-g32", "int8-g64", "int8-g48")
+ACTIVATIONS = ("float", "int8", "int8-g32", "int8-g64", "int8-g48", "int6", "fp8", "fp8-e5m2-g64")
 TOKENS = (1, 2, 7, 9, 33)
 
 
@@ -56,7 +57,14 @@ def make_weight(
     scales = torch.zeros(groups, padded)
     scales[:, :rows] = torch.from_numpy(0.02 + 0.04 * rng.random((groups, rows)))
     outer = None
-    if codec.scale_dtype in ("int8", "e8m0", "e4m3"):
+    if codec.scale_dtype == "fp8":
+        inner = torch.arange(1, 127, dtype=torch.uint8)
+        inner = inner[inner.view(torch.float8_e4m3fn).float() <= codec.largest_inner_scale]
+        scales = inner[torch.from_numpy(rng.integers(0, len(inner), (groups, padded)))]
+        scales[:, rows:] = 0
+        outer = torch.zeros(padded)
+        outer[:rows] = torch.from_numpy(0.001 + 0.002 * rng.random(rows))
+    elif codec.scale_dtype in ("int8", "e8m0", "e4m3"):
         # 8-bit floats reach to 57344: the sums must fit fp16.
         powers = (104, 113) if codec.bits == 8 else (118, 127)
         low, high = {"int8": (1, codec.largest_inner_scale + 1), "e8m0": powers}.get(
@@ -300,6 +308,7 @@ def test_a_wrong_entry_is_seen(text: str) -> None:
         ("rounded", Record(8, "none", False, "e5m2", "e8m0"), "load_e5m2"),
         ("int8", Record(4, "none", False, "fp4", "e4m3"), "load_e4m3"),
         ("int8", Record(8, "none", False, "e2m3", "e8m0"), "load_powers"),
+        ("e5m2", Record(4, "none", True, "table"), "look_up"),
     ],
 )
 def test_a_wrong_kernel_is_refused(
@@ -328,9 +337,11 @@ def test_other_instruction_sets(name: str) -> None:
         import torch; torch.set_num_threads(1)
         from test_cpu_tables import check
         for text in ("fp4-g64", "mxfp4", "nvfp4", "mxfp6", "nf4-g64-dq", "lut2-g32-s32",
-                     "lut5", "e4m3-g48", "mxfp8-e5m2", "ternary"):
+                     "lut5", "e4m3-g48", "mxfp8-e5m2", "ternary", "int4-g32-s8", "int2-asym-s8"):
             for m, activations in ((1, "float"), (1, "int8"), (9, "float"), (9, "int8-g32")):
                 check(text, m, 37, 201, "bf16" if m == 1 else "fp16", activations, True)
+        check("int4-g64-fp8", 9, 37, 201, "fp16", "fp8", True)
+        check("int4-g64", 9, 37, 201, "fp16", "fp8-e5m2", True)
         """,
         **LOWERINGS[name],
     )

@@ -19,7 +19,9 @@ from lath.formats.qtensor import QTensor
 from lath.reference import codecs
 
 TEXTS = [
-    "int4-g64-s8", "int4-g48-asym-s8", "int2-g16-s8", "ternary", "ternary-g64", "ternary-g32-s32",
+    "int4-g64-s8", "int4-g48-asym-s8", "int2-g16-s8", "int4-g64-fp8", "int2-g48-fp8", "int3-fp8",
+    "int8-g64-nested", "int4-nested-s32", "int2-g48-nested",
+    "ternary", "ternary-g64", "ternary-g32-s32",
     "nf4-g64", "nf4-g64-dq", "nf4-s32", "fp4-g64", "fp4-g16-dq", "lut4-g128", "lut3-g64-dq", "lut8",
     "lut1-g16", "e4m3", "e4m3-g48", "e5m2-g128", "mxfp4", "mxfp6", "mxfp6-e3m2", "mxfp8",
     "mxfp8-e5m2", "nvfp4",
@@ -44,7 +46,8 @@ def test_text_forms_round_trip(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("int8-g64-s8", "2 to 4 bits"), ("int4-fzero-s8", "zero"), ("e4m3-s32", "fp32 scales"),
+        ("int8-g64-s8", "2 to 4 bits"), ("int8-fp8", "2 to 4 bits"),
+        ("int4-asym-fp8", "zero"), ("int4-fzero-s8", "zero"), ("e4m3-s32", "fp32 scales"),
         ("ternary-dq", "ternary"), ("mxfp4-g32", "codec must be"), ("nf5", "codec must be"),
         ("lut9", "codec must be"), ("nf4-g8", "multiple of 16"), ("fp4-asym", "codec must be"),
     ],
@@ -146,6 +149,14 @@ def test_no_other_code_is_nearer(text: str) -> None:
             # w / scale is rounded once to fp32 before the nearest is taken.
             assert own <= np.nanmin(distance) + 2.0**-22 * abs(float(weight[n, k]))
     assert not codecs.dequantize(q.codes, q.scales, q.zeros, codec, q.outer, q.table)[2].any()
+
+
+@pytest.mark.parametrize("rows", [16, 21])
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_kernels_read_is_contiguous(text: str, rows: int) -> None:
+    """Nothing to pad must not leave a transpose."""
+    packed = lath.quantize(torch.from_numpy(make_weight(rows)), text)
+    assert all(tensor.is_contiguous() for tensor in packed.tensors.values())
 
 
 @pytest.mark.parametrize("text", TEXTS)

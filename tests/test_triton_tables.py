@@ -78,6 +78,30 @@ CATALOGUE = [
     "int3-g16-s8 3 20 200 fp32 int8-g16 one_sign False | flat fp16 16x32x128",
     "int2-g32-asym-s8 4 20 140 fp32 float normal True | gemv fp32 4x16x128 k2",
     "int4-s8 3 20 200 fp16 float normal False | decode_matmul fp16 16x64x128",
+    "int4-g128-s8 5 37 300 fp16 int8 normal True | flat int8 16x32x128 k2",
+    "int4-g64-asym-s8 17 33 300 bf16 int8 one_sign False | tiled int8 16x32x256 swap",
+    "int3-g96-asym-s8 3 20 300 fp32 int8 normal False | flat int8 8x32x128 k2 swap",
+    "int2-g32-s8 3 20 200 fp32 int6 normal True | flat int8 16x32x128",
+    "int3-s8 5 37 300 fp32 int8-g512 normal False | flat int8 16x32x128",
+    "int4-g48-s8 3 20 200 fp16 int8 normal False | flat fp16 16x32x128",
+    "int4-g128-s8 3 20 300 bf16 int8 normal False | gemv fp32 4x16x128",
+    "int4-g128-fp8 5 37 300 fp16 fp8 normal True | flat e4m3 16x32x128 k2",
+    "int4-g48-fp8 3 20 200 bf16 fp8 one_sign False | flat e4m3 8x32x128 swap",
+    "int3-g16-fp8 17 33 300 fp32 fp8-g64 normal False | tiled e4m3 16x32x256 swap",
+    "int2-fp8 3 20 200 fp32 fp8-g32 normal True | flat e4m3 16x32x128 k2",
+    "int4-g128-fp8 5 37 300 fp16 fp8 normal True | flat fp16 16x32x128 k2",
+    "int4-g64-fp8 3 20 200 bf16 fp8-e5m2 normal False | flat fp16 8x32x128 swap",
+    "int3-g48-fp8 5 37 300 fp16 float normal True | flat fp16 16x32x128",
+    "int4-g32-fp8 3 20 200 bf16 float one_sign False | flat bf16 8x32x128 k2 swap",
+    "int4-g64-fp8 3 20 200 fp32 float normal False | flat fp32 16x32x128",
+    "int2-g16-fp8 2 20 140 fp16 int8 normal True | flat fp16 16x32x128",
+    "int4-g64-fp8 4 16 140 bf16 fp8 normal False | gemv fp32 4x16x128 k2",
+    "int4-g128-fp8 3 20 200 fp16 float normal True | decode_matmul fp16 16x64x128",
+    "e4m3 5 37 300 bf16 fp8 normal True | flat e4m3 16x32x128 k2",
+    "e4m3-g64 17 33 300 fp16 fp8-g128 normal False | tiled e4m3 16x32x256 swap",
+    "mxfp8 3 20 200 fp32 fp8 one_sign False | flat e4m3 8x32x128 swap",
+    "e5m2-g64 3 20 200 fp32 fp8-e5m2 normal True | flat fp16 16x32x128",
+    "nf4-g64 3 20 200 fp16 fp8 normal False | flat fp16 16x32x128 k2",
 ]
 
 
@@ -106,7 +130,7 @@ def test_parity(text: str) -> None:
 TABLES = [
     "nf4-g64", "fp4-g32-dq", "mxfp4", "nvfp4", "mxfp6", "mxfp6-e3m2", "mxfp8", "mxfp8-e5m2", "e4m3",
     "e5m2-g48", "lut1", "lut2-g16", "lut3-g64-dq", "lut4", "lut5-g32", "lut6", "lut7-g64", "lut8",
-    "ternary-g32", "int4-g64-s8", "int2-asym-s8",
+    "ternary-g32", "int4-g64-s8", "int2-asym-s8", "int4-g16-fp8", "int3-g48-fp8", "int2-fp8",
 ]  # fmt: skip
 
 
@@ -245,6 +269,10 @@ CHANGES = [
     ("lut5", "fp32 float", "gemv fp32 4x32x128"),
     ("ternary-g32", "fp32 int8", "flat int8 16x32x128"),
     ("int4-g64-s8", "fp32 float", "gemv fp32 4x32x128"),
+    ("int4-g32-asym-s8", "fp32 int8", "flat int8 16x32x128"),
+    ("int4-g32-fp8", "fp32 fp8", "flat e4m3 16x32x128"),
+    ("int4-g32-fp8", "fp32 float", "flat fp32 16x32x128"),
+    ("e4m3", "fp32 fp8", "flat e4m3 8x32x128 swap"),
 ]
 
 
@@ -292,6 +320,9 @@ def test_one_wrong_number_is_seen(text: str, how: str, chosen: str) -> None:
         "mxfp6-e3m2 3 37 300 fp32 float normal False | gemv fp32 4x32x128 k2",
         "e4m3 5 33 200 bf16 int8 normal True | flat fp16 16x32x256",
         "lut3-g64-dq 5 37 300 fp16 float normal True | decode_matmul fp16 16x32x128",
+        "int4-g96-asym-s8 5 37 300 fp16 int8 normal True | flat int8 16x32x128 k2",
+        "int3-g48-fp8 5 37 300 fp16 fp8 normal True | flat e4m3 8x32x128 k2 swap",
+        "int2-g32-fp8 3 20 200 bf16 fp8-e5m2 normal False | flat fp16 16x32x128",
     ],
 )
 def test_sanitizer_is_clean_and_order_does_not_matter(text: str) -> None:
@@ -320,7 +351,7 @@ def test_the_verb_takes_them(text: str, activations: str) -> None:
 def test_entries_that_are_no_int8_are_refused_an_int8_dot(text: str) -> None:
     weight = make_weight(text, 16, 64, np.random.default_rng(9))
     assert text.split("-g")[0] not in value_tables.UNITS
-    with pytest.raises(ValueError, match=r"plan dot .* 'fp16', as the entries of .* got 'int8'"):
+    with pytest.raises(ValueError, match=r"plan dot .* 'fp16', as int8 times .* got 'int8'"):
         launcher.linear(
             torch.randn(3, 64), weight, None, ActivationFormat("int8"),
             plan_of("flat int8 16x32x128"),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from lath.formats.attention import Precision, QueryFormat, ScoreOptions
-from lath.formats.device import DeviceDescription, known_device
+from lath.formats.device import DeviceDescription, has_e4m3, known_device
 from lath.formats.pages import PAGE, PageFormat
 from lath.formats.plan import Backend, Plan
 
@@ -181,7 +181,7 @@ def _plan_cpu(draft: Plan, case: _Case, why: str) -> Plan:
 
 def multiplies_e4m3(device: DeviceDescription) -> bool:
     """Whether Triton has E4M3 (OCP) numbers and their dot there; elsewhere fp16 stands in."""
-    return device.capability >= 89 or device.architecture == "gfx950"
+    return has_e4m3(device.architecture)
 
 
 def _dot(case: _Case) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lath.formats.activations import SMALLEST_ABSMAX
 from lath.formats.attention import LOG2E, PageView, Queries, ScoreOptions
+from lath.formats.device import has_e4m3
 from lath.formats.pages import PageCodec, PageFormat
 from lath.formats.plan import Plan
 from lath.kernels.attention import triton_attend as loop
@@ -317,13 +318,6 @@ def _fp32_dot(target: str) -> str:
     """How fp32 is multiplied: NVIDIA's tensor cores take it as three products of parts, whose
     error is that of fp32 sums; AMD's take it as it is."""
     return "tf32x3" if target.startswith("sm_") else "ieee"
-
-
-def has_e4m3(target: str) -> bool:
-    """Whether a target ("sm_90", "gfx950", "interpreter") multiplies E4M3; else fp16 does it."""
-    if target.startswith("sm_"):
-        return int(target[3:]) >= 89
-    return target in ("gfx950", "interpreter")
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -1,8 +1,8 @@
 """`linear` on a CPU: compiled kernels over a repacked view of the weight.
 
-int8 activations are multiplied as integers (cpu_dot.py), float ones with codes that become fp32 in
-registers (cpu_float.py): register tiles over the stream of codes, for one token and for many. Where
-a table's entries are no whole numbers, rounded activations go through the float kernel too.
+Activations of whole codes are multiplied as integers (cpu_dot.py), others with codes that become
+fp32 in registers (cpu_float.py): register tiles over the stream of codes, for one token and for
+many. Where a table's entries are no whole numbers, whole codes go through the float kernel too.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class CpuLinear:
         self._kind = kind
         padded, group = view.groups * view.group, activations.group
         self._shared = padded if group is None or group >= self.columns else group
+        self._largest = 0 if activations.kind == "float" else activations.largest
         self._bias = self._padded(bias)
         # By dtype and tokens (8 stands for all above): the address of a block and the block.
         self._launches: dict[
@@ -110,8 +111,9 @@ class CpuLinear:
             raise TypeError(f"x must be float32, float16 or bfloat16, got {dtype}")
         tile = tile_of(self._kind, tokens, self._view.panel_bytes)
         block = linear_block(
-            self._view, self._kind, self._shared, FLOAT_KINDS[dtype], tile, FLOAT_KINDS[y_dtype]
-        )
+            self._view, self._kind, self._shared, self._largest, FLOAT_KINDS[dtype], tile,
+            FLOAT_KINDS[y_dtype],
+        )  # fmt: skip
         launch = self._launches[dtype, y_dtype, min(tokens, 8)] = (block.ctypes.data, block)
         return launch
 

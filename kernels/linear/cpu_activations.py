@@ -1,12 +1,12 @@
-"""Preparing x for the CPU kernels of `linear`: int8 codes or fp32, token tiles interleaved.
+"""Preparing x for the CPU kernels of `linear`: whole codes or fp32, token tiles interleaved.
 
     codes   [M/tile, K'/4, tile] words of four int8 (columns 4i .. 4i+3), or
             [M/tile, K', tile] fp32;  K' = groups * group, columns beyond K are 0
     scales  fp32 [M/tile, groups, tile]
     sums    [M/tile, groups, tile]: int32 sums of codes, or fp32 sums of x
 
-The int8 codes are those of `lath.formats.activations`, bit for bit. Where the weight's numbers are
-not whole, their values code * scale, in fp32, stand in the place of x.
+The codes are those of `lath.formats.activations`, bit for bit. Where they or the weight's numbers
+are not whole, their values code * scale, in fp32, stand in the place of x.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 
 from llvmlite import ir
 
-from lath.formats.activations import LARGEST_CODE, SMALLEST_ABSMAX
+from lath.formats.activations import SMALLEST_ABSMAX
 from lath.kernels.linear.cpu_arguments import Arguments
+from lath.kernels.simd import mathematics
 from lath.kernels.simd.emitter import (
     BYTES,
     F32,
@@ -34,7 +35,7 @@ _QUADS = ir.VectorType(I32, 4)
 
 
 def emit_quantize(e: Emitter, begin: Any, end: Any, arguments: Any, kind: int) -> None:
-    """int8 codes, scales and sums of the tokens [begin, end); tokens beyond M become zeros.
+    """Whole codes, scales and sums of the tokens [begin, end); tokens beyond M become zeros.
 
     kind: type of x in memory.
     """
@@ -45,11 +46,22 @@ def emit_quantize(e: Emitter, begin: Any, end: Any, arguments: Any, kind: int) -
     _visit_groups(e, begin, end, arguments, kind, put)
 
 
-def emit_round(e: Emitter, begin: Any, end: Any, arguments: Any, kind: int) -> None:
-    """As `emit_quantize`, but the numbers that the codes stand for and their sums, as fp32."""
+def emit_round(
+    e: Emitter, begin: Any, end: Any, arguments: Any, kind: int, values: str = ""
+) -> None:
+    """As `emit_quantize`, but the numbers that the codes stand for and their sums, as fp32.
+
+    values: what x is rounded to, an 8-bit float or whole numbers.
+    """
+
+    def rounded(scaled: Any) -> Any:
+        if values:
+            return mathematics.round_float8(e, scaled, values)
+        return e.to_floats(e.nearest(scaled))
 
     def put(token: _Token, group: Any, first: Any, left: Any, scale: Any, inverse: Any) -> None:
-        token.put_side(group, _put_rounded(e, token, first, left, e.splat(scale), inverse))
+        total = _put_rounded(e, token, first, left, e.splat(scale), inverse, rounded)
+        token.put_side(group, total)
 
     _visit_groups(e, begin, end, arguments, kind, put)
 
@@ -179,7 +191,7 @@ def _scale(e: Emitter, token: _Token, first: Any, count: Any) -> tuple[Any, Any,
     token.visit(first, count, use)
     bits = e.largest_lane(largest.value)
     absmax = e.builder.bitcast(bits, F32)
-    top, one = ir.Constant(F32, float(LARGEST_CODE)), ir.Constant(F32, 1.0)
+    top, one = e.builder.sitofp(token.a["largest"], F32), ir.Constant(F32, 1.0)
     small = e.builder.fcmp_ordered("<", absmax, ir.Constant(F32, SMALLEST_ABSMAX))
     finite = e.builder.icmp_unsigned("<", bits, ir.Constant(I32, _INFINITY_BITS))
     scale = e.builder.select(small, one, e.builder.fdiv(absmax, top))
@@ -215,13 +227,20 @@ def _put_values(e: Emitter, token: _Token, first: Any, left: Any) -> Any:
     return e.sum_of_lanes(total.value)
 
 
-def _put_rounded(e: Emitter, token: _Token, first: Any, left: Any, scale: Any, inverse: Any) -> Any:
+def _put_rounded(
+    e: Emitter,
+    token: _Token,
+    first: Any,
+    left: Any,
+    scale: Any,
+    inverse: Any,
+    rounded: Callable[[Any], Any],
+) -> Any:
     """Write code * scale of the group at `first` as fp32; returns their sum."""
     total = e.variable(e.floats(0.0))
 
     def use(column: Any, vector: Any) -> None:
-        codes = e.to_floats(e.nearest(e.builder.fmul(vector, inverse)))
-        values = e.builder.fmul(codes, scale)
+        values = e.builder.fmul(rounded(e.builder.fmul(vector, inverse)), scale)
         total.value = e.builder.fadd(total.value, values)
         token.put_values(column, values)
 

@@ -22,12 +22,13 @@ FIELDS = (
     "groups",  # along K
     "group",  # columns of one, padding included
     "shared",  # columns that share one scale of the activations
+    "largest",  # code of the largest of them
     "tile",  # tokens side by side in `codes`
     "unit",  # panels that a thread takes at a time
     "item",  # bytes of one prepared activation
     "y_type",  # FP32, FP16 or BF16
     "table",  # address of fp32 [16] or [256], for codes that stand for its entries
-    "outer",  # address of the fp32 scale of E4M3 scales
+    "outer",  # address of the fp32 scale of E4M3 scales, or of those of the rows
     # set for each call
     "x",  # address
     "x_stride",  # bytes from a token to the next

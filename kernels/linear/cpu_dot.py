@@ -1,7 +1,8 @@
 """The int8 kernel of `linear` on a CPU: register tiles of tokens and panels, one token included.
 
 It adds `code * activation` in int32 over one group (a view's group is short enough for that,
-`cpu_view.py`), takes the zero point out as `zero * Σ activation`, and scales the exact integer. The
+`cpu_view.py`), takes the zero point out as `zero * Σ activation`, and scales the exact integer: in
+fp32, or where the scales of groups are whole numbers in int32, and then a row once at the end. The
 4-bit codes of a table of whole numbers become its entries by a look-up in a register.
 """
 
@@ -81,8 +82,9 @@ class _Tile:
         x = e.variable(
             e.add(a["codes"], e.multiply(e.multiply(groups_before, a["group"]), self.tokens))
         )
+        nothing = e.constant(0) if reader.record.is_folded else e.floats(0.0)
         for place in self.places:
-            e.store(self._total(place), e.floats(0.0))
+            e.store(self._total(place), nothing)
         moved = e.variable(e.integer(0))
         with e.loop(a["groups"]) as group:
             entry = e.multiply(e.add(groups_before, group), 4 * self.tokens)
@@ -90,7 +92,10 @@ class _Tile:
             accumulators = self._accumulators(sums)
             self._multiply(starts, moved, x, accumulators)
             sides = [e.add(start, moved.value) for start in starts]
-            self._scale(sides, scales, sums, accumulators)
+            if reader.record.is_folded:
+                self._fold(sides, sums, accumulators)
+            else:
+                self._scale(sides, scales, sums, accumulators)
             moved.value = e.add(moved.value, reader.record.side_bytes)
         self._store(columns, token_tile)
 
@@ -158,9 +163,12 @@ class _Tile:
             scale = e.broadcast(e.add(scales, 4 * m), F32)
             if reader.record.unit != 1:
                 scale = e.builder.fmul(scale, e.floats(reader.record.unit))
-            total_code = e.broadcast(e.add(sums, 4 * m)) if offsets else None
+            nested = reader.record.stored == "nested"
+            total_code = e.broadcast(e.add(sums, 4 * m)) if offsets or nested else None
             for n in range(self.panels):
                 exact = self._dot(accumulators[m, n])
+                if nested:  # in halves: a group of 65536 still fits
+                    exact = e.builder.add(e.builder.add(exact, exact), total_code)
                 place = self._total((m, n))
                 total = e.load(place, scale.type)
                 if zero == "integer":
@@ -171,12 +179,41 @@ class _Tile:
                 factor = e.builder.fmul(factors[n], scale)
                 e.store(place, e.fma(e.to_floats(exact), factor, total))
 
-    def _store(self, columns: list[Any], token_tile: Any) -> None:
+    def _fold(self, sides: list[Any], sums: Any, accumulators: Any) -> None:
+        """Add the finished integers of a group, times its whole scales, to the int32 totals."""
+        e, reader = self.e, self.reader
+        factors = [reader.whole_scale(side) for side in sides]
+        offsets: list[Any] = []
+        if reader.record.zero == "integer":
+            offsets = [reader.zero_point(side) for side in sides]
+        for m in range(self.tokens):
+            total_code = e.broadcast(e.add(sums, 4 * m)) if offsets else None
+            for n in range(self.panels):
+                exact = self._dot(accumulators[m, n])
+                if offsets:
+                    exact = e.builder.sub(exact, e.builder.mul(offsets[n], total_code))
+                place = self._total((m, n))
+                e.store(place, e.builder.add(e.load(place), e.builder.mul(exact, factors[n])))
+
+    def _scaled(self, total: Any, panel: Any, scale: Any) -> Any:
+        """A folded total in fp32: times the scales of its rows and of its token (an address)."""
         e = self.e
+        outer = e.load(e.offset(self.a["outer"], panel, VECTOR_BYTES), e.floats(0.0).type)
+        factor = e.builder.fmul(outer, e.broadcast(scale, F32))
+        return e.builder.fmul(e.to_floats(total), factor)
+
+    def _store(self, columns: list[Any], token_tile: Any) -> None:
+        e, folded = self.e, self.reader.record.is_folded
+        groups_before = e.multiply(token_tile, self.a["groups"])
+        scales = e.add(self.a["scales"], e.multiply(groups_before, 4 * self.tokens))
         first = e.multiply(token_tile, self.tokens)
         left = e.clip(e.subtract(self.a["tokens"], first), e.integer(self.tokens))
         with e.loop(left) as m:
             row = e.offset(self.totals, m, VECTOR_BYTES * self.panels)
             for n, panel in enumerate(columns):
-                value = e.load(e.add(row, VECTOR_BYTES * n), e.floats(0.0).type)
+                total = e.add(row, VECTOR_BYTES * n)
+                if folded:
+                    value = self._scaled(e.load(total), panel, e.offset(scales, m, 4))
+                else:
+                    value = e.load(total, e.floats(0.0).type)
                 self.output.store(e.add(first, m), panel, value)

@@ -105,7 +105,7 @@ def _numbers(e: Emitter, reader: RecordReader, at: Any) -> Iterator[Any]:
     for shift in range(0, 8, record.width):
         for byte in range(4):
             code = e.shift_right(word, 8 * byte + shift)
-            if record.stored == "integer":
+            if record.stored in ("integer", "nested"):
                 yield e.to_floats(e.builder.and_(code, mask))
             else:
                 # The bits above the code's own do not matter: sixteen entries repeat the table.
@@ -128,8 +128,9 @@ def _scaled(
     elif reader.record.zero == "integer":
         zero = e.to_floats(reader.zero_point(side))
         dot = e.fma(e.builder.fneg(zero), sum_of_x, dot)
-    elif reader.record.stored == "integer":
-        dot = e.fma(e.floats(-float(reader.record.zero_code)), sum_of_x, dot)
+    elif reader.record.stored in ("integer", "nested"):
+        zero_code = reader.record.zero_code - (0.5 if reader.record.stored == "nested" else 0)
+        dot = e.fma(e.floats(-zero_code), sum_of_x, dot)
     elif reader.record.stored == "e4m3":
         # Here and not in the scale, which may be 2**127.
         dot = e.builder.fmul(dot, e.floats(tables.E4M3_FACTOR))

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lath.formats import values as value_tables
-from lath.formats.activations import LARGEST_CODE
 from lath.formats.codec import Codec, ScaleDtype
 from lath.formats.packing import PANEL, pack, round_up
 from lath.formats.qtensor import SCALE_DTYPES, QTensor
@@ -31,7 +30,11 @@ from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16, FP16, FP32
 from lath.kernels.simd.isa import host_isa
 
-_PREPARATION = {"int8": emit_quantize, "float": emit_widen, "rounded": emit_round}
+# What prepares x, and options of its emission behind the type of x.
+_PREPARATION: dict[Kind, tuple[Any, tuple[str, ...]]] = {
+    "int8": (emit_quantize, ()), "float": (emit_widen, ()), "rounded": (emit_round, ()),
+    "e4m3": (emit_round, ("e4m3",)), "e5m2": (emit_round, ("e5m2",)),
+}  # fmt: skip
 FLOAT_KINDS = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 
 
@@ -41,22 +44,35 @@ def tile_of(kind: Kind, tokens: int, panel_bytes: int) -> tuple[int, int]:
 
 
 def linear_block(
-    view: CpuView, kind: Kind, shared: int, x_type: int, tile: tuple[int, int], y_type: int
+    view: CpuView,
+    kind: Kind,
+    shared: int,
+    largest: int,
+    x_type: int,
+    tile: tuple[int, int],
+    y_type: int,
 ) -> NDArray[np.int64]:
     """The argument block that multiplies x of `x_type` by a view into y of `y_type`.
 
-    shared: columns that share one scale of the activations. Raises RuntimeError if the kernels do
-    not pass their check.
+    shared: columns that share one scale of the activations. largest: code of the largest of them.
+    Raises RuntimeError if the kernels do not pass their check.
     """
     _check(kind, view.record, x_type, tile)
-    return _block(view, kind, shared, x_type, tile, y_type)
+    return _block(view, kind, shared, largest, x_type, tile, y_type)
 
 
 def _block(
-    view: CpuView, kind: Kind, shared: int, x_type: int, tile: tuple[int, int], y_type: int
+    view: CpuView,
+    kind: Kind,
+    shared: int,
+    largest: int,
+    x_type: int,
+    tile: tuple[int, int],
+    y_type: int,
 ) -> NDArray[np.int64]:
     options, rest = view.record.options
-    prepare = compile_kernel(_PREPARATION[kind], x_type)
+    emission, how = _PREPARATION[kind]
+    prepare = compile_kernel(emission, x_type, *how)
     if kind == "int8":
         kernel = compile_kernel(emit_tile, *options, *tile, *rest)
     else:
@@ -71,6 +87,7 @@ def _block(
         groups=view.groups,
         group=view.group,
         shared=shared,
+        largest=largest,
         tile=tile[0],
         unit=tile[1],
         item=1 if kind == "int8" else 4,
@@ -89,13 +106,16 @@ def _check(kind: Kind, record: Record, x_type: int, tile: tuple[int, int]) -> No
     view = build_view(weight, size, record)
     tokens = 1 if tile[0] == 1 else tile[0] + 1
     rng = np.random.default_rng(1)
-    x = rng.integers(-9, 10, (tokens, columns)).astype(np.float32)
-    x[:, ::size] = LARGEST_CODE  # the largest magnitude of every group: its scale is 1
+    # The largest magnitude of every group has the code 127, or 7 where all of 8-bit floats up to
+    # that are whole: its scale is 1.
+    largest = 7 if kind in ("e4m3", "e5m2") else 127
+    x = rng.integers(-7, 8, (tokens, columns)).astype(np.float32)
+    x[:, ::size] = largest
     dtype = next(dtype for dtype, number in FLOAT_KINDS.items() if number == x_type)
     values = torch.from_numpy(x).to(dtype)
     bias = torch.arange(16 * view.panels, dtype=torch.float32)
     y = torch.full((tokens, rows), torch.nan)
-    block = _block(view, kind, size, x_type, tile, FP32)
+    block = _block(view, kind, size, largest, x_type, tile, FP32)
     _run(block, values, bias, y)
     expected = x.astype(np.float64) @ decoded.T + np.arange(rows)
     _require(np.array_equal(y.double().numpy(), expected), f"{kind} {record} tile={tile}")
@@ -110,14 +130,20 @@ def _run(block: NDArray[np.int64], x: Tensor, bias: Tensor, y: Tensor) -> None:
 
 def _check_weight(record: Record) -> tuple[QTensor, NDArray[np.float64]]:
     """A weight [40, 140] with power-of-two scales, and its values computed here."""
-    if record.stored != "integer":
+    if record.stored not in ("integer", "nested"):
         return _check_table(record)
     rows, columns, group = 40, 140, 48
     rng = np.random.default_rng(0)
-    codec = Codec(record.width, group, record.zero, "fp16" if record.half else "fp32")
+    scale_dtype: ScaleDtype = "fp16" if record.half else "fp32"
+    scale_dtype = "int8" if record.is_folded else scale_dtype
+    codec = Codec(record.width, group, record.zero, scale_dtype, record.stored)
     codes = rng.integers(0, codec.levels, (rows, columns)).astype(np.uint8)
     shape = (codec.num_groups(columns), rows)
-    scales = 2.0 ** rng.integers(-2, 3, shape)
+    scales: NDArray[Any] = 2.0 ** rng.integers(-2, 3, shape)
+    outer = None
+    if record.is_folded:
+        scales = rng.integers(1, codec.largest_inner_scale + 1, shape)
+        outer = 2.0 ** rng.integers(-2, 3, rows)
     zeros: NDArray[Any] = np.full(shape, codec.zero_code)
     if record.zero != "none":
         zeros = rng.integers(0, codec.levels, shape)
@@ -129,8 +155,12 @@ def _check_weight(record: Record) -> tuple[QTensor, NDArray[np.float64]]:
         decoded = scales.T[:, of_column] * (codes - zeros.T[:, of_column].astype(np.float64))
         stored = _side(zeros, "uint8") if record.zero == "integer" else None
     packed = pack(torch.from_numpy(codes), codec)
+    above = None
+    if outer is not None:
+        decoded = decoded * outer[:, None]
+        above = _side(outer[None], "fp16")[0]
     scales_stored = _side(scales, codec.scale_dtype)
-    return QTensor(codec, (rows, columns), packed, scales_stored, stored), decoded
+    return QTensor(codec, (rows, columns), packed, scales_stored, stored, above), decoded
 
 
 def _check_table(record: Record) -> tuple[QTensor, NDArray[np.float64]]:

@@ -19,10 +19,11 @@ from lath.kernels.simd.emitter import BF16, F32, FP16, FP32, I8, LANES, Emitter
 
 VECTOR_BYTES = 64
 
-# What a stored code stands for: code - zero, a whole number of a unit (`formats/values.py`), an
-# entry of a table in memory, or an 8-bit float.
-Stored = Literal["integer", "fp4", "e2m3", "table", "e4m3", "e5m2"]
-ByteScale = Literal["", "e8m0", "e4m3"]
+# What a stored code stands for: code - zero, the same half a step beside whole numbers, a whole
+# number of a unit (`formats/values.py`), an entry of a table in memory, or an 8-bit float.
+Stored = Literal["integer", "nested", "fp4", "e2m3", "table", "e4m3", "e5m2"]
+# "int8": a scale of the row above them; activations have one scale a token, and sums are integers.
+ByteScale = Literal["", "int8", "e8m0", "e4m3"]
 
 
 def whole_entries(values: Literal["fp4", "e2m3"]) -> list[int]:
@@ -59,16 +60,16 @@ class Record:
 
     @property
     def zero_code(self) -> int:
-        """The number in the int8 kernel that stands for 0 in a symmetric codec, whatever its bits;
-        0 for what only the float kernel reads."""
-        if self.stored == "integer":
+        """The number in the int8 kernel that stands for 0 in a symmetric codec, whatever its bits
+        ("nested": that for ½); 0 for what only the float kernel reads."""
+        if self.stored in ("integer", "nested"):
             return 1 << (self.width - 1)
         return whole_entries(self.stored)[0] if self.stored in ("fp4", "e2m3") else 0
 
     @property
     def unit(self) -> float:
         """What the whole numbers of the int8 kernel count."""
-        return value_tables.UNITS.get(self.stored, 1.0)
+        return 0.5 if self.stored == "nested" else value_tables.UNITS.get(self.stored, 1.0)
 
     @property
     def is_narrow(self) -> bool:
@@ -79,6 +80,11 @@ class Record:
     def by_column(self) -> bool:
         """Whether the sixteen bytes of a column lie together."""
         return self.width == 8 and self.stored in ("table", "e4m3", "e5m2")
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether the scales of groups are whole numbers, so that a row is summed as integers."""
+        return self.byte_scale == "int8"
 
     @property
     def scale_bytes(self) -> int:
@@ -117,6 +123,10 @@ class RecordReader:
         if self.record.byte_scale == "e4m3":
             return self.e.builder.fmul(tables.load_e4m3(self.e, side), self._outer)
         return self.e.load_floats(side, self._kind)
+
+    def whole_scale(self, side: Any) -> Any:
+        """The scales of a folded record, as int lanes."""
+        return self.e.load_bytes(side)
 
     def zero_point(self, side: Any) -> Any:
         """Integer zero points as int lanes."""

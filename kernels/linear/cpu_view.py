@@ -2,7 +2,8 @@
 
 Codes are widened to 2, 4 or 8 bits and moved so that the stored code of a symmetric zero is
 2**(width - 1) whatever the codec's bits: one kernel serves several codecs. 6-bit floats become the
-8-bit ones that hold them, or whole numbers. A group of the view is the longest run of columns that
+8-bit ones that hold them, or whole numbers, and codes whose products with a scale are E4M3 numbers
+become those. A group of the view is the longest run of columns that
 has one scale of the weight and one of the activations.
 """
 
@@ -24,16 +25,23 @@ from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import GROUP_MULTIPLE, Codec
 from lath.formats.qtensor import QTensor
-from lath.kernels.linear.cpu_record import VECTOR_BYTES, ByteScale, Record, whole_entries
+from lath.kernels.linear.cpu_record import (
+    VECTOR_BYTES,
+    ByteScale,
+    Record,
+    Stored,
+    whole_entries,
+)
+from lath.kernels.linear.plan import folds_scales, holds_integers
 from lath.kernels.simd.compile import driver
 from lath.kernels.simd.tables import ENTRIES
 
 # 255 * 127 * LONGEST_GROUP < 2**31: the int32 sums of a group cannot overflow.
 LONGEST_GROUP = 65536
 
-# What multiplies a layer: int8 codes of x; x itself; or the numbers that those codes stand for, in
-# the float kernel, where the weight's numbers are not whole.
-Kind = Literal["int8", "float", "rounded"]
+# What multiplies a layer: whole codes of x; x itself; or, in the float kernel, the numbers that the
+# codes of x stand for: whole ones where the weight's numbers are not, and 8-bit floats.
+Kind = Literal["int8", "float", "rounded", "e4m3", "e5m2"]
 # The 8-bit float that holds all numbers of a 6-bit one.
 _WIDER: dict[str, Literal["e4m3", "e5m2"]] = {"e2m3": "e4m3", "e3m2": "e5m2"}
 _E4M3_NAN = 0x7F
@@ -44,7 +52,7 @@ class CpuView:
     """records: uint8 [panels, groups, record bytes], C order. group: columns of one record.
 
     table: fp32 [16] or [256], of codes that stand for its entries. outer: fp32 [1], the scale of
-    E4M3 scales.
+    E4M3 scales, or [16 * panels], those of the rows above whole ones.
     """
 
     record: Record
@@ -73,6 +81,25 @@ class CpuView:
         return self.groups * self.records.shape[2]
 
 
+def stored_codec(codec: Codec) -> Codec:
+    """The codec that the view repacks: E4M3 numbers where products of codes are rounded to them."""
+    if codec.scale_dtype == "fp8":
+        return Codec(8, None, "none", "fp32", "e4m3")
+    return codec
+
+
+def _multiplied_out(weight: QTensor) -> QTensor:
+    """A weight as its `stored_codec`: the E4M3 numbers of its codes and the scales of the rows."""
+    codec = stored_codec(weight.codec)
+    if codec == weight.codec:
+        return weight
+    assert weight.outer is not None
+    ones = QTensor(weight.codec, weight.shape, weight.codes, weight.scales, None,
+                   torch.ones_like(weight.outer))  # fmt: skip
+    numbers = ones.dequantize().to(torch.float8_e4m3fn).view(torch.uint8)
+    return QTensor(codec, weight.shape, packing.pack(numbers, codec), weight.outer[None])
+
+
 def view_group(columns: int, codec: Codec, activations: ActivationFormat) -> int:
     """Columns of one record: a multiple of 16 that divides both groups, short of overflow."""
     groups = [g for g in (codec.group, activations.group) if g is not None and g < columns]
@@ -87,19 +114,25 @@ def kind_of(codec: Codec, activations: ActivationFormat) -> Kind:
     """What multiplies a weight of a codec with x in an activation format."""
     if activations.kind == "float":
         return "float"
-    return "rounded" if codec.is_table and codec.values not in value_tables.UNITS else "int8"
+    if not activations.is_integer:
+        return "e5m2" if activations.values == "e5m2" else "e4m3"
+    return "int8" if holds_integers(codec) else "rounded"
 
 
-def record_of(codec: Codec, kind: Kind) -> Record:
-    """The kind of record of a codec. One bit keeps half its scale, in fp32, where that is exact."""
+def record_of(codec: Codec, kind: Kind, folded: bool = False) -> Record:
+    """The kind of record of a codec. One bit keeps half its scale, in fp32, where that is exact.
+
+    folded: keep the whole scales of groups, for sums that stay integers.
+    """
     width = next(bits for bits in (2, 4, 8) if bits >= codec.bits)
     one_bit = codec.bits == 1 and codec.zero == "none" and not codec.is_table
     half = codec.scale_dtype == "fp16" and not one_bit
-    byte_scale: ByteScale = ""
+    byte_scale: ByteScale = "int8" if folded else ""
     if codec.scale_dtype in ("e8m0", "e4m3"):
         byte_scale = codec.scale_dtype
     if not codec.is_table:
-        return Record(width, codec.zero, half)
+        stored: Stored = "nested" if codec.values == "nested" else "integer"
+        return Record(width, codec.zero, half, stored, byte_scale)
     if codec.values == "fp4" or (codec.values == "e2m3" and kind == "int8"):
         return Record(width, "none", half, codec.values, byte_scale)
     if codec.values in ("nf4", "learned"):
@@ -109,10 +142,12 @@ def record_of(codec: Codec, kind: Kind) -> Record:
 
 def cpu_view(weight: QTensor, activations: ActivationFormat) -> CpuView:
     """The view of a weight for an activation format, made on first use and kept with it."""
-    group = view_group(weight.shape[1], weight.codec, activations)
-    record = record_of(weight.codec, kind_of(weight.codec, activations))
-    key = f"cpu-g{group}-{record.stored}"
-    return weight.view(key, functools.partial(build_view, weight, group, record))
+    codec, columns = stored_codec(weight.codec), weight.shape[1]
+    group = view_group(columns, codec, activations)
+    folded = codec.scale_dtype == "int8" and folds_scales(columns, codec, activations)
+    record = record_of(codec, kind_of(codec, activations), folded)
+    key = f"cpu-g{group}-{record.stored}-{record.byte_scale}"
+    return weight.view(key, lambda: build_view(_multiplied_out(weight), group, record))
 
 
 def build_view(weight: QTensor, group: int, record: Record) -> CpuView:
@@ -134,7 +169,9 @@ def build_view(weight: QTensor, group: int, record: Record) -> CpuView:
     _put_side(out, start, scales, source)
     if weight.zeros is not None:
         _put_side(out, start + record.scale_bytes, weight.zeros.detach().numpy(), source)
-    outer = weight.outer.detach().clone() if record.byte_scale == "e4m3" else None  # type: ignore[union-attr]
+    outer = None
+    if record.byte_scale in ("e4m3", "int8"):
+        outer = weight.outer.detach().float().clone()  # type: ignore[union-attr]
     return CpuView(record, rows, columns, group, records, _table_of(weight, record), outer)
 
 
@@ -160,6 +197,8 @@ def _scales_of(weight: QTensor, record: Record) -> tuple[NDArray[Any], Record]:
     """The scales of a record, [G, N16]: as the weight stores them or, of two levels, their fp32
     product; and the record, with fp32 scales where bytes cannot say them."""
     codec = weight.codec
+    if record.byte_scale == "int8":
+        return weight.scales.detach().numpy(), record
     if record.byte_scale == "e8m0":
         # Their bits moved into an exponent are neither 2**-127 nor the infinity of byte 255.
         outside = (weight.scales == 0) | (weight.scales == 255)

@@ -17,17 +17,19 @@ from lath.formats import packing
 from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
-from lath.formats.device import DeviceDescription, known_device
+from lath.formats.device import DeviceDescription, has_e4m3, known_device
 from lath.formats.plan import Backend, Dataflow, Plan
 
-OPERAND_BYTES = {"int8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
+OPERAND_BYTES = {"int8": 1, "e4m3": 1, "fp16": 2, "bf16": 2, "fp32": 4}
 # Entries that a GPU's decoder reads from memory (kernels/linear/triton_tables.py).
 LOOKED_UP = ("nf4", "learned")
-SCALE_BYTES = {"fp16": 2, "fp32": 4, "int8": 1, "e8m0": 1, "e4m3": 1}
+SCALE_BYTES = {"fp16": 2, "fp32": 4, "int8": 1, "e8m0": 1, "e4m3": 1, "fp8": 1}
+# A product of an activation code and a weight code (less its zero) is at most 127 * 255.
+MOST_INT32_COLUMNS = (2**31 - 1) // (127 * 255)
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Bytes of a panel from which four at a time were faster on a Zen 4 core (33 to 59 KB measured).
 LONG_STREAM = 32768
-# Register tiles (tokens, panels) by kind of activations and whether the CPU has AVX512-VNNI:
+# Register tiles (tokens, panels) by what is multiplied and whether the CPU has AVX512-VNNI:
 # accumulators, one panel of codes each and a broadcast fill the 32 (or 16 half as wide) registers.
 CPU_TILES = {
     ("int8", True): ((1, 4), (2, 4), (4, 4), (8, 3)),
@@ -85,22 +87,49 @@ def weight_bytes(n: int, k: int, codec: Codec) -> int:
     rows, columns = packing.round_up(n, packing.PANEL), packing.round_up(k, packing.BLOCK)
     scale = SCALE_BYTES[codec.scale_dtype]
     zero = {"none": 0, "integer": 1, "float": scale}[codec.zero]
-    outer = {"int8": 2 * rows, "e4m3": 4}.get(codec.scale_dtype, 0)
+    outer = {"int8": 2 * rows, "fp8": 4 * rows, "e4m3": 4}.get(codec.scale_dtype, 0)
     return rows * columns * codec.bits // 8 + codec.num_groups(k) * rows * (scale + zero) + outer
 
 
 def _bytes_moved(
     m: int, n: int, k: int, codec: Codec, activations: ActivationFormat, dtype: torch.dtype
 ) -> int:
-    """Each byte of weight, x and y once; int8 activations are also written and read as codes."""
+    """Each byte of weight, x and y once; rounded activations are also written and read as codes."""
     size = dtype.itemsize
-    x = m * k * (size + (2 if activations.kind == "int8" else 0))
+    x = m * k * (size + (0 if activations.kind == "float" else 2))
     return weight_bytes(n, k, codec) + x + m * n * size
 
 
-def common_group(k: int, codec: Codec, activations: ActivationFormat) -> int:
-    """Longest run along K that has one weight scale and one activation scale."""
+def holds_integers(codec: Codec) -> bool:
+    """Whether the numbers of a codec are whole numbers of 8 bits times the scale of their group."""
+    whole = not codec.is_table or codec.values in value_tables.UNITS
+    return whole and codec.scale_dtype != "fp8"
+
+
+def folds_scales(k: int, codec: Codec, activations: ActivationFormat) -> bool:
+    """Whether codes are multiplied by the 8-bit scales of their groups before the dot, so that one
+    dot sums all of K: always where the products are rounded (FireQ), and for int8 dots where
+    integers of 8 bits hold them (DGQ) and a token has one scale."""
+    if codec.scale_dtype == "fp8":
+        return True
     groups = [g for g in (codec.group, activations.group) if g is not None and g < k]
+    one_scale = activations.group is None or activations.group >= k
+    fits = codec.scale_dtype == "int8" and holds_integers(codec) and k <= MOST_INT32_COLUMNS
+    return fits and activations.is_integer and one_scale and all(g % 32 == 0 for g in groups)
+
+
+def multiplies_float8(k: int, codec: Codec, activations: ActivationFormat) -> bool:
+    """Whether a dot of 8-bit floats takes x and the weight as they are stored or decoded."""
+    if activations.values != "e4m3":
+        return False
+    of_weight = codec.scale_dtype == "fp8" or codec.values == "e4m3"
+    return of_weight and common_group(k, codec, activations) % 32 == 0
+
+
+def common_group(k: int, codec: Codec, activations: ActivationFormat) -> int:
+    """Longest run along K that has one weight scale and one activation scale outside the dot."""
+    own = None if folds_scales(k, codec, activations) else codec.group
+    groups = [g for g in (own, activations.group) if g is not None and g < k]
     return math.gcd(*groups) if groups else packing.round_up(max(k, 1), packing.BLOCK)
 
 
@@ -112,13 +141,14 @@ def _plan_cpu(
     activations: ActivationFormat,
     device: DeviceDescription,
 ) -> Plan:
-    stored = next(bits for bits in (2, 4, 8) if bits >= codec.bits)
+    needed = 8 if codec.scale_dtype == "fp8" else codec.bits
+    stored = next(bits for bits in (2, 4, 8) if bits >= needed)
     reasons = [f"{device.architecture}, {device.threads} thread(s)"]
     if stored != codec.bits:
         reasons.append(f"{codec.bits}-bit codes are widened to {stored} bits in the CPU's view")
-    if activations.kind == "float":
+    if not activations.is_integer:
         dot = "fp32"
-        reasons.append("float activations: codes become fp32 in registers")
+        reasons.append(f"{activations.kind} activations: codes become fp32 in registers")
     else:
         dot = "int8"
         reasons.append("int8 dot products")
@@ -127,7 +157,8 @@ def _plan_cpu(
             shared = math.gcd(x_group, weight_group)
             reasons.append(f"groups of {x_group} and {weight_group} share runs of {shared}")
     # Codes of 16 rows; the scales beside them are a few per cent and decide nothing here.
-    tokens, panels = cpu_tile(activations.kind, m, 2 * stored * k, device.architecture)
+    kind = "int8" if dot == "int8" else "float"
+    tokens, panels = cpu_tile(kind, m, 2 * stored * k, device.architecture)
     dataflow: Dataflow = "gemv" if m <= 1 else "tiled"
     reasons.append("one token streams the weight" if m <= 1 else "tokens share a register tile")
     return replace(
@@ -144,9 +175,9 @@ def _plan_cpu(
 def cpu_tile(kind: str, tokens: int, panel_bytes: int, architecture: str) -> tuple[int, int]:
     """(tokens, panels of 16 rows) of the register tile of a CPU kernel.
 
-    kind: of the activations. panel_bytes: of 16 rows of the CPU's view. One token reads long panels
-    four at a time, since one stream does not fill the bandwidth, and short ones singly, since the
-    prefetcher must first find a stream.
+    kind: "int8" or "float", what is multiplied. panel_bytes: of 16 rows of the CPU's view. One
+    token reads long panels four at a time, since one stream does not fill the bandwidth, and short
+    ones singly, since the prefetcher must first find a stream.
     """
     if tokens <= 1 and panel_bytes < LONG_STREAM:
         return 1, 1
@@ -202,13 +233,19 @@ def _dot_type(
     if activations.kind == "float":
         name = DTYPE_NAMES[dtype]
         return name, f"{name} activations are multiplied as they are"
-    if codec.is_table and codec.values not in value_tables.UNITS:
-        why = f"int8 activations, but entries of {codec.values} that no int8 holds: fp16"
-        return "fp16", why
+    if multiplies_float8(k, codec, activations) and has_e4m3(device.architecture):
+        return "e4m3", "fp8 activations: e4m3 dot, summed in fp32"
+    if not activations.is_integer:
+        return "fp16", f"{activations.kind} activations: their numbers in fp16, which holds them"
+    if not holds_integers(codec):
+        why = f"{activations.kind} activations, but numbers of {codec} that no int8 holds"
+        return "fp16", f"{why}: fp16"
     run = common_group(k, codec, activations)
     if run % 32:
         return "fp16", f"scales change every {run} columns, below an int8 dot's depth of 32: fp16"
-    return "int8", "int8 activations: int8 dot, summed in int32"
+    if folds_scales(k, codec, activations):
+        return "int8", "codes times the 8-bit scales of their groups: one int8 dot over all of K"
+    return "int8", f"{activations.kind} activations: int8 dot, summed in int32"
 
 
 def _has_no_tensor_core(dot: str, device: DeviceDescription) -> bool:
@@ -258,14 +295,17 @@ def _tile(
         or codec.values in LOOKED_UP
         or (dot != "int8" and 1 in codec.plane_widths)
     )
+    # Rounding to E4M3 by hand needs still more: from nine tokens on, but where the codes go left.
+    rounds = codec.scale_dtype == "fp8" and OPERAND_BYTES[dot] == 2
+    many = 8 if rounds and device.capability != 90 else 16
     swap, warps = False, 4
     tokens = _power_of_two(m, 16, 64)
     rows = 128 if n >= 128 * device.compute_units or tokens == 64 else 64
     if _has_no_tensor_core(dot, device):
         tokens, rows, warps = 16, 32, 8
-    elif device.kind == "cuda" and m > 16 and (is_fine or _has_tensor_memory(device)):
+    elif device.kind == "cuda" and m > many and (is_fine or rounds or _has_tensor_memory(device)):
         # Larger tiles spill here, or take the longer path through tensor memory.
-        swap, tokens, rows, warps = True, 32, 64, 2
+        swap, tokens, rows, warps = True, min(tokens, 32), 64, 2
     elif device.kind == "cuda" and m <= (8 if is_fine else 16):
         # Two warps keep to the small dot of 8 or 16 tokens on every architecture; 16 and what needs
         # more registers spill.

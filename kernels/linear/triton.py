@@ -1,7 +1,7 @@
 """`linear` on a GPU in Triton: what a `Plan` says becomes launches. No choices are made here.
 
 float activations   [sums of x, if the codec has zero points]   matmul or gemv   [reduction]
-int8 activations    row quantiser                               matmul or gemv   [reduction]
+rounded ones        row quantiser                               matmul or gemv   [reduction]
 decode_matmul       decoder                                     torch's matmul
 """
 
@@ -17,13 +17,18 @@ import triton
 from torch import Tensor
 
 from lath.formats import packing
-from lath.formats.activations import LARGEST_CODE, SMALLEST_ABSMAX, ActivationFormat
+from lath.formats.activations import SMALLEST_ABSMAX, ActivationFormat
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
 from lath.kernels.linear import triton_activations as rows
 from lath.kernels.linear import triton_gemv as gemv
 from lath.kernels.linear import triton_loops as loops
-from lath.kernels.linear.triton_settings import Settings, codec_arguments, settings_of
+from lath.kernels.linear.triton_settings import (
+    Settings,
+    codec_arguments,
+    is_folded,
+    settings_of,
+)
 from lath.kernels.linear.triton_tables import table_for
 
 # Columns of x that a program of the row quantiser holds at once.
@@ -100,18 +105,25 @@ def dequantize(weight: QTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor
     if dense.numel() == 0:
         return dense
     padded, blocks = _padded(weight.shape)
+    folded = is_folded(weight.codec, ActivationFormat(), columns, "fp32")
     loops.decode_kernel[(triton.cdiv(outputs, block_n), blocks)](
-        *_tensors(weight, "fp32"), dense,
+        *_tensors(weight, "fp32", folded), dense,
         outputs, columns, padded, blocks, weight.codec.num_groups(columns),
-        **codec_arguments(weight.codec, "fp32", True, columns, _target(weight.codes)),
+        **codec_arguments(weight.codec, "fp32", True, columns, folded, _target(weight.codes)),
         BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
     return dense
 
 
-def _tensors(weight: QTensor, dot: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """codes, scales, zeros, outer, table as the loops take them for a dot."""
+def _tensors(
+    weight: QTensor, dot: str, folded: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """codes, scales, zeros, outer, table as the loops take them for a dot. folded: the decoder
+    takes the scales of the groups, as its table, and the loop those of the rows."""
     scales, outer, table = weight.scales, weight.outer, weight.codes
+    if folded:
+        assert outer is not None  # scales of 8 bits have one above them
+        return weight.codes, outer, _or(weight.zeros, scales), outer, scales
     lookup = table_for(weight, dot)
     if lookup is not None:
         table, outer = lookup.entries, outer if lookup.outer is None else lookup.outer
@@ -156,7 +168,7 @@ def _multiply(
     groups = weight.codec.num_groups(columns)
     stride = x.values.stride(0)
     sizes = (tokens, outputs, columns, stride, padded, x.tokens, blocks, groups, x.groups)
-    tensors = (x.values, *_tensors(weight, settings.dot))
+    tensors = (x.values, *_tensors(weight, settings.dot, settings.folded))
     scales, offsets = _or(x.scales, weight.scales), _or(bias, weight.scales)
     tiles_n = triton.cdiv(outputs, plan.block_n)
     if plan.dataflow == "gemv":
@@ -190,17 +202,20 @@ def _prepare(x: Tensor, activations: ActivationFormat, settings: Settings) -> _R
         return _Rows(x, padded_tokens, sums=sums)
     size = padded if activations.group is None else activations.group
     groups = 1 if activations.group is None else activations.num_groups(columns)
-    dtype = torch.float16 if settings.dot == "fp16" else torch.int8
+    dtype = torch.float8_e4m3fn if settings.dot == "e4m3" else torch.float16
+    if activations.is_integer and settings.dot != "fp16":
+        dtype = torch.int8
     codes = torch.empty((tokens, padded), dtype=dtype, device=x.device)
     scales = torch.empty((groups, padded_tokens), dtype=torch.float32, device=x.device)
-    sums = torch.empty((spans, padded_tokens), dtype=torch.int32, device=x.device)
+    exact = torch.int32 if activations.is_integer else torch.float32
+    sums = torch.empty((spans, padded_tokens), dtype=exact, device=x.device)
     chunk = min(_power_of_two(size), _MOST_COLUMNS)
     together = max(1, min(_power_of_two(-(-padded // size)), 1024 // chunk))
     programs = triton.cdiv(triton.cdiv(padded, size), together)
     rows.quantize_rows_kernel[(padded_tokens, programs)](
         x, codes, scales, sums, columns, tokens, x.stride(0), padded, padded_tokens, groups, size,
         SPAN=span, NATURAL=settings.natural, GROUPS=together, CHUNK=chunk,
-        LIMIT=float(LARGEST_CODE), SMALLEST=SMALLEST_ABSMAX,
+        LIMIT=float(activations.largest), SMALLEST=SMALLEST_ABSMAX, VALUES=activations.values,
         num_warps=8 if chunk * together >= 4096 else 4, enable_fp_fusion=False,
     )  # fmt: skip
     return _Rows(codes, padded_tokens, scales, sums, groups)
@@ -224,19 +239,19 @@ def _device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _target(x: Tensor) -> str:
-    """What kernels for x are compiled for: "hip", "sm_90", ...; "interpreter" for none."""
+    """What kernels for x are compiled for: "gfx942", "sm_90", ...; "interpreter" for none."""
     if x.is_cuda:
         return _target_of_device(x.device)
     if triton.knobs.runtime.interpret:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
-    return "hip" if target.backend == "hip" else f"sm_{target.arch}"
+    return str(target.arch) if target.backend == "hip" else f"sm_{target.arch}"
 
 
 @functools.cache
 def _target_of_device(device: torch.device) -> str:
     if torch.version.hip is not None:
-        return "hip"
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 

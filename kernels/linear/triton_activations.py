@@ -1,8 +1,9 @@
-"""Row kernels over x: the int8 quantiser of `lath.formats.activations`, and sums of x over spans.
+"""Row kernels over x: the quantiser of `lath.formats.activations`, and sums of x over spans.
 
-The quantiser also writes the sums of its codes over spans, exact integers, which the matmul needs
-for zero points. It writes the codes in the order in which the int8 decoder delivers the weights:
-inside each 32 columns the two halves of 16 alternate. NATURAL order serves the other loops.
+The quantiser also writes the sums of its codes over spans, exact where they are integers, which the
+matmul needs for zero points. It writes the codes in the order in which the int8 decoder delivers
+the weights: inside each 32 columns the two halves of 16 alternate. NATURAL order serves the other
+loops.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Adding 1.5 * 2**23 to a fp32 number below 2**22 rounds it to an integer, half to even, and leaves
-# that integer in the low bits: no conversion instruction, and no fused multiply-add may intervene.
-_ROUND = tl.constexpr(12582912.0)
+from lath.kernels.pages.triton_numbers import rint_bits, round_e4m3, round_e5m2
 
 
 @triton.jit
@@ -44,13 +43,15 @@ def quantize_rows_kernel(
     CHUNK: tl.constexpr,
     LIMIT: tl.constexpr,
     SMALLEST: tl.constexpr,
+    VALUES: tl.constexpr,
 ):
     """GROUPS groups of one token of x [M, K] to codes, scales and sums of codes.
 
-    codes: int8, or fp16 holding the same integers, [M, padded_columns]; columns beyond K hold 0.
-    scales: fp32 [groups, padded_tokens], 1 beyond M. sums: int32 [spans, padded_tokens], SPAN
-    columns each, 0 beyond M. Groups longer than CHUNK columns are read twice in pieces, and
-    then GROUPS is 1. Must run without fused multiply-add.
+    codes: [M, padded_columns], whole numbers in int8 or fp16, or where VALUES is "e4m3" or "e5m2"
+    such floats, in that type or fp16; columns beyond K hold 0. scales: fp32 [groups,
+    padded_tokens], 1 beyond M. sums: int32 or fp32 [spans, padded_tokens], SPAN columns each, 0
+    beyond M. LIMIT: the largest code. Groups longer than CHUNK columns are read twice in
+    pieces, and then GROUPS is 1. Must run without fused multiply-add.
     """
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
@@ -80,12 +81,18 @@ def quantize_rows_kernel(
         inside = (column < last) & (broken == 0)[:, None]
         values = tl.load(row + column, mask=inside, other=0).to(tl.float32)
         scaled = values * inverse[:, None]
-        rounded = (tl.where(inside, scaled, 0.0) + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+        scaled = tl.where(inside, scaled, 0.0)
+        if VALUES == "e4m3":
+            rounded = round_e4m3(scaled)
+        elif VALUES == "e5m2":
+            rounded = round_e5m2(scaled)
+        else:
+            rounded = rint_bits(scaled).to(tl.int8)
         position = first + start + tl.arange(0, CHUNK)[None, :]
         target = codes + token * padded_columns + position
         stored = position < tl.where(token < M, end, 0)
         tl.store(target, rounded.to(codes.dtype.element_ty), mask=stored)
-        parts = tl.reshape(rounded.to(tl.int32), (GROUPS, CHUNK // SPAN, SPAN))
+        parts = tl.reshape(rounded.to(sums.dtype.element_ty), (GROUPS, CHUNK // SPAN, SPAN))
         span = (first + start) // SPAN + tl.arange(0, CHUNK // SPAN)[None, :]
         at = span.to(tl.int64) * padded_tokens + token
         tl.store(sums + at, tl.sum(parts, axis=2), mask=span * SPAN < end)

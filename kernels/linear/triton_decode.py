@@ -230,7 +230,7 @@ def decode_bf16_by_exponent(
     WIDTHS: tl.constexpr,
 ):
     """`decode_bf16` for targets without bf16 arithmetic, where a product takes six instructions."""
-    if WIDTHS[0] == 8:
+    if WIDTHS[0] + WIDTHS[1] + WIDTHS[2] == 8:
         # bf16 has 8 bits of precision: 128 + (q mod 128) is exact, and so is its distance to 128
         # or 256, whichever makes it q - 128.
         codes = eight_words(planes, rows, RUN, 0, 0, HALVES, WIDTHS)
@@ -255,7 +255,7 @@ def decode_int8(
 ):
     """Run RUN (32 columns) of a block: int8 [rows, 32], in the order of the int8 row quantiser."""
     codes = quarter_words(planes, rows, RUN, WIDTHS)
-    if WIDTHS[0] == 8:
+    if WIDTHS[0] + WIDTHS[1] + WIDTHS[2] == 8:
         codes = codes ^ 0x80808080
     return quarters(codes)
 
@@ -304,10 +304,11 @@ def decode_tile(
 
 @triton.jit
 def block_planes(weight, block, WIDTHS: tl.constexpr):
-    """Where a block begins in each plane of the flat tensor of codes, and the table.
+    """Where a block begins in each plane of the flat tensor of codes, the table, and what finds the
+    scale of a group: (zeros, rows of the weight, groups, block, padded rows).
 
-    weight: (codes, panel, rows, padded rows, blocks, table), the panel that the tile begins with
-    and where its rows begin (`rows_of_tile`).
+    weight: (codes, panel, rows, padded rows, blocks, table, (zeros, rows of the weight, groups)),
+    the panel that the tile begins with and where its rows begin (`rows_of_tile`).
     """
     # Per bit of plane width: 64 words in a block of 16 rows, 4 * padded_rows * blocks in all.
     before = (weight[1].to(tl.int64) * weight[4] + block) * 64
@@ -315,4 +316,5 @@ def block_planes(weight, block, WIDTHS: tl.constexpr):
     first = weight[0] + before * WIDTHS[0]
     second = weight[0] + (size * WIDTHS[0] + before * WIDTHS[1])
     third = weight[0] + (size * (WIDTHS[0] + WIDTHS[1]) + before * WIDTHS[2])
-    return first, second, third, weight[5]
+    side = (weight[6][0], weight[6][1], weight[6][2], block, weight[3])
+    return first, second, third, weight[5], side

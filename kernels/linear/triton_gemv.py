@@ -109,7 +109,7 @@ def gemv_kernel(
     first_block = piece * blocks_each
     last_block = tl.minimum(first_block + blocks_each, blocks)
     row, plane_rows = rows_of_tile(first_n, padded_rows, blocks, BLOCK_N)
-    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table)
+    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table, (zeros, row, groups))
     outer = outer_scale(outer, row, OUTER)
     pointers, totals, no_sums = (), (), ()
     for m in tl.static_range(TOKENS):

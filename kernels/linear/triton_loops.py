@@ -166,10 +166,13 @@ def _multiply(
             values = tl.load(pointers, mask=by_row(inside, SWAP), other=0)
         else:
             values = tl.load(pointers)
-        if SWAP:
-            part = tl.dot(numbers, values, part, input_precision="ieee")
+        left, right = (numbers, values) if SWAP else (values, tl.trans(numbers))
+        if x[0].dtype.element_ty == tl.float8e4nv:
+            # sm_90's tensor core adds such products with fewer bits than fp32 has: no further than
+            # the columns of one dot.
+            part += tl.dot(left, right)
         else:
-            part = tl.dot(values, tl.trans(numbers), part, input_precision="ieee")
+            part = tl.dot(left, right, part, input_precision="ieee")
     return part
 
 
@@ -227,7 +230,7 @@ def matmul_kernel(
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     token = first_m + tl.arange(0, BLOCK_M)
     row, plane_rows = rows_of_tile(first_n, padded_rows, blocks, BLOCK_N)
-    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table)
+    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table, (zeros, row, groups))
     outer = outer_scale(outer, row, OUTER)
     order = tl.arange(0, DEPTH)
     if RUN == 16:
@@ -240,7 +243,7 @@ def matmul_kernel(
     else:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     nothing = total
-    if RUN == 32:
+    if x.dtype.element_ty == tl.int8:
         nothing = total.to(tl.int32)
     part = nothing
     sums = tl.zeros((BLOCK_M,), x_sums.dtype.element_ty)
@@ -339,7 +342,7 @@ def decode_kernel(
     """dense [N, K] = the decoded weight: fp32 inside, rounded once. A program per block of K."""
     first_n, block = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     row, plane_rows = rows_of_tile(first_n, padded_rows, blocks, BLOCK_N)
-    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table)
+    weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table, (zeros, row, groups))
     planes = block_planes(weight, block, WIDTHS)
     outer = outer_scale(outer, row, OUTER)
     order = column_order(16, WIDTHS)

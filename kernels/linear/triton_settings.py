@@ -13,13 +13,20 @@ from typing import Any
 import torch
 
 from lath.formats import packing
-from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
+from lath.formats.device import has_e4m3
 from lath.formats.plan import Plan
 from lath.kernels.linear import triton_decode as decode
 from lath.kernels.linear import triton_in_place as in_place
+from lath.kernels.linear import triton_scaled as scaled
 from lath.kernels.linear import triton_tables as tables
+from lath.kernels.linear.plan import (
+    MOST_INT32_COLUMNS,
+    folds_scales,
+    holds_integers,
+    multiplies_float8,
+)
 
 _DOTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _DECODERS: dict[str, Any] = {
@@ -50,8 +57,6 @@ _TABLE_DECODERS = {
     "bf16": tables.table_bf16,
     "fp32": tables.table_fp32,
 }
-# A product of an activation code and a weight code (less its zero) is at most 127 * 255.
-MOST_INT32_COLUMNS = (2**31 - 1) // (127 * 255)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Settings:
     natural: bool  # the order of int8 codes
     sums_outside: bool  # a row kernel must provide sums of x
     kernel: dict[str, Any]  # constexpr arguments of the loop
+    folded: bool = False  # the decoder multiplies codes by the scales of their groups
 
 
 @functools.lru_cache(maxsize=1024)
@@ -80,51 +86,69 @@ def settings_of(
     without_dot = plan.dataflow == "gemv"
     step = packing.BLOCK if without_dot else plan.block_k
     dot = "fp32" if without_dot else plan.dot
-    span = _span(codec, activations, columns, step, dot)
-    _check_plan(plan, codec, activations, dtype, span, target)
-    amd = target == "hip"
-    kernel = codec_arguments(codec, dot, not without_dot, columns, target) | {
+    folded = is_folded(codec, activations, columns, dot)
+    span = _span(codec, activations, columns, step, dot, folded)
+    _check_plan(plan, codec, activations, dtype, columns, span, target)
+    amd = target.startswith("gfx")
+    kernel = codec_arguments(codec, dot, not without_dot, columns, folded, target) | {
         "X_GROUP": _activation_group(activations, columns),
         "SPAN": span,
         "MASKED": activations.kind == "float" and columns % step != 0,
         "BLOCK_N": plan.block_n,
         "STAGES": plan.stages,
     }
-    needs_sums = codec.zero != "none" or kernel["OFFSET"] != 0
+    needs_sums = kernel["ZERO"] != "none" or kernel["OFFSET"] != 0
+    # Codes of whole bytes are read 32 at a time, in an order that x has too.
+    whole = dot == "int8" or (dot == "e4m3" and codec.values == "e4m3")
     if without_dot:
         kernel["TOKENS"] = plan.block_m
     else:
         kernel |= {
             "SUMS": needs_sums,
-            "RUN": 32 if dot == "int8" else 16,
+            "RUN": 32 if whole else 16,
             "DEPTH": min(span or packing.BLOCK, _depth(dot, plan, amd)),
             "SWAP": plan.swap,
             "BLOCK_M": plan.block_m,
             "BLOCK_K": plan.block_k,
         }
-    natural, sums_outside = dot != "int8", needs_sums and not without_dot
-    return Settings(dot, span, step, plan.block_m, natural, sums_outside, kernel)
+    sums_outside = needs_sums and not without_dot
+    return Settings(dot, span, step, plan.block_m, not whole, sums_outside, kernel, folded)
+
+
+def is_folded(codec: Codec, activations: ActivationFormat, columns: int, dot: str) -> bool:
+    """Whether the decoder for a dot multiplies codes by the scales of their groups."""
+    if codec.scale_dtype == "fp8":
+        return True
+    return dot == "int8" and folds_scales(columns, codec, activations)
 
 
 def codec_arguments(
-    codec: Codec, dot: str, centred: bool, columns: int, target: str
+    codec: Codec, dot: str, centred: bool, columns: int, folded: bool, target: str
 ) -> dict[str, Any]:
     """The constexpr arguments that say how a weight is decoded for a dot on a target."""
+    if folded:
+        return {
+            "DECODE": scaled.scaled_int8 if dot == "int8" else scaled.scaled_e4m3,
+            "WIDTHS": _widths(codec), "FORM": scaled.form_of(codec, dot, columns),
+            "UNIT": 1, "OFFSET": 0, "ZERO": "none", "SCALE": "number", "OUTER": "none", "GROUP": 0,
+        }  # fmt: skip
+    amd = target.startswith("gfx")
     # AMD has no bf16 arithmetic: a subtraction there takes about six instructions.
-    arithmetic = target != "hip" or dot != "bf16"
+    arithmetic = not amd or dot != "bf16"
     found = decode.encoding(codec, dot, centred and arithmetic, arithmetic)
-    decoders = _DECODERS | _DECODERS_OF_TARGET.get(target, _DECODERS_OF_TARGET["cuda"])
+    vendor = "hip" if amd else target if target in _DECODERS_OF_TARGET else "cuda"
+    decoders = _DECODERS | _DECODERS_OF_TARGET[vendor]
     form: tables.Form = found.centre
     if found.exponent is not None:
         form = (found.centre, found.exponent)
     if codec.is_table:
-        form = tables.form_of(codec, dot)
+        form = tables.form_of(codec, dot) if dot != "e4m3" else 0.0
         decoders = _TABLE_DECODERS if tables.is_looked_up(codec) else _FLOAT_DECODERS
     outer = {"int8": "row", "e4m3": "all"}.get(codec.scale_dtype, "none")
     if outer == "none" and tables.is_scaled(codec, dot):
         outer = "all"
     return {
-        "DECODE": decoders[dot],
+        "DECODE": scaled.bytes_e4m3 if dot == "e4m3" else decoders[dot],
         "WIDTHS": _widths(codec),
         "FORM": form,
         "UNIT": found.unit,
@@ -136,9 +160,12 @@ def codec_arguments(
     }
 
 
-def _span(codec: Codec, activations: ActivationFormat, columns: int, step: int, dot: str) -> int:
+def _span(
+    codec: Codec, activations: ActivationFormat, columns: int, step: int, dot: str, folded: bool
+) -> int:
     """Longest run of columns inside a step with one weight and one activation scale, or 0: all."""
-    groups = [g for g in (codec.group, activations.group) if g is not None and g < columns]
+    both = (None if folded else codec.group, activations.group)
+    groups = [g for g in both if g is not None and g < columns]
     if not groups and dot == "int8" and columns > MOST_INT32_COLUMNS:
         return step
     return math.gcd(step, *groups) if groups else 0
@@ -186,6 +213,7 @@ def _check_plan(
     codec: Codec,
     activations: ActivationFormat,
     dtype: torch.dtype,
+    columns: int,
     span: int,
     target: str,
 ) -> None:
@@ -214,8 +242,12 @@ def _check_plan(
     require(plan.block_k in (128, 256), "block_k", "128 or 256")
     if activations.kind == "float":
         require(plan.dot == _DOTS[dtype], "dot", f"that of x, {_DOTS[dtype]!r}")
-    elif codec.is_table and codec.values not in value_tables.UNITS:
-        why = f"'fp16', as the entries of {codec} are no whole numbers of 8 bits"
+    elif plan.dot == "e4m3":
+        why = f"'fp16': no dot of 8-bit floats on {target} of {activations} and {codec}"
+        fits = multiplies_float8(columns, codec, activations) and has_e4m3(target)
+        require(fits, "dot", why)
+    elif not holds_integers(codec) or not activations.is_integer:
+        why = f"'fp16', as {activations} times {codec} are no whole numbers of 8 bits"
         require(plan.dot == "fp16", "dot", why)
     elif span % 32 == 0:
         require(plan.dot in ("int8", "fp16"), "dot", "'int8' or 'fp16'")

@@ -14,9 +14,7 @@ import triton.language as tl
 # that integer in the low bits: no conversion instruction.
 _ROUND = tl.constexpr(12582912.0)
 _ROUND_BITS = tl.constexpr(0x4B400000)
-# The same at the step of subnormal E4M3 numbers, 2**-9.
-_ROUND_SUBNORMAL = tl.constexpr(24576.0)
-_SMALLEST_NORMAL = tl.constexpr(0.015625)
+_SMALLEST_NORMAL = tl.constexpr(0.015625)  # of E4M3
 
 
 @triton.jit
@@ -32,13 +30,30 @@ def rint(x):
 
 
 @triton.jit
+def round_float8(x, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr):
+    """fp32 x rounded to a float of MANTISSA bits, half to even, as fp32; x is finite and rounds to
+    no more than the largest. SMALLEST: the smallest normal number."""
+    DROPPED: tl.constexpr = 23 - MANTISSA
+    bits = x.to(tl.int32, bitcast=True)
+    odd = (bits >> DROPPED) & 1
+    half: tl.constexpr = (1 << (DROPPED - 1)) - 1
+    normal = ((bits + half + odd) & -(1 << DROPPED)).to(tl.float32, bitcast=True)
+    # Adding this rounds to the step of the subnormal numbers.
+    ROUND: tl.constexpr = 12582912.0 * SMALLEST / (1 << MANTISSA)
+    subnormal = (x + ROUND) - ROUND
+    return tl.where(tl.abs(x) >= SMALLEST, normal, subnormal)
+
+
+@triton.jit
 def round_e4m3(x):
     """fp32 x rounded to E4M3, half to even, as fp32; |x| below 464, and finite."""
-    bits = x.to(tl.int32, bitcast=True)
-    odd = (bits >> 20) & 1
-    normal = ((bits + 0x7FFFF + odd) & -0x100000).to(tl.float32, bitcast=True)
-    subnormal = (x + _ROUND_SUBNORMAL) - _ROUND_SUBNORMAL
-    return tl.where(tl.abs(x) >= _SMALLEST_NORMAL, normal, subnormal)
+    return round_float8(x, 3, _SMALLEST_NORMAL)
+
+
+@triton.jit
+def round_e5m2(x):
+    """fp32 x rounded to E5M2, half to even, as fp32; |x| below 61440, and finite."""
+    return round_float8(x, 2, 6.103515625e-05)
 
 
 @triton.jit

@@ -15,6 +15,8 @@ _ROUND = 1.5 * 2.0**23  # added and taken away, it rounds to an integer
 LN2 = 0.6931471805599453
 LOG2E = 1.4426950408889634
 _E4M3_BIAS = 120  # between the exponents of fp32 and E4M3
+# Bits of the mantissa, smallest exponent of a normal number.
+_FLOAT8 = {"e4m3": (3, -6), "e5m2": (2, -14)}
 
 
 def exp2(e: Emitter, x: Any) -> Any:
@@ -69,18 +71,24 @@ def greater(e: Emitter, left: Any, right: Any) -> Any:
     return e.builder.select(e.builder.fcmp_ordered(">", left, right), left, right)
 
 
+def round_float8(e: Emitter, x: Any, values: str) -> Any:
+    """To the nearest number of "e4m3" or "e5m2", ties to even; |x| up to the largest of them."""
+    b, (mantissa, smallest) = e.builder, _FLOAT8[values]
+    dropped = 23 - mantissa
+    bits = b.bitcast(x, INTS)
+    odd = b.and_(e.shift_right(bits, dropped), e.constant(1))
+    rounded = b.add(b.add(bits, odd), e.constant((1 << (dropped - 1)) - 1))
+    normal = b.bitcast(b.and_(rounded, e.constant(-(1 << dropped))), FLOATS)
+    # Below the smallest normal number all are multiples of the same step.
+    step = e.floats(1.5 * 2.0 ** (23 + smallest - mantissa))
+    subnormal = b.fsub(b.fadd(x, step), step)
+    small = b.fcmp_ordered("<", magnitude(e, x), e.floats(2.0**smallest))
+    return b.select(small, subnormal, normal)
+
+
 def round_e4m3(e: Emitter, x: Any) -> Any:
     """To the nearest E4M3 number, ties to even; |x| <= 448."""
-    b = e.builder
-    bits = b.bitcast(x, INTS)
-    odd = b.and_(e.shift_right(bits, 20), e.constant(1))
-    rounded = b.add(b.add(bits, odd), e.constant(0x7FFFF))
-    normal = b.bitcast(b.and_(rounded, e.constant(-0x100000)), FLOATS)
-    # Below 2**-6 the numbers are multiples of 2**-9.
-    step = e.floats(1.5 * 2.0**14)
-    subnormal = b.fsub(b.fadd(x, step), step)
-    small = b.fcmp_ordered("<", magnitude(e, x), e.floats(2.0**-6))
-    return b.select(small, subnormal, normal)
+    return round_float8(e, x, "e4m3")
 
 
 def encode_e4m3(e: Emitter, rounded: Any) -> Any:

@@ -33,9 +33,9 @@ def linear(
     x: [..., K] float16, bfloat16 or float32. weight: a packed weight [N, K] (`lath.quantize`)
     on the same device.
     bias: [N] of a floating dtype, or None. activations: the numbers that are multiplied, "float"
-    (x itself), "int8" (rounded per token) or "int8-gG" (per token and group of G along K); they
-    mean the same on every backend. backend: "auto", "triton", "cpu" or "reference"; a named backend
-    runs or raises.
+    (x itself), or "int8", "int6", "fp8", "fp8-e5m2" (rounded per token), each also with "-gG" (per
+    token and group of G along K); they mean the same on every backend. backend: "auto", "triton",
+    "cpu" or "reference"; a named backend runs or raises.
 
     Returns [..., N] of x's dtype: scales and bias in fp32, rounded once. Differentiable in x (the
     rounding of activations counts as the identity), not in the weight or the bias.
