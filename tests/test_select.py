@@ -321,7 +321,16 @@ def test_lists_that_cannot_be() -> None:
 def test_repair_that_cannot_be() -> None:
     kv, q = make_cache(700)
     ids = lath.select(q, kv, "quest", 64)
-    for wrong in ("some", 1, None):
+    for wrong in (
+        "some",
+        1,
+        None,
+        "centroids:0%",
+        "centroids:25",
+        "mean:50%",
+        "spreads:200%",
+        ":5%",
+    ):
         with pytest.raises(ValueError, match="repair must be"):
             lath.decode_attention(q, kv, pages=ids, repair=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs pages"):
@@ -336,6 +345,29 @@ def test_repair_that_cannot_be() -> None:
         with pytest.raises(NotImplementedError, match=f"repair cannot be combined with {name}"):
             lath.decode_attention(q, kv, pages=ids, repair=True, **{name: value})
         assert torch.isfinite(lath.decode_attention(q, kv, pages=ids, **{name: value})).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repair_by_centroids(backend: str) -> None:
+    """On keys that do not differ within pages it is exact, with spreads or without; of its weight a
+    share can be taken."""
+    generator = torch.Generator().manual_seed(11)
+    pages = torch.randn(1, HEADS, 9, DIM, generator=generator)
+    keys = pages.repeat_interleave(PAGE, dim=2)
+    values = torch.randn(1, HEADS, 9, DIM, generator=generator).repeat_interleave(PAGE, dim=2)
+    kv = lath.PagedKV(HEADS, DIM, dtype=torch.float32, backend=backend)
+    kv.append(keys, values)
+    q = torch.randn(1, HEADS * GROUP, 1, DIM, generator=generator)
+    ids = lath.select(q, kv, "quest", 2 * PAGE)
+    dense, all_mass = lath.decode_attention(q, kv, return_lse=True)
+    dropped, some_mass = lath.decode_attention(q, kv, pages=ids, return_lse=True)
+    assert error(dropped, dense) > 0.1
+    # bfloat16 means of keys and values against codes of 8 bits.
+    for repair in (True, "spreads", "centroids", "centroids:100%"):
+        assert error(lath.decode_attention(q, kv, pages=ids, repair=repair), dense) < 0.02, repair
+    _, mass = lath.decode_attention(q, kv, pages=ids, repair="centroids:25%", return_lse=True)
+    quarter = (all_mass.exp() - some_mass.exp()) / 4 + some_mass.exp()
+    torch.testing.assert_close(mass.exp(), quarter, rtol=0.02, atol=0)
 
 
 def test_arguments_of_select() -> None:

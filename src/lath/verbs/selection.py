@@ -15,6 +15,7 @@ from lath.verbs.attention_options import integers
 from lath.verbs.budgets import Budget, TopMass, budget_tokens, parse_budget
 from lath.verbs.checks import check_flag, check_size
 from lath.verbs.paged_kv import PagedKV
+from lath.verbs.repairs import parse_repair
 from lath.verbs.select import check_bounds, check_whose, select
 
 # Rows of a step that still counts as decoding (drafts that are verified together).
@@ -55,9 +56,8 @@ class Selection:
             check_whose(self.heads)
         if self.recent is not None:
             check_size("recent", self.recent)
-        if not isinstance(self.repair, bool) and self.repair != "mean":
-            raise ValueError(f"repair must be True, False or 'mean', got {self.repair!r}")
-        if self.repair == "mean" and not self.selector.claims_mass:
+        repair = parse_repair(self.repair)
+        if repair is not None and repair.kind == "mean" and not self.selector.claims_mass:
             raise ValueError(
                 f"repair='mean' needs a selector that says what mass its lists hold, like 'sparq', "
                 f"'tokenselect' or 'hgca', got {str(self.selector)!r}"
