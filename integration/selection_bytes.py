@@ -16,6 +16,7 @@ from lath.selectors import (
     Centroid,
     ClusterKV,
     DoubleSparsity,
+    Outliers,
     PagedEviction,
     Quest,
     Selector,

@@ -107,7 +107,7 @@ def test_small_budgets_with_and_without_repair(name: str) -> None:
     ids, mask = padded([PROMPT, 280], "left")
     place = positions(mask)
     logits: dict[Any, Any] = {}
-    repairs = [None, False, True] + (["mean"] if name in CLAIM_MASS else [])
+    repairs = [None, False, True, "centroids:25%"] + (["mean"] if name in CLAIM_MASS else [])
     for repair in repairs:
         wish = None if repair is None else small(name, repair=repair)
         cache = paged(model, wish)
