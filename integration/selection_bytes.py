@@ -16,7 +16,6 @@ from lath.selectors import (
     Centroid,
     ClusterKV,
     DoubleSparsity,
-    Outliers,
     PagedEviction,
     Quest,
     Selector,

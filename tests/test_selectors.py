@@ -136,7 +136,9 @@ def test_the_outlier_of_every_page_is_read(inner: str) -> None:
     kv.append(keys, torch.randn(keys.shape, generator=generator))
     q = torch.zeros(1, HEADS * GROUP, 1, DIM)  # whatever the query
     q[..., 0] = 1e-3
-    wanted = {(head, PAGE * page + int(planted[head, page])) for head in (0, 1) for page in range(9)}
+    wanted = {
+        (head, PAGE * page + int(planted[head, page])) for head in (0, 1) for page in range(9)
+    }
     for heads, budget in (("kv", 9), ("query", 9), ("layer", 18)):
         ids = lath.select(q, kv, f"{inner}+outliers", budget, heads=heads, recent=0)
         lists = ids.tolist()[0]
@@ -155,7 +157,11 @@ def test_the_outlier_of_every_page_is_read(inner: str) -> None:
 
 def test_outliers_of_what() -> None:
     named = lath.selector("quest-16+outliers")
-    assert (str(named), named.default_heads, named.claims_mass) == ("quest-16+outliers", "kv", False)
+    assert (str(named), named.default_heads, named.claims_mass) == (
+        "quest-16+outliers",
+        "kv",
+        False,
+    )
     assert lath.selector("tokenselect+outliers").default_heads == "layer"
     assert lath.selector("hgca+outliers").recent == 4
     assert lath.Selection.parse("sparq+outliers:64", repair="mean").selector.claims_mass
