@@ -1,8 +1,10 @@
 """Needles and perplexity of SmolLM2-135M-Instruct when decoding reads only what is selected.
 
     python bench/selection_needle.py [--lengths 1024,2048,4096,8192] [--needles 2] [--threads 1]
+        [--missing]
 
-writes bench/results/selection_needle.md and .json. Needle: a sentence with a random number, at five
+writes bench/results/selection_needle.md and .json; --missing keeps the lines of that .json and
+measures those that it has not. Needle: a sentence with a random number, at five
 depths of a filler text in which no sentence comes twice; the number is asked for at the end. A
 prompt is read once into an int8 cache, but for its last token; every selection goes on from there,
 on a fork of the cache, and its greedy answer holds the number or not. Perplexity: of the last 128
@@ -15,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from needle_text import prompt
 from torch import Tensor
 from torch.nn import functional
 
@@ -37,21 +39,13 @@ from lath.selectors import Request, Scored, Selector
 
 RESULTS = Path(__file__).parent / "results"
 SELECTORS = [*lath.selectors.SELECTORS, "centroid-mass"]
+# With options other than the default, chosen by captured mass in the text of the perplexity.
+VARIANTS = ["double_sparsity-32"]
 BUDGETS = [256, 512, 1024]
 DEPTHS = [0, 0.25, 0.5, 0.75, 1]
 CHUNK = 256
 ANSWER = 8  # tokens; the number needs 6
 SEQUENCES, STEPS = 8, 16  # of the perplexity: 128 tokens
-
-QUESTION = (
-    "\nQuestion: What is the special magic number?\nAnswer: The special magic number is"
-)  # fmt: skip
-WHO = "The baker,A gardener,The old clerk,A young painter,The miller,Our neighbour,The carpenter,A quiet student,The ferryman,The tailor,A travelling doctor,The librarian,A shepherd,The mason,The cook,A retired sailor"  # noqa: E501
-DID = "carried,repaired,painted,described,borrowed,measured,sold,admired,forgot,cleaned,sketched,moved,counted,hid,polished,returned"  # noqa: E501
-HOW = "small,wooden,heavy,plain,green,broken,narrow,grey,striped,pale,round,rusty,warm,empty,bright,folded"  # noqa: E501
-WHAT = "table,lantern,basket,ladder,blanket,window frame,kettle,clock,boat,fence,chair,map,bucket,wheel,coat,drum"  # noqa: E501
-WHERE = "near the harbour,behind the mill,in the long hall,by the river,under the bridge,beside the orchard,at the edge of the field,on the upper floor,across the square,close to the station,below the hill,outside the workshop,along the canal,inside the barn,next to the well,in front of the school"  # noqa: E501
-WHEN = "before breakfast,on a windy morning,after the rain,late in the evening,during the fair,in early spring,when the bells rang,at noon,on market day,as the snow fell,before the guests arrived,after a long walk,while the children slept,towards the end of summer,at first light,on the way home"  # noqa: E501
 
 
 class RecentOnly(Selector):
@@ -71,7 +65,7 @@ class Contender:
 
     selector: str
     budget: int = 0
-    repair: bool = False
+    repair: bool | str = False
     heads: Heads | None = None
 
     @property
@@ -80,6 +74,11 @@ class Contender:
             return None
         chosen = RecentOnly() if self.selector == "recent" else lath.selector(self.selector)
         return lath.Selection(chosen, self.budget, heads=self.heads, repair=self.repair)
+
+    def is_in(self, rows: list[dict[str, Any]], **wanted: Any) -> bool:
+        """Whether one of the rows is its own."""
+        wanted |= vars(self)
+        return any(all(row[key] == value for key, value in wanted.items()) for row in rows)
 
 
 def contenders() -> Iterator[Contender]:
@@ -92,34 +91,18 @@ def contenders() -> Iterator[Contender]:
             # paged_eviction does not look at the query.
             if lath.selector(selector).default_heads == "kv" and selector != "paged_eviction":
                 yield Contender(selector, budget, heads="query")
+    for selector in VARIANTS:
+        for budget in BUDGETS:
+            yield Contender(selector, budget)
 
 
-# Texts
-
-
-def filler(tokenizer: Any, rng: random.Random, count: int) -> list[int]:
-    """`count` tokens of plain sentences, of which no two are the same."""
-    parts = [words.split(",") for words in (WHO, DID, HOW, WHAT, WHERE, WHEN)]
-    ids: list[int] = []
-    seen = set()
-    while len(ids) < count:
-        who, did, how, what, where, when = (rng.choice(words) for words in parts)
-        sentence = f" {who} {did} the {how} {what} {where} {when}."
-        if sentence not in seen:
-            seen.add(sentence)
-            ids += tokenizer(sentence).input_ids
-    return ids[:count]
-
-
-def prompt(tokenizer: Any, length: int, depth: float, seed: int) -> tuple[list[int], str]:
-    """`length` tokens and the number that is asked for."""
-    rng = random.Random(f"{length} {depth} {seed}")
-    number = str(rng.randint(10000, 99999))
-    needle = tokenizer(f" The special magic number is {number}.").input_ids
-    question = tokenizer(QUESTION).input_ids
-    text = filler(tokenizer, rng, length - len(needle) - len(question))
-    at = int(depth * len(text))
-    return text[:at] + needle + text[at:] + question, number
+def read_on() -> Iterator[Contender]:
+    """Whose perplexity is measured: all, and repair that adds less."""
+    yield from contenders()
+    for selector in ("quest", "centroid"):
+        for repair in ("centroids", "centroids:25%"):
+            for budget in BUDGETS:
+                yield Contender(selector, budget, repair)
 
 
 # Running
@@ -168,9 +151,14 @@ class Runner:
         return texts
 
 
-def needles(runner: Runner, tokenizer: Any, lengths: list[int], count: int) -> list[dict[str, Any]]:
+def needles(
+    runner: Runner, tokenizer: Any, lengths: list[int], count: int, known: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     rows = []
     for length in lengths:
+        wanted = [one for one in contenders() if not one.is_in(known, length=length)]
+        if not wanted:
+            continue
         start = time.perf_counter()
         # The answer stays within the length.
         made = [
@@ -181,7 +169,7 @@ def needles(runner: Runner, tokenizer: Any, lengths: list[int], count: int) -> l
         ids, numbers = torch.tensor([own for own, _ in made]), [number for _, number in made]
         filled = runner.prefill(ids[:, :-1])
         read = time.perf_counter()
-        for contender in contenders():
+        for contender in wanted:
             began = time.perf_counter()
             got = runner.answers(runner.fork(filled, contender), ids[:, -1:], tokenizer, numbers)
             found = [number in text for number, text in zip(numbers, got, strict=True)]
@@ -197,14 +185,16 @@ def needles(runner: Runner, tokenizer: Any, lengths: list[int], count: int) -> l
     return rows
 
 
-def perplexities(runner: Runner, tokenizer: Any) -> tuple[list[dict[str, Any]], int]:
+def perplexities(
+    runner: Runner, tokenizer: Any, known: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], int]:
     """Of SEQUENCES pieces of STEPS tokens at the end of the text, each behind all that stands
     before it; and the context of the first piece."""
     ids = tokenizer(english_text(), return_tensors="pt", verbose=False).input_ids[0]
     first = len(ids) - SEQUENCES * STEPS
     cache, mask = staggered(runner, ids, first - 1)
     rows = []
-    for contender in contenders():
+    for contender in (one for one in read_on() if not one.is_in(known)):
         began = time.perf_counter()
         own, total = runner.fork(cache, contender), 0.0
         for i in range(STEPS):
@@ -255,6 +245,8 @@ def staggered(runner: Runner, ids: Tensor, first: int) -> tuple[LathCache, Tenso
 def named(row: dict[str, Any]) -> str:
     if row["heads"] is not None:
         return f"{row['selector']}, a list per query head"
+    if isinstance(row["repair"], str):
+        return f"{row['selector']}, repair='{row['repair']}'"
     return row["selector"] + (" with repair" if row["repair"] else "")
 
 
@@ -320,15 +312,21 @@ def as_good_as_dense(rows: list[dict[str, Any]], budget: int) -> list[str]:
     return [name for name, own in some.items() if sum(sum(r["found"]) for r in own) >= dense]
 
 
+def circumstances(run: dict[str, Any]) -> str:
+    facts = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
+    return (
+        f"{facts}; backend {run['backend']}, {run['threads']} thread(s), bf16 model, "
+        f"{run['seconds']:.0f} s in all, {run['processor_seconds']:.0f} s of a processor. "
+        f"Command: `{run['command']}`"
+    )
+
+
 def report(result: dict[str, Any]) -> str:
     assert __doc__ is not None
     rows = result["needles"]
-    facts = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
     parts = [
         "# SmolLM2-135M-Instruct: decoding over selections", "", __doc__.strip(), "",
-        f"{facts}; backend {result['backend']}, {result['threads']} thread(s), bf16 model, "
-        f"{result['seconds']:.0f} s in all, {result['processor_seconds']:.0f} s of a processor. "
-        f"Command: `{result['command']}`", "",
+        *(line for run in result["runs"] for line in (circumstances(run), "")),
         "## Needles found", "",
         f"{result['count']} at each of five depths (0, 25, 50, 75, 100 %) of "
         f"{', '.join(map(str, result['lengths']))} tokens. recent: the first 64 tokens and the "
@@ -358,9 +356,14 @@ def main() -> None:
     parser.add_argument("--needles", type=int, default=2, help="at each depth of each length")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--missing", action="store_true", help="keep the lines that are stored")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     lengths = [int(length) for length in options.lengths.split(",")]
+    stored = options.output / "selection_needle.json"
+    before = json.loads(stored.read_text()) if options.missing else {}
+    if before and (before["lengths"], before["count"]) != (lengths, options.needles):
+        parser.error(f"{stored} has other lengths or needles: {before['lengths']}")
     torch.set_num_threads(options.threads)
     start = time.perf_counter()
     model, tokenizer = load_model("smollm2", "bfloat16")
@@ -369,19 +372,22 @@ def main() -> None:
         lath.patch(model, None, attention="int8", kv="int8", backend=options.backend),
         torch.inference_mode(),
     ):
-        found = needles(runner, tokenizer, lengths, options.needles)
-        measured, context = perplexities(runner, tokenizer)
+        kept = [before.get(name, []) for name in ("needles", "perplexities")]
+        found = kept[0] + needles(runner, tokenizer, lengths, options.needles, kept[0])
+        measured, context = perplexities(runner, tokenizer, kept[1])
     command = "python bench/selection_needle.py"
     for name in ("lengths", "needles", "threads"):
         if getattr(options, name) != parser.get_default(name):
             command += f" --{name} {getattr(options, name)}"
-    result = {
+    run = {
         "machine": machine_facts(), "backend": options.backend, "threads": options.threads,
-        "command": command, "seconds": time.perf_counter() - start,
-        "processor_seconds": time.process_time(), "lengths": lengths, "count": options.needles,
-        "context": context, "needles": found, "perplexities": measured,
+        "command": command + " --missing" * options.missing,
+        "seconds": time.perf_counter() - start, "processor_seconds": time.process_time(),
     }  # fmt: skip
-    stored = options.output / "selection_needle.json"
+    result = {
+        "runs": [*before.get("runs", []), run], "lengths": lengths, "count": options.needles,
+        "context": context, "needles": found, "perplexities": kept[1] + measured,
+    }  # fmt: skip
     stored.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     stored.with_suffix(".md").write_text(report(result))
 

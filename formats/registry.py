@@ -180,7 +180,7 @@ SYSTEMS = (
     _selector(
         "Quest",
         "quest",
-        "the bound of every page, or of its sub-pages (`quest-16`)",
+        "the bound of every page, or of its sub-pages (`quest-16`); `+outliers`",
         "test_selectors.py::test_quest_finds_the_page_of_the_largest_score",
     ),
     _selector(

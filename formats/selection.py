@@ -31,13 +31,15 @@ class IndexList:
     64 * entry + token. H is 1 (all heads of the layer), Hkv or Hq. What the float parts of the
     cache hold (first 64 tokens, unfilled last page) is read always and has no index.
     mass: fp32 [S, Hq, L], the share of the softmax that the selector takes its list (and the float
-    parts) to hold; None where it makes no such estimate.
+    parts) to hold; None where it makes no such estimate. always: bool [S, 1, W] over entries or
+    slots of tokens, those that were listed whatever their score; None for none.
     """
 
     indices: Tensor
     counts: Tensor
     granularity: Granularity
     mass: Tensor | None = None
+    always: Tensor | None = None
 
     @property
     def num_heads(self) -> int:

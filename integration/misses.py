@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lath.formats.selection import IndexList
 from lath.integration.text_table import align
-from lath.verbs.misses import captured_mass, recall
+from lath.verbs.misses import captured_mass, reads_all, recall
 from lath.verbs.paged_kv import PagedKV
 
 _HEADER = ("layer", "queries", "mean mass", "least mass", "of head", "mean recall", "below")
@@ -26,9 +26,9 @@ _WORST = 5
 class MissRow:
     """What one query head of one layer missed.
 
-    steps: passes of the model in which its list was measured. queries: rows that were measured, of
-    all sequences and steps. mean_mass, least_mass: the share of the softmax that was read, mean and
-    least over the queries. below: queries that captured less than the report's threshold.
+    steps: passes of the model in which a list of it was measured. queries: rows that were measured,
+    of all sequences and steps. mean_mass, least_mass: the share of the softmax that was read, mean
+    and least over the queries. below: queries that captured less than the report's threshold.
     mean_recall: of the entries that a list of that length would best hold, the share that it held,
     mean over steps and sequences; heads that share a list share this number.
     """
@@ -47,10 +47,11 @@ class MissRow:
 class MissReport:
     """What the selections of a patched model or of a LathCache missed, by layer and query head.
 
-    threshold: a query that captures less of its softmax than this counts as below. Measured are the
-    steps that read lists (not those that read everything, and not drafts): `lath.captured_mass`,
-    without sinks and without what repair adds, and `lath.recall`. It grows with every step, over
-    all calls of the model, until `reset()`. Printing shows a line per layer and the worst heads.
+    threshold: a query that captures less of its softmax than this counts as below. Measured are
+    lists that leave something out (not those that hold all there is, and not drafts):
+    `lath.captured_mass`, without sinks and without what repair adds, and `lath.recall`. It grows
+    with every step, over all calls of the model, until `reset()`. Printing shows a line per layer
+    and the worst heads.
     """
 
     threshold: float
@@ -59,7 +60,7 @@ class MissReport:
 
     @property
     def rows(self) -> list[MissRow]:
-        """A row for each layer and query head, in order; waits for the device."""
+        """A row for each layer and query head that was measured, in order; waits for the device."""
         return [row for layer in sorted(self._layers) for row in self._layers[layer].rows(layer)]
 
     def worst(self, n: int = _WORST) -> list[MissRow]:
@@ -88,21 +89,24 @@ class MissReport:
         finally:
             self._paused = before
 
-    def record(self, layer: int, mass: Tensor, found: Tensor, counts: Tensor | None) -> None:
+    def record(
+        self, layer: int, mass: Tensor, found: Tensor, counts: Tensor | None, whole: Tensor
+    ) -> None:
         """Add one step of one layer, without waiting for the device.
 
         mass: fp32 [B, Hq, L], captured shares. found: fp32 [B, H], recall of each list, Hq a
         multiple of H. counts: int [B], rows that each sequence has (the first); None for all L.
+        whole: bool [B, H], lists that leave nothing out and are not measured.
         """
         if layer not in self._layers:
             self._layers[layer] = _Tally(mass.shape[1], mass.device)
-        self._layers[layer].add(mass, found, counts, self.threshold)
+        self._layers[layer].add(mass, found, counts, whole, self.threshold)
 
     def __str__(self) -> str:
         rows = self.rows
         title = f"captured mass of the selections, threshold {self.threshold:g}"
         if not rows:
-            return f"{title}: no step has read a list yet"
+            return f"{title}: no step has left anything out yet"
         layers: dict[int, list[MissRow]] = {}
         for row in rows:
             layers.setdefault(row.layer, []).append(row)
@@ -140,38 +144,43 @@ class _Tally:
         def zeros() -> Tensor:
             return torch.zeros(heads, dtype=torch.float64, device=device)
 
-        self.steps = 0
-        self.queries, self.mass, self.below = zeros(), zeros(), zeros()
+        self.steps, self.queries, self.mass, self.below = zeros(), zeros(), zeros(), zeros()
         self.lists, self.recall = zeros(), zeros()
         self.least = zeros().fill_(torch.inf)
 
-    def add(self, mass: Tensor, found: Tensor, counts: Tensor | None, threshold: float) -> None:
+    def add(
+        self, mass: Tensor, found: Tensor, counts: Tensor | None, whole: Tensor, threshold: float
+    ) -> None:
         rows = torch.arange(mass.shape[2], device=mass.device)
         full = torch.full((mass.shape[0],), mass.shape[2], device=mass.device)
         lengths = full if counts is None else counts.to(mass.device)
-        taken = (rows < lengths[:, None])[:, None]  # [B, 1, L]
+        heads = mass.shape[1] // found.shape[1]  # that share a list
+        asked = ((lengths > 0)[:, None] & ~whole).repeat_interleave(heads, dim=1)  # [B, Hq]
+        taken = (rows < lengths[:, None])[:, None] & asked[..., None]  # [B, Hq, L]
         mass = mass.double()
-        self.steps += 1
-        self.queries += taken.sum()
+        self.steps += asked.any(0)
+        self.queries += taken.sum((0, 2))
         self.mass += mass.masked_fill(~taken, 0).sum((0, 2))
         # A NaN is below every threshold.
         self.below += (taken & ~(mass >= threshold)).sum((0, 2))
         self.least = torch.minimum(self.least, mass.masked_fill(~taken, torch.inf).amin((0, 2)))
-        asked = (lengths > 0)[:, None]  # [B, 1]
-        self.lists += asked.sum()
-        own = found.double().repeat_interleave(mass.shape[1] // found.shape[1], dim=1)
+        self.lists += asked.sum(0)
+        own = found.double().repeat_interleave(heads, dim=1)
         self.recall += own.masked_fill(~asked, 0).sum(0)
 
     def rows(self, layer: int) -> list[MissRow]:
-        sums = (self.queries, self.mass, self.least, self.lists, self.recall, self.below)
+        sums = (
+            self.steps, self.queries, self.mass, self.least, self.lists, self.recall, self.below,
+        )  # fmt: skip
         return [
             MissRow(
-                layer, head, self.steps, int(queries), mass / queries, least, found / lists,
+                layer, head, int(steps), int(queries), mass / queries, least, found / lists,
                 int(below),
             )
-            for head, (queries, mass, least, lists, found, below) in enumerate(
+            for head, (steps, queries, mass, least, lists, found, below) in enumerate(
                 zip(*(numbers.tolist() for numbers in sums), strict=True)
             )
+            if queries
         ]  # fmt: skip
 
 
@@ -206,4 +215,4 @@ class Audit:
             return
         mass = captured_mass(q, kv, ids, **options)
         found = recall(q, kv, ids, **options)
-        self.report.record(layer, mass, found, options.get("query_lengths"))
+        self.report.record(layer, mass, found, options.get("query_lengths"), reads_all(kv, ids))

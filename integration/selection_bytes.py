@@ -24,6 +24,7 @@ from lath.selectors import (
 )
 from lath.verbs.budgets import Budget, TopMass, budget_pages, budget_tokens
 from lath.verbs.planning import plan_attention
+from lath.verbs.repairs import parse_repair
 from lath.verbs.selection import Selection
 
 
@@ -69,12 +70,16 @@ class Step:
         keys = outside + PAGE * self._entries(selection, budget)
         # A list that serves several steps is made once.
         shared = selection.reuse if selection.reuse_cosine is None else 1
-        repair = 0
-        if selection.repair is True:
-            repair = self._select("repair", own_lists=whose == "query")
-        elif selection.repair == "mean":
-            repair = 4 * self.kv_heads * self.pages * self.format.value_dim
-        return self._attention(keys, lists) + scores // shared + repair
+        return self._attention(keys, lists) + scores // shared + self._repair(selection, lists)
+
+    def _repair(self, selection: Selection, lists: int) -> int:
+        wanted = parse_repair(selection.repair)
+        if wanted is None:
+            return 0
+        if wanted.kind == "mean":
+            return 4 * self.kv_heads * self.pages * self.format.value_dim
+        own_lists = lists != self.kv_heads
+        return self._select("repair", own_lists=own_lists, spreads=wanted.kind == "spreads")
 
     def _entries(self, selection: Selection, budget: Budget) -> int:
         """Pages that a list touches at most."""

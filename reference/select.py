@@ -316,6 +316,7 @@ def repair(
     cache: Cache,
     unread: Array,
     scale: float,
+    spreads: bool = True,
 ) -> tuple[Array, Array]:
     """What the pages' index rows say of the tokens that were not read, to be merged with the rest.
 
@@ -325,7 +326,9 @@ def repair(
     The scores of a page are taken as normal with its own mean and spread σ, and the tokens that
     were read as its highest: what is left of Σ exp(score) is exp(mass) Φ(z - σ), with the value
     `value_mean`. Φ is the logistic function of LOGISTIC * x. A page with z = -inf adds nothing; one
-    that is read nowhere (z = +inf) adds all of its mass.
+    that is read nowhere (z = +inf) adds all of its mass. spreads False: σ = 0, every token of a
+    page scores like its centroid; of a page that is read nowhere that is never too much, by
+    convexity.
     """
     sequences, heads, rows, _ = q.shape
     lists, kv_heads = unread.shape[1], cache.records.shape[1]
@@ -342,8 +345,7 @@ def repair(
                 if np.isneginf(z):
                     continue
                 row = read_index(cache.index[number, kv_head], cache.format)
-                mass = page_score(own, row, count, "mass", scale)
-                scores.append(mass + log_rest(z - spread(own, row, scale)))
+                scores.append(rest_score(own, row, count, z, scale, spreads))
                 means.append(row.value_mean)
             if not scores or not count_rows:
                 continue
@@ -354,6 +356,15 @@ def repair(
             o[s, head, :count_rows] = weights @ np.stack(means) / total
             lse[s, head, :count_rows] = (largest + np.log(total))[..., 0]
     return o, lse
+
+
+def rest_score(q: Array, row: IndexRow, count: int, z: float, scale: float, spreads: bool) -> Array:
+    """log Σ exp(score) [R] over what is left of a page, z > -inf of `unread_quantile`; see
+    `repair`."""
+    if not spreads:
+        return page_score(q, row, count, "mean", scale) + math.log(count) + log_rest(np.array(z))
+    mass = page_score(q, row, count, "mass", scale)
+    return mass + log_rest(z - spread(q, row, scale))
 
 
 def log_rest(x: Array) -> Array:

@@ -202,6 +202,31 @@ def make_labels(
     return labels, scales
 
 
+def farthest(page: Page, mean: Array, written: int) -> int:
+    """The token whose key lies farthest from the page's stored mean; ties: the first."""
+    return int(np.square(page.keys[:written] - mean).sum(axis=1).argmax())
+
+
+def with_outliers(scores: Array, cache: Cache, wish: Wish, rows: int, unit: int) -> Indices:
+    """Pooled scores [S, H, W] of pages (unit 1) or tokens (PAGE), and before them the outlier of
+    every page, all of them within the budget, which is of tokens."""
+    heads = cache.records.shape[1]
+    wide = scores if unit == PAGE else scores.repeat(PAGE, axis=2)
+    wide, pages = wide.copy(), pages_of(cache)
+    for s, head in np.ndindex(len(wide), heads):
+        for i, (number, _, count, _) in enumerate(cache.entries(s, head)):
+            row = select.read_index(cache.index[number, head], cache.format)
+            token = farthest(pages[number, head], row.mean, row.tokens)
+            lists = range(wide.shape[1]) if wide.shape[1] == 1 else range(
+                head * wide.shape[1] // heads, (head + 1) * wide.shape[1] // heads
+            )  # fmt: skip
+            for own in lists:
+                wide[s, own, PAGE * i + count : PAGE * (i + 1)] = -np.inf
+                if token < count:
+                    wide[s, own, PAGE * i + token] = np.inf
+    return pick(wide, cache, wish, rows, PAGE)
+
+
 def paged_eviction(q: NDArray[np.float32], rows: Rows, cache: Cache, wish: Wish) -> Indices:
     """PagedEviction: the mean over a page's tokens of |v| / |k|."""
     kv_heads = cache.records.shape[1]

@@ -50,7 +50,13 @@ def defined(name: str, q: Tensor, kv: lath.PagedKV, wish: definition.Wish) -> An
     """The lists of the definition for a text form."""
     cache, rows = as_cache(kv.view(), q.dtype), np.full(q.shape[0], q.shape[2], np.int32)
     array = as_array(q)
-    kind, _, option = name.partition("-")
+    inner, outliers, _ = name.partition("+outliers")
+    kind, _, option = inner.partition("-")
+    if outliers:  # of Quest or the centroid
+        score = "bound" if kind == "quest" else option or "mean"
+        scores = reference.page_scores(array, rows, cache, score, wish.scale)  # type: ignore[arg-type]
+        pooled = reference.pool(definition.hide(scores, cache, 1), wish.lists)
+        return definition.with_outliers(pooled, cache, wish, q.shape[2], 1)
     if kind in ("quest", "centroid"):
         score = "bound" if kind == "quest" else option or "mean"
         extremes = extremes_of(cache) if kind == "quest" and option else None

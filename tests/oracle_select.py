@@ -120,12 +120,16 @@ def _absolute(cache):  # type: ignore[no-untyped-def]
 
 
 def repair(
-    queries: Queries, pages: PageView, unread: torch.Tensor, scale: float
+    queries: Queries,
+    pages: PageView,
+    unread: torch.Tensor,
+    scale: float,
+    spreads: bool = True,
 ) -> tuple[Array, Array, Array, Array]:
     """o [S, Hq, L, E], lse [S, Hq, L], and the largest admitted errors of both."""
     cache, q = as_cache(pages, queries.q.dtype), dense_queries(queries)
     rows, z = queries.lengths.numpy(), unread.double().numpy()
-    o, lse = select.repair(q, rows, cache, z, scale)
+    o, lse = select.repair(q, rows, cache, z, scale, spreads)
     o_bound, lse_bound = np.zeros_like(o), np.zeros_like(lse)
     heads, lists = o.shape[1], z.shape[1]
     for s, head in np.ndindex(*o.shape[:2]):
@@ -135,15 +139,16 @@ def repair(
             at = z[s, head // (heads // lists), i]
             if np.isneginf(at):
                 continue
-            sigma = select.spread(own, index, scale)
-            error = _page_error(own, index, "mass", scale) + _EXP2 * np.log(count)
+            sigma = select.spread(own, index, scale) * spreads
+            kind: PageScore = "mass" if spreads else "mean"
+            error = _page_error(own, index, kind, scale) + _EXP2 * np.log(count)
             if np.isfinite(at):
                 distance = np.abs(at - sigma)
-                error = error + LOGISTIC * (spread_error(own, sigma) + _EXP2 * (1 + distance))
+                further = spread_error(own, sigma) if spreads else 0.0
+                error = error + LOGISTIC * (further + _EXP2 * (1 + distance))
             errors.append(error[:, None])
             signed = q[s, head, : rows[s]].astype(np.float64)
-            score = select.page_score(signed, index, count, "mass", scale)
-            score = score + select.log_rest(at - select.spread(signed, index, scale))
+            score = select.rest_score(signed, index, count, at, scale, spreads)
             weights.append(np.exp(score - lse[s, head, : rows[s]]))
             means.append(np.abs(index.value_mean))
         if not weights:

@@ -31,6 +31,7 @@ SCALE = 0.1
 COVER = [
     "mean int8 bf16 1", "bound int8 bf16 1", "mass int8 bf16 1", "floor int8 bf16 1",
     "repair int8 bf16 1", "token int8 bf16 1", "label int8 bf16 1",
+    "repair_by_centroids int8 bf16 1",
 ]  # fmt: skip
 OTHERS = [
     "subpages int8 bf16 1", "bound int8 fp16 16", "mass int8 fp16 16", "floor float fp16 1",
@@ -72,14 +73,16 @@ def record(text: str, dim: int, architecture: str) -> list[Specialisation]:
             torch.zeros(1, heads, count, dtype=torch.int32), SCALE,
         )  # fmt: skip
 
-    def repair(lists: int) -> object:
-        return kernels.repair(queries, pages, torch.zeros(1, lists, PAGES), SCALE)
+    def repair(lists: int, spreads: bool = True) -> object:
+        unread = torch.zeros(1, lists, PAGES)
+        return kernels.repair(queries, pages, unread, SCALE, spreads=spreads)
 
     extremes = torch.zeros(4, KV_HEADS, 4, 2, dim, dtype=torch.int8)
     calls: dict[str, Callable[[], object]] = {
         "subpages": lambda: kernels.page_scores(queries, pages, "bound", SCALE, extremes),
         "repair": lambda: repair(KV_HEADS),
         "repair_of_heads": lambda: repair(heads),
+        "repair_by_centroids": lambda: repair(KV_HEADS, False),
         "token": lambda: kernels.token_scores(queries, pages, SCALE, query),  # type: ignore[arg-type]
         "label": lambda: labels(PAGE, torch.int8),
         "label4": lambda: labels(PAGE // 2, torch.uint8),
@@ -136,7 +139,7 @@ def check_kernels(text: str, dim: int, architecture: str) -> None:
         codes = found.name == "token_scores_kernel" and codec != "float"
         if codec != "e4m3":
             expect_tensor_instructions(usage, codes)
-    main = {"label4": "label", "repair_of_heads": "repair"}.get(name, name)
+    main = {"label4": "label"}.get(name, name).split("_")[0]
     main = main if main in ("repair", "token", "label") else "page"
     assert any(found.name.startswith(main) for found in launched)
 

@@ -45,10 +45,10 @@ def check_pages(queries: Queries, pages: PageView, scale: float, what: object) -
 
 
 def check_repair(queries: Queries, pages: PageView, z: Tensor, scale: float, what: object) -> None:
-    o, lse, o_bound, lse_bound = oracle.repair(queries, pages, z, scale)
-    got_o, got_lse = cpu.repair(queries, pages, z, scale)
-    shares = share_of(got_o, o, o_bound), share_of(got_lse, lse, lse_bound)
-    assert max(shares) <= 1, (str(what), z.shape, shares)
+    for spreads in (True, False):
+        o, lse, *bounds = oracle.repair(queries, pages, z, scale, spreads)
+        got = zip(cpu.repair(queries, pages, z, scale, spreads), (o, lse), bounds, strict=True)
+        assert max(shares := [share_of(*each) for each in got]) <= 1, (str(what), spreads, shares)
 
 
 def check(case: AttentionCase) -> None:

@@ -77,25 +77,47 @@ def test_the_report_of_misses() -> None:
     assert "no step" in str(report)
     # Two sequences, of which the second has one row of the two; one list for both heads.
     mass = torch.tensor([[[0.25, 0.75], [1.0, 0.5]], [[0.5, 0.0], [0.125, 0.0]]])
-    report.record(3, mass, torch.tensor([[0.5], [1.0]]), torch.tensor([2, 1]))
-    report.record(3, torch.ones(2, 2, 1), torch.ones(2, 1), torch.tensor([1, 0]))
-    report.record(0, torch.full((1, 2, 1), torch.nan), torch.ones(1, 2), None)
-    first, second = report.rows[2:]
+    some = torch.zeros(2, 1, dtype=torch.bool)
+    report.record(3, mass, torch.tensor([[0.5], [1.0]]), torch.tensor([2, 1]), some)
+    report.record(3, torch.ones(2, 2, 1), torch.ones(2, 1), torch.tensor([1, 0]), some)
+    nan = torch.full((1, 2, 1), torch.nan)
+    report.record(0, nan, torch.ones(1, 2), None, torch.zeros(1, 2, dtype=torch.bool))
+    # Lists that leave nothing out are not measured: all of them, and one of two.
+    report.record(3, torch.ones(2, 2, 1), torch.ones(2, 1), None, ~some)
+    report.record(1, torch.ones(1, 2, 1), torch.ones(1, 2), None, torch.tensor([[True, False]]))
+    first, second = report.rows[3:]
     assert (first.layer, first.head, first.steps, first.queries) == (3, 0, 2, 4)
     assert (first.mean_mass, first.least_mass, first.below) == (2.5 / 4, 0.25, 1)
     assert (second.mean_mass, second.least_mass, second.below) == (2.625 / 4, 0.125, 1)
     assert first.mean_recall == second.mean_recall == 2.5 / 3
     assert report.rows[0].below == 1  # what is no number is below every threshold
+    assert [(row.layer, row.head, row.steps) for row in report.rows[2:3]] == [(1, 1, 1)]
     read = json.loads(report.to_json())
     assert read["threshold"] == 0.5
-    assert read["rows"][2:] == [dataclasses.asdict(row) for row in (first, second)]
-    del report._layers[0]
+    assert read["rows"][3:] == [dataclasses.asdict(row) for row in (first, second)]
+    del report._layers[0], report._layers[1]
     assert [row.head for row in report.worst(1)] == [0]
     text = str(report)
     assert "2 of 8 queries" in text
     assert "layer 3, head 1: mean mass 0.6562, least 0.1250, recall 0.833" in text
     report.reset()
     assert report.rows == []
+
+
+def test_a_short_sequence_that_is_read_wholly_is_not_measured() -> None:
+    """Of two sequences the second fits its lists: the report is that of the first alone."""
+    model = hf_model("Llama")
+    ids, mask = padded([PROMPT, 150], "left")
+    made = []
+    for own, own_mask in ((ids, mask), (ids[:1], mask[:1])):
+        with patched(model, attention="int8", select="tokenselect:64", audit=0.9) as report:
+            forward(model, own, cache := report.new_cache(), attention_mask=own_mask)
+            longer = torch.nn.functional.pad(own_mask, (0, 1), value=1)
+            forward(model, ids[: len(own), :1], cache, attention_mask=longer)
+        made.append(report.misses.rows)
+    assert made[0] == made[1]
+    assert [row.queries for row in made[0]] == [1] * 8
+    assert max(row.least_mass for row in made[0]) < 1
 
 
 def test_a_pause() -> None:

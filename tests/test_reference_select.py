@@ -233,6 +233,32 @@ def test_repair_adds_up() -> None:
     assert np.isneginf(nothing[1]).all()
 
 
+def test_centroids_never_add_too_much() -> None:
+    """Of pages that were not read: no more than they hold (convexity), and what is equal to all of
+    it where keys do not differ; with spreads it can be more."""
+    q, rows, cache, scale = setting(AttentionCase(rows=1, lengths="500,90"))
+    q = q * 6  # sharp, so that spreads matter
+    unread = np.full((2, 1, cache.table.shape[1]), np.inf)
+    exact = select.token_scores(q, rows, cache, scale, "float")
+    held = np.logaddexp.reduce(exact, axis=-1)
+    # A mean that was rounded to bfloat16, and codes: half an index unit of each channel.
+    widest = max(
+        float(np.abs(q).sum(-1).max() * (np.abs(row.mean).max() * 2.0**-8 + row.unit / 2))
+        for row in (
+            select.read_index(cache.index[n, h], cache.format)
+            for s in range(2) for h in range(2) for n, *_ in cache.entries(s, h)
+        )
+    )  # fmt: skip
+    with_spreads = select.repair(q, rows, cache, unread, scale)[1]
+    centroids = select.repair(q, rows, cache, unread, scale, spreads=False)[1]
+    there = np.isfinite(held)
+    assert (centroids[there] <= held[there] + scale * widest).all()
+    assert (with_spreads[there] > centroids[there]).all()
+    assert held[there].mean() - centroids[there].mean() > 2 * scale * widest  # the slack is small
+    half = select.repair(q, rows, cache, np.zeros_like(unread), scale, spreads=False)[1]
+    np.testing.assert_allclose(half[there], centroids[there] - math.log(2), atol=1e-9)
+
+
 def test_the_read_part_is_taken_off_the_top() -> None:
     """Of normal scores, the rest of Σ exp after the highest were read is Φ(z - σ) of it."""
     rng = np.random.default_rng(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -211,6 +212,19 @@ def test_selections_by_text() -> None:
     for wrong in ("quest:", "quest:0", ":64", "nothing:64"):
         with pytest.raises(ValueError, match=r"budget|selector"):
             lath.Selection.parse(wrong)
+    for name in ("quest", "clusterkv", "double_sparsity"):
+        with pytest.raises(ValueError, match=f"repair='mean' needs a selector that.*{name}"):
+            lath.Selection.parse(name, repair="mean")
+    for name in ("sparq", "tokenselect", "hgca"):
+        assert lath.Selection.parse(name, repair="mean").repair == "mean"
+    for name in ("clusterkv", "sparq", "double_sparsity", "hgca"):
+        with pytest.raises(NotImplementedError, match=f"budget 'p0.9' needs bounds.*'{name}'"):
+            lath.Selection.parse(f"{name}:p0.9")
+        with pytest.raises(NotImplementedError, match="needs bounds"):
+            lath.Selection.parse(name, layer_budgets=(64, "p0.9"))
+    for name in ("quest", "centroid", "paged_eviction", "tokenselect"):
+        assert lath.Selection.parse(f"{name}:p0.9").budget == lath.TopMass(0.9)
+    assert lath.Selection(lath.selectors.HGCA(share=0), "p0.9").budget == "p0.9"
     for options in ({"reuse": 0}, {"reuse_cosine": 2.0}, {"heads": "all"}, {"repair": "some"}):
         with pytest.raises(ValueError, match=next(iter(options))):
             lath.Selection.parse("quest", **options)
@@ -244,6 +258,33 @@ def test_a_list_serves_several_steps_until_the_cache_changes() -> None:
     kv.crop(900)
     assert at_work.lists(q, kv) is not lists[5]
     assert at_work.lists(q.expand(-1, -1, 2, -1), kv) is not lists[5]
+
+
+# What was missed
+
+
+def test_recall_leaves_out_what_is_read_in_any_case() -> None:
+    """The last full page has the least weight here: it neither costs nor brings recall."""
+    keys = torch.zeros(1, HEADS, 64 + 5 * PAGE, DIM)
+    for page in range(5):
+        at = 64 + PAGE * page
+        keys[:, :, at : at + PAGE, 0] = [3.0, 1.0, 4.0, 2.0, -9.0][page]
+    kv = lath.PagedKV(HEADS, DIM, dtype=torch.float32, backend="reference")
+    kv.append(keys, torch.ones_like(keys))
+    q = torch.zeros(1, HEADS * GROUP, 1, DIM)
+    q[..., 0] = 1.0
+    ids = lath.select(q, kv, "quest", 2 * PAGE)
+    assert ids.tolist() == [[[0, 2, 4]] * HEADS]
+    assert bool((lath.recall(q, kv, ids) == 1).all())
+    # Negative controls: the same entries as a list of one's own, the wrong ones, and no others.
+    own = lath.index_list([[[0, 2, 4]]], kv)
+    assert lath.recall(q, kv, own).tolist() == [[pytest.approx(2 / 3)]]
+    for entries, found in (([1, 3, 4], 0), ([0, 1, 4], 0.5)):
+        indices = torch.tensor([[entries] * HEADS], dtype=torch.int32)
+        other = dataclasses.replace(ids, indices=indices)
+        assert bool((lath.recall(q, kv, other) == found).all())
+    none = lath.select(q, kv, "quest", PAGE, recent=5)
+    assert bool((lath.recall(q, kv, none) == 1).all())
 
 
 # Bad input
@@ -280,7 +321,16 @@ def test_lists_that_cannot_be() -> None:
 def test_repair_that_cannot_be() -> None:
     kv, q = make_cache(700)
     ids = lath.select(q, kv, "quest", 64)
-    for wrong in ("some", 1, None):
+    for wrong in (
+        "some",
+        1,
+        None,
+        "centroids:0%",
+        "centroids:25",
+        "mean:50%",
+        "spreads:200%",
+        ":5%",
+    ):
         with pytest.raises(ValueError, match="repair must be"):
             lath.decode_attention(q, kv, pages=ids, repair=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs pages"):
@@ -295,6 +345,29 @@ def test_repair_that_cannot_be() -> None:
         with pytest.raises(NotImplementedError, match=f"repair cannot be combined with {name}"):
             lath.decode_attention(q, kv, pages=ids, repair=True, **{name: value})
         assert torch.isfinite(lath.decode_attention(q, kv, pages=ids, **{name: value})).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repair_by_centroids(backend: str) -> None:
+    """On keys that do not differ within pages it is exact, with spreads or without; of its weight a
+    share can be taken."""
+    generator = torch.Generator().manual_seed(11)
+    pages = torch.randn(1, HEADS, 9, DIM, generator=generator)
+    keys = pages.repeat_interleave(PAGE, dim=2)
+    values = torch.randn(1, HEADS, 9, DIM, generator=generator).repeat_interleave(PAGE, dim=2)
+    kv = lath.PagedKV(HEADS, DIM, dtype=torch.float32, backend=backend)
+    kv.append(keys, values)
+    q = torch.randn(1, HEADS * GROUP, 1, DIM, generator=generator)
+    ids = lath.select(q, kv, "quest", 2 * PAGE)
+    dense, all_mass = lath.decode_attention(q, kv, return_lse=True)
+    dropped, some_mass = lath.decode_attention(q, kv, pages=ids, return_lse=True)
+    assert error(dropped, dense) > 0.1
+    # bfloat16 means of keys and values against codes of 8 bits.
+    for repair in (True, "spreads", "centroids", "centroids:100%"):
+        assert error(lath.decode_attention(q, kv, pages=ids, repair=repair), dense) < 0.02, repair
+    _, mass = lath.decode_attention(q, kv, pages=ids, repair="centroids:25%", return_lse=True)
+    quarter = (all_mass.exp() - some_mass.exp()) / 4 + some_mass.exp()
+    torch.testing.assert_close(mass.exp(), quarter, rtol=0.02, atol=0)
 
 
 def test_arguments_of_select() -> None:

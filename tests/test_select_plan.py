@@ -106,6 +106,7 @@ def test_what_an_index_row_costs() -> None:
     whole = sum(index_bytes(kind, fmt) for kind in ("mean", "bound", "mass", "floor"))
     assert whole == 256 + (256 + 4 + 256) + (256 + 4 + 128) + (256 + 8)
     assert index_bytes("repair", fmt) == 256 + 4 + 128 + 192
+    assert index_bytes("repair", fmt, spreads=False) == 256 + 192
     assert index_bytes("bound", fmt, True) == 256 + 4 + 4 * 256
     for kind in get_args(SelectKind):
         assert index_bytes(kind, fmt) <= fmt.index_bytes
@@ -132,6 +133,7 @@ def test_other_backends() -> None:
         ("label", {"labels": (4, 2)}, "labels must have 4 or 8 bits, got 2"),
         ("mass", {"subpages": True}, "subpages must be given for kind 'bound' alone"),
         ("token", {"own_lists": True}, "own_lists must be given for kind 'repair' alone"),
+        ("mass", {"spreads": False}, "spreads=False must be given for kind 'repair' alone"),
     ],
 )
 def test_what_does_not_go_together(kind: str, changed: dict[str, Any], message: str) -> None:
@@ -169,7 +171,7 @@ def make_view(codecs: str, dims: tuple[int, int], dtype: str, pages: int, heads:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "subpages", "own_lists"])
+@pytest.mark.parametrize("kind", [*KINDS, "subpages", "own_lists", "centroids"])
 @pytest.mark.parametrize(("codecs", "dims", "dtype", "rows", "pages", "heads"), SHAPES)
 def test_bytes_are_those_that_kernels_load(
     kind: str, codecs: str, dims: tuple[int, int], dtype: str, rows: int, pages: int, heads: str
@@ -187,6 +189,7 @@ def test_bytes_are_those_that_kernels_load(
     options = {
         "subpages": {"kind": "bound", "subpages": True},
         "own_lists": {"kind": "repair", "own_lists": True},
+        "centroids": {"kind": "repair", "spreads": False},
         "label": {"kind": "label", "labels": (7, 8)},
     }
     found = plan_select(
@@ -197,7 +200,7 @@ def test_bytes_are_those_that_kernels_load(
     with sanitize(poison=False, races=False, watch=watched | extra) as report:
         call(kind, queries, view, extra, found)()
     loaded = sum(seen.bytes for seen in report.loads.values())
-    if kind in ("repair", "own_lists"):
+    if kind in ("repair", "own_lists", "centroids"):
         pieces, width = found.split_k, dims[1]
         stored = outputs * (width + 1) * pieces
         if pieces > 1:  # read again, the logarithms twice, and merged
@@ -227,6 +230,7 @@ def extras(kind: str, view: PageView, query_heads: int, rows: int) -> dict[str, 
         },
         "repair": {"unread": torch.zeros(2, kv_heads, pages)},
         "own_lists": {"unread": torch.zeros(2, query_heads, pages)},
+        "centroids": {"unread": torch.zeros(2, kv_heads, pages)},
         "top_k": {"scores": torch.randn(2, query_heads, rows, pages)},
     }.get(kind, {})
 
@@ -243,6 +247,9 @@ def call(
         "label": lambda: kernels.label_scores(queries, view, *extra.values(), 1.0, found),
         "repair": lambda: kernels.repair(queries, view, extra["unread"], 1.0, found),
         "own_lists": lambda: kernels.repair(queries, view, extra["unread"], 1.0, found),
+        "centroids": lambda: kernels.repair(
+            queries, view, extra["unread"], 1.0, found, spreads=False
+        ),
         "top_k": lambda: kernels.top_k(extra["scores"], view.table.shape[1], found),
     }
     scores = lambda: kernels.page_scores(queries, view, kind, 1.0, plan=found)  # type: ignore[arg-type]  # noqa: E731

@@ -28,7 +28,13 @@ from lath.verbs.selection import Selecting
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("heads", ["kv", "query", "layer"])
-@pytest.mark.parametrize("name", [*map(spelled, SELECTORS), "quest-16", "centroid-mass"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *map(spelled, SELECTORS), "quest-16", "centroid-mass", "quest+outliers",
+        "centroid-mass+outliers",
+    ],
+)  # fmt: skip
 def test_equals_its_definition(name: str, heads: str, backend: str) -> None:
     kv, q = make_cache(batch=2, backend=backend)
     lists = {"kv": HEADS, "query": HEADS * GROUP, "layer": 1}[heads]
@@ -54,7 +60,7 @@ def test_equals_its_definition(name: str, heads: str, backend: str) -> None:
         assert len(different) <= allowed, f"{name} {heads} {backend} sequence {s} list {head}"
 
 
-@pytest.mark.parametrize("name", [*SELECTORS, "quest-16", "centroid-mass"])
+@pytest.mark.parametrize("name", [*SELECTORS, "quest-16", "centroid-mass", "sparq+outliers"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_everything_is_dense_attention(name: str, backend: str) -> None:
     """A budget of the length or more: the same bits, with repair too."""
@@ -112,6 +118,58 @@ def test_subpages_are_tighter() -> None:
     sub = reference.page_scores(q, rows, cache, "bound", 1.0, extremes_of(cache))
     assert (sub <= page + 1e-9).all()
     assert sub.mean() < page.mean() - 1
+
+
+# Outliers
+
+
+@pytest.mark.parametrize("inner", ["centroid", "paged_eviction", "clusterkv", "tokenselect"])
+def test_the_outlier_of_every_page_is_read(inner: str) -> None:
+    """Planted tokens, of each head its own; behind a crop they do not count."""
+    generator = torch.Generator().manual_seed(8)
+    keys = torch.randn(1, HEADS, 64 + 9 * PAGE, DIM, generator=generator)
+    planted = torch.randint(0, PAGE, (HEADS, 9), generator=generator)
+    planted[:, 8] = 50
+    for head, page in np.ndindex(HEADS, 9):
+        keys[0, head, 64 + PAGE * page + planted[head, page]] *= 4
+    kv = lath.PagedKV(HEADS, DIM, dtype=torch.float32, backend="reference")
+    kv.append(keys, torch.randn(keys.shape, generator=generator))
+    q = torch.zeros(1, HEADS * GROUP, 1, DIM)  # whatever the query
+    q[..., 0] = 1e-3
+    wanted = {
+        (head, PAGE * page + int(planted[head, page])) for head in (0, 1) for page in range(9)
+    }
+    for heads, budget in (("kv", 9), ("query", 9), ("layer", 18)):
+        ids = lath.select(q, kv, f"{inner}+outliers", budget, heads=heads, recent=0)
+        lists = ids.tolist()[0]
+        for head in range(HEADS * GROUP):
+            own = set(lists[head * len(lists) // (HEADS * GROUP)])
+            assert {slot for h, slot in wanted if h == head // GROUP} <= own
+            assert len(own) == budget
+    # Negative control: without them they are not all read, with the room for them.
+    bare = lath.select(q, kv, inner, 9, heads="kv", recent=0).tolist()[0]
+    if lath.selector(inner).granularity == "token":
+        assert any((h, slot) in wanted and slot not in bare[h] for h, slot in wanted)
+    kv.crop(64 + 8 * PAGE + 20)
+    ids = lath.select(q, kv, f"{inner}+outliers", 8, heads="kv", recent=0)
+    assert all(slot < 8 * PAGE for own in ids.tolist()[0] for slot in own)
+
+
+def test_outliers_of_what() -> None:
+    named = lath.selector("quest-16+outliers")
+    assert (str(named), named.default_heads, named.claims_mass) == (
+        "quest-16+outliers",
+        "kv",
+        False,
+    )
+    assert lath.selector("tokenselect+outliers").default_heads == "layer"
+    assert lath.selector("hgca+outliers").recent == 4
+    assert lath.Selection.parse("sparq+outliers:64", repair="mean").selector.claims_mass
+    for wrong in ("quest+outliers+outliers", "+outliers", "quest+outlier"):
+        with pytest.raises(ValueError, match=r"inner must|selector must"):
+            lath.selector(wrong)
+    with pytest.raises(NotImplementedError, match="needs bounds"):
+        lath.Selection.parse("quest+outliers:p0.9")
 
 
 # SparQ

@@ -87,11 +87,13 @@ def unread_of(pages: PageView, heads: int) -> Tensor:
 def check_repair(
     queries: Queries, pages: PageView, z: Tensor, scale: float, *plans: Plan | None
 ) -> None:
-    o, lse, o_bound, lse_bound = oracle.repair(queries, pages, z, scale)
-    for plan in plans:
-        got_o, got_lse = kernels.repair(queries, pages, z, scale, plan)
-        check(got_o, o, o_bound, f"o of {z.shape[1]} lists")
-        check(got_lse, lse, lse_bound, f"lse of {z.shape[1]} lists")
+    exact = {spreads: oracle.repair(queries, pages, z, scale, spreads) for spreads in (True, False)}
+    for number, plan in enumerate(plans):
+        for spreads in (True,) if number else (True, False):  # one plan is enough for both
+            o, lse, o_bound, lse_bound = exact[spreads]
+            got_o, got_lse = kernels.repair(queries, pages, z, scale, plan, spreads=spreads)
+            check(got_o, o, o_bound, f"o of {z.shape[1]} lists, spreads {spreads}")
+            check(got_lse, lse, lse_bound, f"lse of {z.shape[1]} lists, spreads {spreads}")
 
 
 @pytest.mark.parametrize(("number", "case"), list(enumerate(CASES)), ids=str)

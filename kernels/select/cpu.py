@@ -166,12 +166,13 @@ def label_scores(
 
 
 def repair(
-    queries: Queries, pages: PageView, unread: Tensor, scale: float
+    queries: Queries, pages: PageView, unread: Tensor, scale: float, spreads: bool = True
 ) -> tuple[Tensor, Tensor]:
     """o fp32 [S, Hq, L, E] and lse fp32 [S, Hq, L] (natural) of the tokens that were not read.
 
     queries: dense. pages: without lists. unread: fp32 [S, H, P], z of each entry for H = 1, Hkv or
-    Hq lists: +inf where nothing of a page was read, -inf where all was. Rows with nothing left: 0
+    Hq lists: +inf where nothing of a page was read, -inf where all was. spreads: of scores of a
+    page, else they are all that of its centre. Rows with nothing left: 0
     and -inf. Threads share sequences and KV heads, never the entries of a table. ValueError or
     TypeError for what is none of these.
     """
@@ -194,7 +195,7 @@ def repair(
     block[INDEX["sharing"]] = heads // lists
     block[INDEX["o"]], block[INDEX["lse"]] = o.data_ptr(), lse.data_ptr()
     own_lists = lists not in (1, kv_heads)
-    kernel = compile_kernel(emit_repair, int(own_lists), DTYPES[q.dtype])
+    kernel = compile_kernel(emit_repair, int(spreads), int(own_lists), DTYPES[q.dtype])
     run_units(kernel, block, block.buffer_info()[0], division.units, SLOTS)
     del alive
     return o, lse

@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from lath.formats.selection import LOGISTIC
 from lath.kernels.select.cpu_arguments import ROWS, TILE, VECTOR, Arguments, Context
-from lath.kernels.select.cpu_scores import mass_of, sum_mass
+from lath.kernels.select.cpu_scores import centre_of, mass_of, sum_centres, sum_mass
 from lath.kernels.select.cpu_units import (
     STATE_HEADER,
     Tile,
@@ -31,16 +31,23 @@ _GROUP = 4  # vectors of channels whose sums stay in registers, for 4 rows
 
 
 def emit_repair(
-    e: Emitter, thread: Any, threads: Any, arguments: Any, own_lists: bool, dtype: int
+    e: Emitter,
+    thread: Any,
+    threads: Any,
+    arguments: Any,
+    spreads: bool,
+    own_lists: bool,
+    dtype: int,
 ) -> None:
-    """The units thread, thread + threads, … of all, each over a whole table. own_lists: rows of
-    one head may have different z."""
+    """The units thread, thread + threads, … of all, each over a whole table. spreads: of scores of
+    a page, else they are all that of its centre. own_lists: rows of a head may have different z.
+    """
     a = Arguments(e, arguments)
     c = Context(e, a, dtype)
     with e.loop(share(c, thread, threads)) as i:
         unit = Unit(c, thread, e.add(thread, e.multiply(i, threads)))
         with e.when(c.b.not_(unit.empty)):
-            prepare_rows(c, unit, squares=True)
+            prepare_rows(c, unit, squares=spreads)
             prepare_targets(c, unit, a["o"], e.multiply(a["value_dim"], 4))
             _prepare_lists(c, unit)
             prepare_pages(c, unit, logs=True)
@@ -48,8 +55,8 @@ def emit_repair(
             with e.loop(tiles_of(c, unit)) as t, e.loop(unit.heads) as h:
                 tile = Tile(c, unit, t, h)
                 with e.loop(unit.blocks) as block:
-                    sum_mass(c, tile, block)
-                    _Block(c, tile, block, own_lists).add()
+                    (sum_mass if spreads else sum_centres)(c, tile, block)
+                    _Block(c, tile, block, spreads, own_lists).add()
             with e.loop(unit.heads) as h, e.loop(unit.rows) as n:
                 _finish_row(c, unit, h, n)
 
@@ -85,8 +92,9 @@ def _clear_states(c: Context, unit: Unit) -> None:
 class _Block:
     """What 16 entries add to 4 rows."""
 
-    def __init__(self, c: Context, tile: Tile, block: Any, own_lists: bool) -> None:
-        self.c, self.tile, self.block, self.own_lists = c, tile, block, own_lists
+    def __init__(self, c: Context, tile: Tile, block: Any, spreads: bool, own_lists: bool) -> None:
+        self.c, self.tile, self.block = c, tile, block
+        self.spreads, self.own_lists = spreads, own_lists
         self.state = _state(c, tile.unit, tile.h, block)
         self.weights = tile.unit.piece("weights")
         self.taken = c.e.add(self.weights, 4 * ROWS * TILE)
@@ -108,8 +116,11 @@ class _Block:
         """log2 of what is left of the 16 entries for row r, and which of them count."""
         c, e, b = self.c, self.c.e, self.c.b
         z = self._quantiles(r)
-        mass, sigma = mass_of(c, self.tile, r)
-        x = b.fmul(b.fsub(z, sigma), e.floats(LOGISTIC))
+        if self.spreads:
+            mass, sigma = mass_of(c, self.tile, r)
+            x = b.fmul(b.fsub(z, sigma), e.floats(LOGISTIC))
+        else:
+            mass, x = centre_of(c, self.tile, r), b.fmul(z, e.floats(LOGISTIC))
         # log of the logistic function: min(x, 0) - log(1 + exp(-|x|)).
         rest = mathematics.exp2(
             e, b.fmul(mathematics.magnitude(e, x), e.floats(-mathematics.LOG2E))

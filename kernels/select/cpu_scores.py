@@ -59,12 +59,23 @@ def rows_of_block(c: Context, tile: Tile, block: Any, name: str) -> Any:
 def sum_mass(c: Context, tile: Tile, block: Any) -> None:
     """Centres and spreads of the entries of a tile for 4 rows, and the entries' index units."""
     e = c.e
-    Quads(c, tile, rows_of_block(c, tile, block, "q")).means()
+    sum_centres(c, tile, block)
     Quads(c, tile, rows_of_block(c, tile, block, "squares")).deviations()
     units = tile.unit.piece("units")
     with e.loop(tile.count) as entry:
         unit = e.load(e.add(tile.row(entry), c.a["numbers"]), F32)
         e.store(e.offset(units, entry, 4), unit)
+
+
+def sum_centres(c: Context, tile: Tile, block: Any) -> None:
+    """Centres of the entries of a tile for 4 rows."""
+    Quads(c, tile, rows_of_block(c, tile, block, "q")).means()
+
+
+def centre_of(c: Context, tile: Tile, r: int) -> Any:
+    """log Σ exp of the scores of 16 entries, were they all those of the centre, for row r."""
+    log = c.e.load(tile.per_entry("logs"), FLOATS)
+    return c.e.fma(c.e.splat(c.a.real("scale")), dots_of(c, tile, r), log)
 
 
 def mass_of(c: Context, tile: Tile, r: int) -> tuple[Any, Any]:
@@ -90,10 +101,9 @@ def _score(c: Context, tile: Tile, kind: str, r: int) -> Any:
     e = c.e
     if kind == "mass":
         return mass_of(c, tile, r)[0]
-    scale, dots = e.splat(c.a.real("scale")), dots_of(c, tile, r)
     if kind == "floor":
-        return e.fma(scale, dots, e.load(tile.per_entry("logs"), FLOATS))
-    return c.b.fmul(scale, dots)
+        return centre_of(c, tile, r)
+    return c.b.fmul(e.splat(c.a.real("scale")), dots_of(c, tile, r))
 
 
 def _store_row(c: Context, tile: Tile, block: Any, r: int, scores: Any) -> None:

@@ -43,6 +43,7 @@ class _Case(NamedTuple):
     labels: tuple[int, int] | None
     subpages: bool
     own_lists: bool
+    spreads: bool
 
     @property
     def pack(self) -> int:
@@ -69,15 +70,16 @@ def plan_select(
     labels: tuple[int, int] | None = None,
     subpages: bool = False,
     own_lists: bool = False,
+    spreads: bool = True,
 ) -> Plan:
     """The plan of one scoring of pages or tokens, of one repair, or of all top-k after a scoring.
 
     queries: rows of each head and sequence. pages: of each sequence, P. fmt: of the pages; its
     float_bytes are those of q. labels, for kind "label" alone: (rows of labels that a head reads,
     their bits). subpages, for "bound" alone: with extremes of sub-pages. own_lists, for "repair"
-    alone: every query head has its own `unread`. device: where it runs; a CPU under backend
-    "triton" is the interpreter. "top_k" is `plan_top_k` of every row of scores, all taken.
-    ValueError for what does not go together.
+    alone: every query head has its own `unread`; spreads: it reads those of pages. device: where it
+    runs; a CPU under backend "triton" is the interpreter. "top_k" is `plan_top_k` of every row of
+    scores, all taken. ValueError for what does not go together.
 
     bytes_moved: what all programs load and store, where every sequence has `pages` whole pages.
     """
@@ -87,7 +89,10 @@ def plan_select(
         raise ValueError(f"labels must be given for kind 'label' alone, got {labels} for {kind!r}")
     if labels is not None and labels[1] not in (4, 8):
         raise ValueError(f"labels must have 4 or 8 bits, got {labels[1]}")
-    for name, given, only in (("subpages", subpages, "bound"), ("own_lists", own_lists, "repair")):
+    for name, given, only in (
+        ("subpages", subpages, "bound"), ("own_lists", own_lists, "repair"),
+        ("spreads=False", not spreads, "repair"),
+    ):  # fmt: skip
         if given and kind != only:
             raise ValueError(f"{name} must be given for kind {only!r} alone, got it for {kind!r}")
     if backend == "triton" and device.kind == "cpu":
@@ -97,7 +102,7 @@ def plan_select(
         return plan_top_k(rows=rows, width=pages, k=pages, device=device, backend=backend)
     case = _Case(
         sequences, query_heads, kv_heads, queries, pages, fmt, kind, device, backend, labels,
-        subpages, own_lists and query_heads != kv_heads,
+        subpages, own_lists and query_heads != kv_heads, spreads,
     )  # fmt: skip
     return _plan(case)
 
@@ -209,7 +214,9 @@ def keeps_rows(fmt: PageFormat) -> bool:
     return parts * _power_of_two(fmt.key_dim, 16, 1 << 30) <= MOST_KEPT
 
 
-def index_bytes(kind: SelectKind, fmt: PageFormat, subpages: bool = False) -> int:
+def index_bytes(
+    kind: SelectKind, fmt: PageFormat, subpages: bool = False, spreads: bool = True
+) -> int:
     """Bytes of one index row (with subpages: and of the extremes) that a kind of score reads."""
     mean, per_channel, number = 2 * fmt.key_dim, fmt.key_dim, 4
     return {
@@ -217,7 +224,7 @@ def index_bytes(kind: SelectKind, fmt: PageFormat, subpages: bool = False) -> in
         "bound": mean + number + (8 if subpages else 2) * per_channel,
         "mass": mean + number + per_channel,
         "floor": mean + 2 * number,
-        "repair": mean + number + per_channel + 2 * fmt.value_dim,
+        "repair": mean + (number + per_channel if spreads else 0) + 2 * fmt.value_dim,
         "token": mean if fmt.key.map != "float" else 0,
     }.get(kind, 0)
 
@@ -226,7 +233,7 @@ def _bytes_moved(case: _Case, plan: Plan) -> int:
     fmt = case.fmt
     blocks = _blocks(case, plan)
     lists = _list_bytes(case, plan, plan.split_k, 8)  # two lists: pages, and tokens that count
-    index = blocks * case.pages * index_bytes(case.kind, fmt, case.subpages)
+    index = blocks * case.pages * index_bytes(case.kind, fmt, case.subpages, case.spreads)
     query = case.rows * fmt.key_dim * fmt.float_bytes
     loads = plan.split_k if keeps_rows(fmt) or not plan.block_n else -(-case.pages // plan.block_n)
     if case.kind == "token":
@@ -296,7 +303,7 @@ def _operations(case: _Case) -> int:
         "bound": (9 if case.subpages else 3) * keys,
         "mass": 2 * keys,
         "floor": 2 * keys,
-        "repair": 2 * keys + values,
+        "repair": (2 if case.spreads else 1) * keys + values,
         "token": PAGE * keys,
     }[case.kind]
     return 2 * case.rows * case.pages * products

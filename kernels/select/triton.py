@@ -79,11 +79,14 @@ def repair(
     unread: Tensor,
     scale: float,
     plan: Plan | None = None,
+    *,
+    spreads: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """o fp32 [S, Hq, L, E], lse fp32 [S, Hq, L], natural: what the index rows say of the tokens
     that were not read; see `reference.select`.
 
-    unread: fp32 [S, H, P], H = 1, Hkv or Hq. Rows that a sequence has not got, and those to which
+    unread: fp32 [S, H, P], H = 1, Hkv or Hq. spreads: of scores of a page, else they are all that
+    of its centre. Rows that a sequence has not got, and those to which
     nothing was left, have o = 0 and lse = -inf. plan: of `plan_select`, made here where None.
     """
     check(queries, pages)
@@ -96,7 +99,8 @@ def repair(
     lists = unread.shape[1]
     own_lists = lists not in (1, pages.num_kv_heads)
     with attention.device_of(q):
-        plan = plan or _plan(queries, pages, "repair", own_lists=own_lists)
+        given = {"own_lists": own_lists, "spreads": spreads}
+        plan = plan or _plan(queries, pages, "repair", **given)
         output = (o, lse)
         if plan.split_k > 1:
             output = (
@@ -106,7 +110,7 @@ def repair(
         triton_pages.repair_kernel[_grid(q, pages, plan)](
             _rows_of(q), queries.lengths, page_lists(pages), _index_views(pages),
             (unread.contiguous(), lists), output, q.shape[1], pages.num_kv_heads, q.shape[2], width,
-            plan.split_k, scale, OWN_LISTS=own_lists, PARTIAL=plan.split_k > 1,
+            plan.split_k, scale, SPREADS=spreads, OWN_LISTS=own_lists, PARTIAL=plan.split_k > 1,
             **settings_of(fmt, plan, q),
         )  # fmt: skip
         if plan.split_k > 1:

@@ -317,6 +317,7 @@ def repair_kernel(
     width,
     pieces,
     scale,
+    SPREADS: tl.constexpr,
     OWN_LISTS: tl.constexpr,
     PARTIAL: tl.constexpr,
     INDEX: tl.constexpr,
@@ -328,7 +329,8 @@ def repair_kernel(
 ):
     """Grid and arguments as of `page_scores_kernel`.
 
-    unread: (fp32 [S, H, width], H); OWN_LISTS: H is Hq and not Hkv. output: o fp32 [pieces, S, Hq,
+    unread: (fp32 [S, H, width], H). SPREADS: of scores of a page, else they are all that of its
+    centre. OWN_LISTS: H is Hq and not Hkv. output: o fp32 [pieces, S, Hq,
     rows, E] and lse fp32 [pieces, S, Hq, rows], all of both written; in units of log 2 where
     PARTIAL.
     """
@@ -363,10 +365,13 @@ def repair_kernel(
             of_page = tl.load(unread[0] + own_list + page, mask=there, other=float("-inf"))
             quantile, taken = of_page[None, :], of_page != float("-inf")
         mean = _load_means(index, record, there, INDEX, DIMS)
-        unit = _load_unit(index, record, there, INDEX)
-        sigma = _spread(x, index, record, there, unit, INDEX, DIMS) * scale
-        score = times(x, mean) * scale + _log_mean(sigma) + tl.log(count.to(tl.float32))[None, :]
-        score += _log_rest(quantile - sigma)
+        score = times(x, mean) * scale + tl.log(count.to(tl.float32))[None, :]
+        if SPREADS:
+            unit = _load_unit(index, record, there, INDEX)
+            sigma = _spread(x, index, record, there, unit, INDEX, DIMS) * scale
+            score += _log_mean(sigma) + _log_rest(quantile - sigma)
+        else:
+            score += _log_rest(quantile)
         score = tl.where(quantile == float("-inf"), float("-inf"), score)
         new = tl.maximum(top, tl.max(score, 1))
         shift = tl.where(new == float("-inf"), 0.0, new)

@@ -7,6 +7,7 @@ from typing import Any
 from lath.selectors.base import Request, Scored, Selector
 from lath.selectors.channel_selectors import DoubleSparsity, SparQ, double_sparsity_channels
 from lath.selectors.clusterkv import ClusterKV
+from lath.selectors.outliers import SUFFIX, Outliers
 from lath.selectors.page_selectors import Centroid, PagedEviction, Quest
 from lath.selectors.token_selectors import HGCA, TokenSelect
 
@@ -16,6 +17,7 @@ __all__ = [
     "Centroid",
     "ClusterKV",
     "DoubleSparsity",
+    "Outliers",
     "PagedEviction",
     "Quest",
     "Request",
@@ -36,7 +38,7 @@ SELECTORS: dict[str, type[Selector]] = {
 
 
 def selector(name: str | Selector) -> Selector:
-    """The selector of a text form, "quest" or "sparq-32": a name and its option.
+    """The selector of a text form, "quest" or "sparq-32": a name and its option; "quest+outliers".
 
     TypeError or ValueError for anything that is none.
     """
@@ -44,6 +46,8 @@ def selector(name: str | Selector) -> Selector:
         return name
     if not isinstance(name, str):
         raise TypeError(f"selector must be a str or a Selector, got {_described(name)}")
+    if name.endswith(SUFFIX):
+        return Outliers(selector(name.removesuffix(SUFFIX)))
     kind, _, option = name.partition("-")
     if kind not in SELECTORS:
         raise ValueError(f"selector must be one of {tuple(SELECTORS)}, got {name!r}")

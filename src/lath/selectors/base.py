@@ -72,12 +72,14 @@ class Selector(ABC):
     pages lies in the cache's pool.
 
     granularity: whether W counts pages or slots of tokens. default_heads: whose list it is.
-    recent: how many of the last full pages it wants read in any case.
+    claims_mass: whether `scores` says what share of the softmax a list holds (`Scored.rows` and
+    `parts`). recent: how many of the last full pages it wants read in any case.
     """
 
     name: ClassVar[str]
     granularity: ClassVar[Granularity] = "page"
     default_heads: ClassVar[Heads] = "kv"
+    claims_mass: ClassVar[bool] = False
 
     @property
     def recent(self) -> int:
@@ -91,6 +93,11 @@ class Selector(ABC):
         """fp32 [S, Hq, L, W] twice: lower and upper bounds of log Σ exp(score) of each entry; None
         where the selector has none."""
         return None
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether `mass_bounds` gives any."""
+        return type(self).mass_bounds is not Selector.mass_bounds
 
     @classmethod
     def parse(cls, option: str) -> Selector:

@@ -39,6 +39,7 @@ class SparQ(Selector):
     channels: int | None = None
     name: ClassVar[str] = "sparq"
     granularity: ClassVar[Granularity] = "token"
+    claims_mass: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_channels(self.channels)

@@ -28,6 +28,7 @@ class _AllChannels(Selector):
     """Selectors that know every score: the share of the softmax that a list holds is exact."""
 
     granularity: ClassVar[Granularity] = "token"
+    claims_mass: ClassVar[bool] = True
 
     def mass_bounds(self, request: Request) -> tuple[Tensor, Tensor] | None:
         scores = _tokens_by(request)
@@ -88,8 +89,12 @@ class HGCA(_AllChannels):
     def option(self) -> str:
         return "" if self.window == 256 else str(self.window)
 
+    @property
+    def has_bounds(self) -> bool:
+        return self.share == 0  # else it leaves tokens out
+
     def mass_bounds(self, request: Request) -> tuple[Tensor, Tensor] | None:
-        return super().mass_bounds(request) if self.share == 0 else None  # it leaves tokens out
+        return super().mass_bounds(request) if self.has_bounds else None
 
     @property
     def recent(self) -> int:

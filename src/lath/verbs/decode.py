@@ -75,12 +75,14 @@ def decode_attention(
     values admit of "int8", "e4m3", "float". scheme: "online", or "unified" (one maximum from the
     pages' bounds, FlashDecoding++; same result; no CPU kernel). draft: read the draft view
     (`PagedKV.draft`). pages: read only these pages or tokens (`lath.select`, `lath.index_list`) and
-    the cache's float parts. repair: False; True: add what the index rows of the pages say of the
-    tokens that were not read (`lath.formats.selection`; worse than nothing where values and scores
-    of a page go together, as in some models), not with window, mask, bias, alibi or softcap;
-    "mean": mix in the mean of all values by the mass that the list claims to hold (SparQ; lists of
-    "sparq", "tokenselect" and "hgca" claim one). splits: pieces of the key list, None for the
-    plan's choice. backend: "auto" is the cache's.
+    the cache's float parts. repair: False; True or "spreads": add what the index rows of the pages
+    say of the tokens that were not read (worse than nothing where values and scores of a page go
+    together, as in some models); "centroids": by their mean keys alone, which gives a page that was
+    not read no more weight than it has; "centroids:25%", "spreads:50%": a share of that weight;
+    none of these with window, mask, bias, alibi or softcap. "mean": mix in the mean of all values
+    by the mass that the list claims to hold (SparQ; lists of "sparq", "tokenselect" and "hgca"
+    claim one). splits: pieces of the key list, None for the plan's choice. backend: "auto" is the
+    cache's.
 
     Returns o [B, Hq, Lq, E] of q's dtype; with return_lse also lse fp32 [B, Hq, Lq], natural log. A
     row that reads nothing is 0 with lse -inf (or the sink). backward raises NotImplementedError.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,8 +57,10 @@ def recall(
     """Of the entries that a list of the same length would best hold, the share that it does hold:
     fp32 [B, H], H the heads of `ids`; 1 for an empty list.
 
-    The best entries are those of the largest exact weight (of pages: the sum over their tokens);
-    rows and heads that share a list vote as in `lath.select`.
+    Entries that are listed whatever their score (`IndexList.always`: the last full pages) count
+    neither as found nor as missed; a list of nothing else is an empty one. The best entries are
+    those of the largest exact weight (of pages: the sum over their tokens); rows and heads that
+    share a list vote as in `lath.select`.
     """
     q = check_query(q, kv)
     batch, heads, rows, dim = q.shape
@@ -72,11 +75,23 @@ def recall(
     if ids.granularity == "page":
         scores = torch.logsumexp(scores.reshape(*scores.shape[:-1], -1, PAGE), dim=-1)
     held = _members(ids.indices, ids.counts, scores.shape[-1])
-    ranked = torch.sort(pool(scores, ids.num_heads), dim=-1, descending=True, stable=True).indices
+    weights = pool(scores, ids.num_heads)
+    if ids.always is not None:
+        held = held & ~ids.always
+        weights = weights.masked_fill(ids.always, -math.inf)
+    counts = held.sum(-1)
+    ranked = torch.sort(weights, dim=-1, descending=True, stable=True).indices
     inside = held.gather(2, ranked[..., : ids.indices.shape[2]])
-    counted = torch.arange(inside.shape[2], device=q.device) < ids.counts[..., None]
+    counted = torch.arange(inside.shape[2], device=q.device) < counts[..., None]
     found = (inside & counted).sum(-1)
-    return torch.where(ids.counts > 0, found / ids.counts.clamp(min=1), 1.0)
+    return torch.where(counts > 0, found / counts.clamp(min=1), 1.0)
+
+
+def reads_all(kv: PagedKV, ids: IndexList) -> Tensor:
+    """bool [B, H]: lists that leave nothing out."""
+    view = kv.view()
+    there = view.page_counts if ids.granularity == "page" else view.counts.sum(-1)
+    return ids.counts >= there[:, None]
 
 
 def _members(indices: Tensor, counts: Tensor, width: int) -> Tensor:

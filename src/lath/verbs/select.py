@@ -16,7 +16,7 @@ from lath.selectors import selector as parse_selector
 from lath.selectors.base import Request, Scored, Selector, part_mass
 from lath.verbs.attention_options import check_choice, check_lengths, check_number
 from lath.verbs.backends import resolve_backend
-from lath.verbs.budgets import TopMass, budget_pages, budget_tokens, parse_budget
+from lath.verbs.budgets import Budget, TopMass, budget_pages, budget_tokens, parse_budget
 from lath.verbs.checks import check_size
 from lath.verbs.paged_kv import PagedKV
 from lath.verbs.queries import check_query, queries_of, scaled_query
@@ -54,7 +54,8 @@ def select(
         raise TypeError(f"kv must be a lath.PagedKV, got {type(kv).__name__}")
     q = check_query(q, kv)
     batch, query_heads, rows, dim = q.shape
-    chosen = parse_selector(selector)
+    chosen, wanted = parse_selector(selector), parse_budget(budget)
+    check_bounds(chosen, wanted)
     scale = dim**-0.5 if scale is None else check_number("scale", scale, positive=True)
     lengths = check_lengths("query_lengths", query_lengths, batch, rows)
     whose = chosen.default_heads if heads is None else check_whose(heads)
@@ -65,11 +66,24 @@ def select(
     hidden, most_hidden = hidden_pages(kv, view, rows)
     request = Request(queries, kv, view, scale, resolved, lists, hidden)
     kept = chosen.recent if recent is None else check_size("recent", recent)
-    return pick(chosen, request, parse_budget(budget), kept, most_hidden)
+    return pick(chosen, request, wanted, kept, most_hidden)
 
 
 def check_whose(heads: Any) -> Heads:
     return check_choice("heads", heads, ("kv", "query", "layer"))  # type: ignore[return-value]
+
+
+def check_bounds(selector: Selector, budget: Budget) -> None:
+    """NotImplementedError for a budget by mass with a selector that knows no bounds."""
+    if isinstance(budget, TopMass) and not selector.has_bounds:
+        raise without_bounds(selector, budget)
+
+
+def without_bounds(selector: Selector, budget: TopMass) -> NotImplementedError:
+    return NotImplementedError(
+        f"budget {str(budget)!r} needs bounds of what an entry holds, which selector "
+        f"{str(selector)!r} has not; budget must be tokens or a share"
+    )
 
 
 def hidden_pages(kv: PagedKV, view: PageView, rows: int) -> tuple[Tensor | None, int]:
@@ -104,11 +118,13 @@ def pick(
         if size >= width * unit:
             return everything(request, selector.granularity)
     scored = selector.scores(request)
-    scores = scored.scores.masked_fill(_always(request, recent, unit), math.inf)
+    always = _always(request, recent, unit)
+    scores = scored.scores.masked_fill(always, math.inf)
     if isinstance(budget, TopMass):
         scores = _cut_by_mass(selector, request, scores, budget.mass)
     indices = top_k(scores, size, request.backend)
-    ids = IndexList(indices, (indices >= 0).sum(-1, dtype=torch.int32), selector.granularity)
+    counts = (indices >= 0).sum(-1, dtype=torch.int32)
+    ids = IndexList(indices, counts, selector.granularity, always=always)
     return _with_mass(ids, scored, request)
 
 
@@ -162,10 +178,7 @@ def _cut_by_mass(selector: Selector, request: Request, scores: Tensor, mass: flo
     """
     bounds = selector.mass_bounds(request)
     if bounds is None:
-        raise NotImplementedError(
-            f"budget {TopMass(mass)} needs bounds of what an entry holds, which selector "
-            f"{str(selector)!r} has not; budget must be tokens or a share"
-        )
+        raise without_bounds(selector, TopMass(mass))
     lower, upper = bounds
     sequences, lists, width = scores.shape
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices

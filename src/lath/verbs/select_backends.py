@@ -97,14 +97,20 @@ def top_k(scores: Tensor, k: int, backend: Backend) -> Tensor:
 
 
 def repair(
-    queries: Queries, pages: PageView, unread: Tensor, scale: float, backend: Backend
+    queries: Queries,
+    pages: PageView,
+    unread: Tensor,
+    scale: float,
+    backend: Backend,
+    *,
+    spreads: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """o fp32 [S, Hq, L, E], lse fp32 [S, Hq, L]: see `reference.select.repair`."""
     if backend != "reference":
-        o, lse = _kernels(backend).repair(queries, pages, unread, scale)
+        o, lse = _kernels(backend).repair(queries, pages, unread, scale, spreads=spreads)
         return o, lse
     cache = as_cache(pages, queries.q.dtype)
-    exact = reference.repair(*_rows(queries), cache, as_array(unread), scale)
+    exact = reference.repair(*_rows(queries), cache, as_array(unread), scale, spreads)
     return _tensor(exact[0], queries.q), _tensor(exact[1], queries.q)
 
 

@@ -15,7 +15,8 @@ from lath.verbs.attention_options import integers
 from lath.verbs.budgets import Budget, TopMass, budget_tokens, parse_budget
 from lath.verbs.checks import check_flag, check_size
 from lath.verbs.paged_kv import PagedKV
-from lath.verbs.select import check_whose, select
+from lath.verbs.repairs import parse_repair
+from lath.verbs.select import check_bounds, check_whose, select
 
 # Rows of a step that still counts as decoding (drafts that are verified together).
 DECODE_ROWS = 16
@@ -49,15 +50,18 @@ class Selection:
     def __post_init__(self) -> None:
         if not isinstance(self.selector, Selector):
             raise TypeError(f"selector must be a Selector, got {type(self.selector).__name__}")
-        parse_budget(self.budget)
-        for budget in self.layer_budgets or ():
-            parse_budget(budget)
+        for budget in (self.budget, *(self.layer_budgets or ())):
+            check_bounds(self.selector, parse_budget(budget))
         if self.heads is not None:
             check_whose(self.heads)
         if self.recent is not None:
             check_size("recent", self.recent)
-        if not isinstance(self.repair, bool) and self.repair != "mean":
-            raise ValueError(f"repair must be True, False or 'mean', got {self.repair!r}")
+        repair = parse_repair(self.repair)
+        if repair is not None and repair.kind == "mean" and not self.selector.claims_mass:
+            raise ValueError(
+                f"repair='mean' needs a selector that says what mass its lists hold, like 'sparq', "
+                f"'tokenselect' or 'hgca', got {str(self.selector)!r}"
+            )
         check_size("dense_below", self.dense_below)
         if check_size("reuse", self.reuse) == 0:
             raise ValueError("reuse must be 1 step or more, got 0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from lath.verbs.page_decode import read_field
 from lath.verbs.page_operators import attend
 from lath.verbs.paged_kv import PagedKV
 from lath.verbs.queries import queries_of
+from lath.verbs.repairs import Repair, parse_repair
 from lath.verbs.select_backends import repair as repair_pages
 
 # A token's share of the softmax is never taken to be exactly 0 or 1: its odds stay finite.
@@ -26,18 +28,17 @@ _LEAST_SHARE = 1e-7
 
 @dataclass(frozen=True)
 class Sparse:
-    """What is read, and what is done about the rest: repair False, True or "mean"."""
+    """What is read, and what is done about the rest."""
 
     ids: IndexList
-    repair: bool | str
+    repair: Repair | None
 
 
-def check_repair(repair: Any, options: ScoreOptions, ids: IndexList) -> bool | str:
-    """`repair` if the options admit it."""
-    if not isinstance(repair, bool) and repair != "mean":
-        raise ValueError(f"repair must be True, False or 'mean', got {repair!r}")
-    if repair is False:
-        return False
+def check_repair(repair: Any, options: ScoreOptions, ids: IndexList) -> Repair | None:
+    """`repair` as a `Repair`, if the options admit it."""
+    wanted = parse_repair(repair)
+    if wanted is None:
+        return None
     for name, present in (
         ("window", options.window is not None),
         ("mask", options.mask is not None),
@@ -50,12 +51,12 @@ def check_repair(repair: Any, options: ScoreOptions, ids: IndexList) -> bool | s
                 f"repair cannot be combined with {name}: the estimate is one of scale * q·k over "
                 "whole pages; repair must be False"
             )
-    if repair == "mean" and ids.mass is None:
+    if wanted.kind == "mean" and ids.mass is None:
         raise ValueError(
             "repair='mean' needs lists that say what mass they hold, of 'sparq', 'tokenselect' or "
             "'hgca'; these do not"
         )
-    return bool(repair) if isinstance(repair, bool) else "mean"
+    return wanted
 
 
 def run_sparse(
@@ -71,14 +72,14 @@ def run_sparse(
     """`decode_attention` over lists, with its arguments checked; q as `run_decode` has it."""
     queries = queries_of(q, query_lengths)
     o, lse = attend(queries, choose(view, sparse.ids), options, backend, splits)
-    if sparse.repair is False:
+    if sparse.repair is None:
         return o, lse
-    if sparse.repair == "mean":
-        rest = _mean_part(kv, view, queries, sparse.ids, lse)
-    else:
-        unread = unread_quantiles(kv, view, sparse.ids, q.shape[2])
-        rest = repair_pages(queries, view, unread, options.scale, backend)
-    return _joined(o, lse, *rest)
+    if sparse.repair.kind == "mean":
+        return _joined(o, lse, *_mean_part(kv, view, queries, sparse.ids, lse))
+    unread = unread_quantiles(kv, view, sparse.ids, q.shape[2])
+    spreads = sparse.repair.kind == "spreads"
+    rest, rest_lse = repair_pages(queries, view, unread, options.scale, backend, spreads=spreads)
+    return _joined(o, lse, rest, rest_lse + math.log(sparse.repair.share))
 
 
 def _joined(o: Tensor, lse: Tensor, rest: Tensor, rest_lse: Tensor) -> tuple[Tensor, Tensor]:
