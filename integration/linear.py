@@ -51,6 +51,8 @@ class PackedLinear(nn.Module):
     weight_outer: Tensor | None
     weight_table: Tensor | None
     bias: Tensor | None
+    # How the codes were chosen, where `lath.patch` made this module.
+    quantizer: str = "rtn"
 
     def __init__(
         self,
