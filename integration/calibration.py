@@ -63,10 +63,18 @@ class Calibration:
 
         Texts are joined by blank lines. Raises ValueError if there are fewer tokens than asked for.
         """
+        joined = text if isinstance(text, str) else "\n\n".join(text)
+        ids = tokenizer(joined, return_tensors="pt", verbose=False).input_ids
+        return Calibration.from_ids(ids, tokens, window, seed, folder)
+
+    @staticmethod
+    def from_ids(
+        ids: Tensor, tokens: int, window: int = 512, seed: int = 0, folder: Path | None = None
+    ) -> Calibration:
+        """The same of the token ids of one long text, int64 [L] or [1, L]."""
+        ids = ids.reshape(-1)
         if window < 2 or tokens < window:
             raise ValueError(f"tokens must be at least window, 2 or more: {tokens} and {window}")
-        joined = text if isinstance(text, str) else "\n\n".join(text)
-        ids = tokenizer(joined, return_tensors="pt", verbose=False).input_ids.reshape(-1)
         there, count = ids.numel() // window, tokens // window
         if there < count:
             raise ValueError(

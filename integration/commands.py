@@ -15,6 +15,7 @@ from lath.formats.activations import activation_format
 from lath.formats.codec import codec as parse_codec
 from lath.formats.registry import systems_table
 from lath.integration.bench_command import bench_app
+from lath.integration.compare_command import compare_command
 from lath.integration.models import ACCEPTED_MODELS, parse_dtype
 from lath.integration.patch_attention import attention_options
 from lath.integration.plan_command import plan_table
@@ -37,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.command("compare")(compare_command)
 
 Model = Annotated[str, typer.Option(help=f"{ACCEPTED_MODELS}.")]
 Weights = Annotated[
