@@ -86,6 +86,28 @@ class Calibration:
         return Calibration(ids[: there * window].reshape(there, window)[chosen], folder)
 
 
+def split_text(
+    ids: Tensor,
+    tokens: int,
+    calibration_tokens: int,
+    window: int,
+    seed: int,
+    *,
+    folder: Path | None = None,
+) -> tuple[Tensor, Calibration | None]:
+    """Of the ids of a text: the first `tokens`, [tokens], and windows of what follows to calibrate
+    on, at most `calibration_tokens`; None if not one window is left. ValueError for a short text.
+    """
+    flat = ids.reshape(-1)
+    if flat.numel() < tokens:
+        raise ValueError(f"the text has {flat.numel()} tokens, {tokens} are to be measured")
+    count = min(calibration_tokens, flat.numel() - tokens) // window
+    if count < 1:
+        return flat[:tokens], None
+    made = Calibration.from_ids(flat[tokens:], count * window, window, seed, folder)
+    return flat[:tokens], made
+
+
 def calibration_of(
     calibration: Calibration | Tensor | None, quantizer: Quantizer
 ) -> Calibration | None:

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from lath.formats.activations import activation_format
 from lath.formats.codec import codec as parse_codec
+from lath.formats.quantizer import AWQ, GPTQ
+from lath.formats.quantizer import quantizer as parse_quantizer
 from lath.formats.registry import systems_table
 from lath.integration.bench_command import bench_app
 from lath.integration.compare_command import compare_command
@@ -85,6 +87,12 @@ def run(
         str, typer.Option(help="Codec of the output layer, or 'none' to leave it as it is.")
     ] = DEFAULT_HEAD,
     search: Annotated[bool, typer.Option(help="Choose scales by squared error.")] = False,
+    quantizer: Annotated[
+        str, typer.Option(help="'rtn', 'hqq', 'gptq', 'awq' or 'awq+gptq'.")
+    ] = "rtn",
+    calibration_folder: Annotated[
+        Path | None, typer.Option(help="Keep calibrated layers here, and go on from them.")
+    ] = None,
     prompt: Annotated[str, typer.Option(help="What to ask the model.")] = DEFAULT_PROMPT,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 96,
     dtype: Dtype = "bfloat16",
@@ -102,6 +110,9 @@ def run(
     parse_dtype(dtype)
     if activations != "auto":
         activation_format(activations)
+    how = parse_quantizer(quantizer)
+    if calibration_folder is not None and not isinstance(how, AWQ | GPTQ):
+        raise ValueError(f"--calibration-folder is for gptq and awq, got --quantizer {quantizer}")
     _check_backend(backend)
     patched = [None if value == NOT_PATCHED else value for value in (attention, kv)]
     mending = True if repair else None
@@ -112,7 +123,8 @@ def run(
         torch.set_num_threads(threads)
     options = RunOptions(
         model, weights, activations, backend, tuple(skip), head, search, prompt, max_new_tokens,
-        dtype, rounds, patched[0], patched[1], select, mending, audit,
+        dtype, rounds, patched[0], patched[1], select, mending, audit, quantizer,
+        calibration_folder=calibration_folder,
     )  # fmt: skip
     result = run_model(options, _console())
     if json is not None:

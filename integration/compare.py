@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lath.formats.quantizer import AWQ, GPTQ
 from lath.formats.quantizer import quantizer as parse_quantizer
-from lath.integration.calibration import Calibration
+from lath.integration.calibration import Calibration, split_text
 from lath.integration.linear import PackedLinear
 from lath.integration.patch import patch
 from lath.integration.perplexity import perplexity
@@ -108,20 +108,6 @@ def split_search(text: str) -> tuple[str, bool]:
     return name, searched
 
 
-def split_text(ids: Tensor, tokens: int, calibration_tokens: int, options: Any) -> tuple[Any, Any]:
-    """The first `tokens` to be measured, and windows of what follows to calibrate on."""
-    flat = ids.reshape(-1)
-    if flat.numel() < tokens:
-        raise ValueError(f"the text has {flat.numel()} tokens, {tokens} are to be measured")
-    there = (flat.numel() - tokens) // options.window
-    count = min(calibration_tokens // options.window, there)
-    if count < 1:
-        return flat[:tokens], None
-    return flat[:tokens], Calibration.from_ids(
-        flat[tokens:], count * options.window, options.window, options.seed
-    )
-
-
 def compare(
     model: Any,
     ids: Tensor,
@@ -131,7 +117,9 @@ def compare(
 ) -> Comparison:
     """Every codec by every quantiser. known: rows that need not be measured again. done: called
     after each new row. The model is as before when this returns."""
-    measured, calibration = split_text(ids, options.tokens, options.calibration_tokens, options)
+    measured, calibration = split_text(
+        ids, options.tokens, options.calibration_tokens, options.window, options.seed
+    )
     count = 0 if calibration is None else calibration.ids.numel()
     result = Comparison(options, perplexity(model, measured, options.window), count, [*known])
     have = {(row.codec, row.quantizer) for row in known}
@@ -195,7 +183,8 @@ def comparison_table(result: Comparison) -> str:
     by_codec: dict[str, dict[str, CompareRow]] = {}
     for row in result.rows:
         by_codec.setdefault(row.codec, {})[row.quantizer] = row
-    lines, reasons = [], {}
+    lines = []
+    reasons: dict[tuple[str, str], list[str]] = {}
     for codec, rows in by_codec.items():
         bits = next((row.bits for row in rows.values() if row.bits is not None), None)
         cells = []
