@@ -36,16 +36,16 @@ class LayerChain:
 
 
 def find_layers(model: nn.Module, linears: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """The layers of the one nn.ModuleList that holds every path in `linears`.
+    """The layers of the outermost nn.ModuleList that holds every path in `linears`.
 
     Raises NotImplementedError naming what lies outside, or that there is no such list.
     """
     best: tuple[str, nn.ModuleList] | None = None
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and (best is None or best[0] == ""):
-            held = [name for name in linears if name.startswith(f"{path}.")]
-            if held and len(module) > 0:
-                best = path, module
+        # The outermost comes first: lists inside layers (experts) are no chain.
+        if isinstance(module, nn.ModuleList) and any(n.startswith(f"{path}.") for n in linears):
+            best = path, module
+            break
     if best is None:
         raise NotImplementedError(
             f"calibration needs a model whose layers are an nn.ModuleList; none holds {linears[:2]}"

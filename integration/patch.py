@@ -221,11 +221,14 @@ def _calibrate(
     texts: Calibration,
     progress: bool | None,
 ) -> Calibrated:
+    owners: dict[int, str] = {}
     for one in todo:
-        if len(one.places) > 1:
+        owner = owners.setdefault(id(one.module.weight), one.name)
+        if one.also_named or owner != one.name:
+            others = [*one.also_named, *([owner] if owner != one.name else [])]
             raise NotImplementedError(
-                f"{one.name} is used in several places ({', '.join(one.also_named)}): calibration "
-                "sees one of them; skip it"
+                f"{one.name} is used in several places ({', '.join(others)}): its inputs in one of "
+                "them are not those of the others; skip it"
             )
         resolve_backend(options.backend, one.module.weight.device)
     names = [one.name for one in todo]

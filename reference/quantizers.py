@@ -56,8 +56,8 @@ def gptq(
     """GPTQ (Frantar et al. 2022, 2210.17323) of a weight [N, K] for inputs with Σ x xᵀ = hessian.
 
     hessian: [K, K] symmetric, in any unit. start: gives scales, zeros and table; None: those of
-    round-to-nearest. For each column k, in the order of the diagonal (`act_order`, of equal ones
-    the first) or as they come, with H the damped Hessian of the columns that are left:
+    round-to-nearest (`start_of`). For each column k, in the order of the diagonal (`act_order`, of
+    equal ones the first) or as they come, with H the damped Hessian of the columns that are left:
 
         code[:, k] = nearest(w[:, k])
         w[:, j]   -= (w[:, k] - decode(code[:, k])) * inv(H)[k, j] / inv(H)[k, k]   for all j left
@@ -65,7 +65,7 @@ def gptq(
     which is what makes the error tr(E H Eᵀ), E = w - decoded, least over the columns left, were
     they free. The rows U of the Cholesky factor inv(H) = Uᵀ U hold all those ratios at once.
     """
-    start = codecs.quantize(weight, codec) if start is None else start
+    start = start_of(weight, codec, hessian) if start is None else start
     columns = weight.shape[1]
     order = np.argsort(-np.diag(hessian), kind="stable") if options.act_order else None
     order = np.arange(columns) if order is None else order
@@ -81,6 +81,17 @@ def gptq(
         error = (left[:, i] - decoded) / upper[i, i]
         left[:, i:] -= np.outer(error, upper[i, i:])
     return start._replace(codes=codes)
+
+
+def start_of(weight: Floats, codec: Codec, hessian: Wide, search: bool = False) -> Quantised:
+    """Round-to-nearest, but a learned table by k-means in which column k counts diag(hessian)[k]
+    times, over the mean of the diagonal: the first-order error of the output (SqueezeLLM,
+    2306.07629). Where the diagonal is 0 everywhere, all columns count alike."""
+    table = None
+    square = np.diag(hessian)
+    if codec.values == "learned" and square.any():
+        table = codecs.learn_table(weight, codec, square / square.mean())
+    return codecs.quantize(weight, codec, search, table)
 
 
 def sides(start: Quantised, codec: Codec, columns: int) -> tuple[Wide, Wide]:

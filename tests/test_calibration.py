@@ -324,6 +324,20 @@ def test_patching_again_with_another_quantiser_is_refused() -> None:
     report.undo()
 
 
+def test_layers_in_several_places_are_refused() -> None:
+    model = hf_model("Llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with pytest.raises(
+        NotImplementedError, match=r"gate_proj is used in several places.*layers\.1"
+    ):
+        patch(model)
+    model = hf_model("Llama")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(NotImplementedError, match=r"layers\.1.*up_proj is used.*layers\.0"):
+        patch(model)
+    patch(model, skip=("lm_head", "up_proj")).undo()
+
+
 class Branches(nn.Module):
     """Layers in one list that are no chain: the second reads what the first read."""
 

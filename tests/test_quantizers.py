@@ -33,7 +33,13 @@ def test_gptq_has_the_codes_of_the_definition(text: str, options: GPTQ) -> None:
         torch.from_numpy(weight), codec, quantizer=options, hessian=torch.from_numpy(hessian)
     )
     assert np.array_equal(packed.unpack_codes().numpy(), expected.codes)
-    plain = lath.quantize(torch.from_numpy(weight), codec)
+    table = None
+    if codec.values == "learned":
+        assert packed.table is not None
+        # Sums in float64, taken in another order.
+        np.testing.assert_allclose(packed.table.numpy(), expected.table, rtol=2.0**-23)
+        table = packed.table
+    plain = lath.quantize(torch.from_numpy(weight), codec, table=table)
     for name, tensor in plain.tensors.items():
         assert torch.equal(tensor, packed.tensors[name]) == (name != "codes"), name
 
@@ -41,8 +47,8 @@ def test_gptq_has_the_codes_of_the_definition(text: str, options: GPTQ) -> None:
 @pytest.mark.parametrize("text", CODECS)
 def test_without_correlation_it_is_round_to_nearest(text: str) -> None:
     weight = torch.randn(20, 150)
-    plain = lath.quantize(weight, text)
     got = lath.quantize(weight, text, quantizer="gptq", hessian=torch.eye(150))
+    plain = lath.quantize(weight, text, table=got.table)
     assert torch.equal(plain.codes, got.codes)
 
 

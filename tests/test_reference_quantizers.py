@@ -35,9 +35,11 @@ def decoded(q: codecs.Quantised, codec: Codec) -> np.ndarray:
 def test_without_correlation_gptq_is_round_to_nearest(text: str) -> None:
     weight, _ = make()
     codec = Codec.parse(text)
-    nearest = codecs.quantize(weight, codec)
     diagonal = np.diag(np.random.default_rng(1).uniform(0.1, 10, 80))
     for hessian, act_order in itertools.product((np.eye(80), diagonal), (True, False)):
+        nearest = reference.start_of(weight, codec, hessian)
+        if codec.values != "learned":
+            assert np.array_equal(nearest.codes, codecs.quantize(weight, codec).codes)
         got = reference.gptq(weight, codec, hessian, GPTQ(act_order=act_order))
         assert np.array_equal(got.codes, nearest.codes)
 
@@ -52,7 +54,7 @@ def test_gptq_is_optimal_brain_quantisation_in_a_fixed_order(text: str, act_orde
     """
     weight, hessian = make(5, 24)
     codec, options = Codec.parse(text), GPTQ(act_order=act_order)
-    start = codecs.quantize(weight, codec)
+    start = reference.start_of(weight, codec, hessian)
     scale, zero = reference.sides(start, codec, 24)
     entries = codecs.entries_of(codec, start.table)
     spread = hessian + 0.01 * np.diag(hessian).mean() * np.eye(24)
@@ -103,6 +105,22 @@ def test_gptq_lowers_the_error_of_the_output() -> None:
     ]  # fmt: skip
     assert losses[1] <= 1 + d * columns
     assert losses[0] > columns / 12 / 2
+
+
+def test_a_table_is_learned_for_the_columns_that_count() -> None:
+    """Half of the columns hold one set of numbers and carry all the input, half another."""
+    rng = np.random.default_rng(3)
+    important, other = np.array([-1, -0.5, 0, 1.0]), np.array([-0.8, -0.3, 0.2, 0.7])
+    weight = np.where(
+        np.arange(64) % 2, rng.choice(other, (48, 64)), rng.choice(important, (48, 64))
+    )
+    weight = weight.astype(np.float32)
+    square = np.where(np.arange(64) % 2, 1e-6, 1.0)
+    codec = Codec.parse("lut2-g32")
+    got = reference.start_of(weight, codec, np.diag(square))
+    # The other half counts a millionth: it moves an entry by at most a millionth of its distance.
+    np.testing.assert_allclose(got.table, important, atol=4e-6)
+    assert np.abs(reference.start_of(weight, codec, np.eye(64)).table - important).max() > 0.01
 
 
 def test_the_order_of_columns_is_an_order_only() -> None:

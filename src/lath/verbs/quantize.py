@@ -12,7 +12,7 @@ from lath.formats.quantizer import RTN, Quantizer
 from lath.formats.quantizer import quantizer as parse_quantizer
 from lath.kernels import quantize as kernel
 from lath.verbs.checks import check_flag, check_tensor
-from lath.verbs.quantizers import check_hessian, check_quantizer, requantize
+from lath.verbs.quantizers import check_hessian, check_quantizer, requantize, weighted_table
 
 
 @torch.library.custom_op("lath::quantize", mutates_args=())
@@ -58,7 +58,8 @@ def quantize(
     weight, [K, K] float32 or float64 on its device, in any unit (`lath.Hessian` gathers it).
     search: choose each group's range among 33 fractions of the full one by squared error (about
     forty times the work, usually a better weight; see `lath.reference.codecs.quantize`). table: the
-    ascending numbers of a "lut" codec, [2**bits]; None: found by k-means.
+    ascending numbers of a "lut" codec, [2**bits]; None: found by k-means, in which a column counts
+    as much as its mean squared input where the Hessian is given.
 
     Returns a QTensor on the same device. Raises ValueError if the weight has NaN or infinity, does
     not fit the codec's scale dtype, or the Hessian is not positive definite when damped.
@@ -72,6 +73,8 @@ def quantize(
         hessian = check_hessian(hessian, weight.shape[1], weight.device)
     if table is not None and parsed.values != "learned":
         raise ValueError(f"table is for 'lut' codecs, got codec {str(parsed)!r}")
+    if table is None and hessian is not None and parsed.values == "learned":
+        table = weighted_table(weight.detach(), parsed, hessian)
     tensors = _quantize(
         weight.detach(), str(parsed), check_flag("search", search),
         None if table is None else check_tensor("table", table).detach().float(),

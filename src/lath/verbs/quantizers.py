@@ -14,6 +14,7 @@ from lath.formats.qtensor import QTensor
 from lath.formats.quantizer import AWQ, GPTQ, HQQ, Quantizer
 from lath.formats.quantizer import quantizer as parse_quantizer
 from lath.kernels import quantize as kernel
+from lath.kernels.quantize_tables import learn_table
 from lath.kernels.quantizers import awq, gptq, hqq
 from lath.verbs.checks import check_flag, check_same_device, check_tensor
 
@@ -79,8 +80,21 @@ def check_hessian(hessian: Any, columns: int, device: torch.device) -> Tensor:
     return symmetric
 
 
+def weighted_table(weight: Tensor, codec: Codec, hessian: Tensor) -> Tensor | None:
+    """The table of a learned codec by k-means weighted by the Hessian's diagonal; None: unweighted,
+    as there is no weight that counts."""
+    square = hessian.diagonal().double()
+    if not bool(square.any()) or not bool(torch.isfinite(weight).all()):
+        return None
+    return learn_table(weight.float(), codec, square / square.mean())
+
+
 def requantize(weight: Tensor, start: QTensor, how: Quantizer, hessian: Tensor | None) -> QTensor:
     """`start`, the weight rounded to nearest, with the codes or zeros of another quantiser."""
+    if not isinstance(start, QTensor):
+        raise NotImplementedError(
+            f"quantizer {str(how)!r} rounds one weight at a time, and codec {start.codec} does not"
+        )
     if isinstance(how, HQQ):
         return hqq.hqq(weight, start, how)
     assert isinstance(how, GPTQ)
