@@ -74,7 +74,7 @@ def _linear_folding(layer: nn.Module, reader: str, producer: str) -> Folding | s
 
 
 def scaled_norm(norm: nn.Module, scales: Tensor | None) -> nn.Module | None:
-    """A copy whose output is divided by scales [D]; None if its weight does not do that.
+    """A copy in fp32 whose output is divided by scales [D]; None if its weight does not do that.
 
     scales None: only try. The weight w may act as w or as 1 + w (Gemma).
     """
@@ -85,19 +85,20 @@ def scaled_norm(norm: nn.Module, scales: Tensor | None) -> nn.Module | None:
     if scales is None:
         scales = torch.linspace(0.5, 2, size, device=weight.device)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, size, generator=generator).to(weight)
+    x = torch.randn(1, 4, size, generator=generator).to(weight.device)
     with torch.no_grad():
-        wide, s = weight.float(), scales.float()
+        own = copy.deepcopy(norm).float()
+        wide, s = own.get_parameter("weight"), scales.float()
         for changed in (wide / s, (1 + wide) / s - 1):
-            made = copy.deepcopy(norm)
-            made.weight.data = changed.to(weight.dtype)
+            made = copy.deepcopy(own)
+            made.get_parameter("weight").data = changed
             bias = getattr(made, "bias", None)
             if isinstance(bias, Tensor):
-                bias.data = (bias.float() / s).to(bias.dtype)
-            expected, got = norm(x).float(), made(x).float() * s
-            # Two roundings of the weight's dtype, and those of the norm itself.
-            allowed = 8 * torch.finfo(weight.dtype).eps
-            if bool(((got - expected).abs() <= allowed * (expected.abs() + 1)).all()):
+                bias.data = bias / s
+            expected, got = own(x), made(x) * s
+            # A handful of fp32 roundings; 1 + weight may cancel.
+            allowed = 2.0**-20 * (expected.abs() + 1)
+            if bool(((got - expected).abs() <= allowed).all()):
                 return made
     return None
 

@@ -206,7 +206,8 @@ def _run(
         else:
             try:
                 run = functools.partial(chain.run, index)
-                result = calibrate_layer(layer, paths, run, hidden, rounding, advance)
+                wide = functools.partial(chain.run_wide, index)
+                result = calibrate_layer(layer, paths, run, wide, hidden, rounding, advance)
             except (ValueError, NotImplementedError) as error:
                 raise type(error)(f"{path}: {error}") from error
             if store is not None:

@@ -6,7 +6,8 @@ whole model, and so is the proof that the layers are a chain. Nothing here knows
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,14 @@ class LayerChain:
         """Layer `index` of hidden states [1, L, D] → the same shape."""
         positional, named = self.arguments[index]
         return _first(self.layers[index][1](hidden, *positional, **named))
+
+    def run_wide(self, index: int, hidden: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """`run` in fp32, by a copy of the layer that has these parameters in place of its own."""
+        layer = copy.deepcopy(self.layers[index][1]).float()
+        for name, value in values.items():
+            layer.get_parameter(name).data = value.float()
+        positional, named = _wide(self.arguments[index])
+        return _first(layer(hidden.float(), *positional, **named))
 
 
 def find_layers(model: nn.Module, linears: Sequence[str]) -> list[tuple[str, nn.Module]]:
@@ -170,6 +179,17 @@ def _first(output: Any) -> Tensor:
     """A layer returns its hidden states, alone or as the first of a tuple."""
     hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
+
+
+def _wide(value: Any) -> Any:
+    """An argument with every float tensor in it in fp32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)([_wide(one) for one in value])
+    if isinstance(value, dict):
+        return {key: _wide(one) for key, one in value.items()}
+    return value
 
 
 def _same(own: Any, other: Any) -> bool:

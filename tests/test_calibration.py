@@ -87,10 +87,11 @@ def test_each_layer_is_rounded_for_what_the_rounded_layers_before_return(name: s
     assert min(share) < 0.98
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "Qwen3"])
-@pytest.mark.parametrize("quantizer", ["gptq", "awq", "awq+gptq"])
-def test_undone_the_model_is_what_it_was(name: str, quantizer: str) -> None:
-    model = hf_model(name)
+@pytest.mark.parametrize("quantizer", ["gptq", "awq+gptq"])
+def test_undone_the_model_is_what_it_was(name: str, quantizer: str, dtype: torch.dtype) -> None:
+    model = hf_model(name, dtype)
     modules = dict(model.named_modules())
     state = {key: value.clone() for key, value in model.state_dict().items()}
     report = patch(model, quantizer)
@@ -116,9 +117,9 @@ def test_awq_scales_cancel_in_the_whole_model(name: str, monkeypatch: pytest.Mon
     own = norm.weight.clone()
     seen = []
 
-    def spy(layer: Any, weights: Any, result: Any, *_: Any) -> None:
+    def spy(weights: Any, result: Any, *_: Any) -> None:
         dense = {f"{path}.weight": weight for path, weight in weights.items()}
-        seen.append((layer, {**dense, **result.parameters}))
+        seen.append((model.model.layers[len(seen)], {**dense, **result.parameters}))
 
     monkeypatch.setattr(calibrate_layer, "_check_scaled", spy)
     report = patch(model, "awq")
@@ -147,9 +148,12 @@ def test_awq_says_where_it_cannot_scale() -> None:
         patch(hf_model("Llama"), "awq", skip=("lm_head", "k_proj", "up_proj", "v_proj"))
 
 
-def test_a_reader_that_is_not_known_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reader_that_is_not_known_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
     """A folding that changes the layer is refused: here rows of v_proj in the wrong order."""
-    model = hf_model("Llama")
+    model = hf_model("Llama", dtype)
     wrong = awq_folding.row_scales
     monkeypatch.setattr(calibrate_layer, "row_scales", lambda *a: wrong(*a).roll(1))
     with torch.no_grad():
