@@ -6,14 +6,15 @@
     "awq"        inputs that are large get finer steps: columns are scaled, what makes x unscales
     "awq+gptq"   the same, rounded by GPTQ
 
-A quantiser knows no codec: every codec that rounds one weight at a time can be had from each.
+`calibrated`: whether it looks at inputs. A quantiser knows no codec: every codec that rounds one
+weight at a time can be had from each.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 def _check(name: str, value: Any, good: bool, accepted: str) -> None:
@@ -30,7 +31,7 @@ def _check_count(name: str, value: Any, least: int) -> None:
 class RTN:
     """Round to nearest."""
 
-    calibrated = False
+    calibrated: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return "rtn"
@@ -50,7 +51,7 @@ class HQQ:
     kappa: float = 1.01
     rounds: int = 20
 
-    calibrated = False
+    calibrated: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check("HQQ p", self.p, 0 < self.p <= 1, "above 0 and at most 1")
@@ -76,7 +77,7 @@ class GPTQ:
     damping: float = 0.01
     block: int = 128
 
-    calibrated = True
+    calibrated: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check("GPTQ damping", self.damping, self.damping >= 0, "0 or more")
@@ -99,7 +100,7 @@ class AWQ:
     grid: int = 20
     rounding: RTN | GPTQ = field(default_factory=RTN)
 
-    calibrated = True
+    calibrated: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_count("AWQ grid", self.grid, 1)

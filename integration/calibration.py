@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lath.formats.codec import Codec
 from lath.formats.qtensor import QTensor
-from lath.formats.quantizer import AWQ, GPTQ, Quantizer
+from lath.formats.quantizer import Quantizer
 from lath.integration.calibrate_layer import LayerResult, Rounding, calibrate_layer, holding
 from lath.integration.calibration_store import CalibrationStore, digest_of
 from lath.integration.layer_chain import LayerChain, find_layers, record_chain
@@ -112,13 +112,12 @@ def calibration_of(
     calibration: Calibration | Tensor | None, quantizer: Quantizer
 ) -> Calibration | None:
     """What a quantiser calibrates on; ValueError if it is missing, or given where none is used."""
-    calibrated = isinstance(quantizer, AWQ | GPTQ)
-    if calibrated and calibration is None:
+    if quantizer.calibrated and calibration is None:
         raise ValueError(
             f"quantizer {str(quantizer)!r} needs calibration=, token ids [texts, tokens] or "
             "lath.Calibration.from_text(tokenizer, text)"
         )
-    if not calibrated and calibration is not None:
+    if not quantizer.calibrated and calibration is not None:
         raise ValueError(f"quantizer {str(quantizer)!r} uses no calibration, but one was given")
     return Calibration(calibration) if isinstance(calibration, Tensor) else calibration
 

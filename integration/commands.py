@@ -13,7 +13,6 @@ from rich.console import Console
 
 from lath.formats.activations import activation_format
 from lath.formats.codec import codec as parse_codec
-from lath.formats.quantizer import AWQ, GPTQ
 from lath.formats.quantizer import quantizer as parse_quantizer
 from lath.formats.registry import systems_table
 from lath.integration.bench_command import bench_app
@@ -111,7 +110,7 @@ def run(
     if activations != "auto":
         activation_format(activations)
     how = parse_quantizer(quantizer)
-    if calibration_folder is not None and not isinstance(how, AWQ | GPTQ):
+    if calibration_folder is not None and not how.calibrated:
         raise ValueError(f"--calibration-folder is for gptq and awq, got --quantizer {quantizer}")
     _check_backend(backend)
     patched = [None if value == NOT_PATCHED else value for value in (attention, kv)]

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lath.formats.quantizer import AWQ, GPTQ
 from lath.formats.quantizer import quantizer as parse_quantizer
 from lath.integration.calibration import Calibration, split_text
 from lath.integration.linear import PackedLinear
@@ -143,7 +142,7 @@ def _measure(
     options: CompareOptions,
 ) -> CompareRow:
     name, search = split_search(text)
-    calibrated = isinstance(parse_quantizer(name), AWQ | GPTQ)
+    calibrated = parse_quantizer(name).calibrated
     begin = time.perf_counter()
     try:
         report = patch(

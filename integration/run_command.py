@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lath.formats.quantizer import AWQ, GPTQ
 from lath.formats.quantizer import quantizer as parse_quantizer
 from lath.integration.calibration import Calibration, split_text
 from lath.integration.find import OUTPUT_LAYER
@@ -216,7 +215,7 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
 
 def _split(ids: Tensor, options: RunOptions) -> tuple[Tensor, Calibration | None]:
     """The text to be measured, [1, L]: all of it, or what a quantiser does not calibrate on."""
-    if not isinstance(parse_quantizer(options.quantizer), AWQ | GPTQ):
+    if not parse_quantizer(options.quantizer).calibrated:
         return ids, None
     measured, calibration = split_text(
         ids, MEASURED_TOKENS, options.calibration_tokens, WINDOW, 0,
