@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Family = Literal[
-    "low-bit linear", "8-bit attention", "key-value cache", "decoding", "sparse selection",
-    "eviction", "ragged batches", "trees",
+    "low-bit linear", "rounding of weights", "8-bit attention", "key-value cache", "decoding",
+    "sparse selection", "eviction", "ragged batches", "trees",
 ]  # fmt: skip
 
 
@@ -313,6 +313,35 @@ SYSTEMS = (
     _tree("Hydra", "heads are the caller's"),
     _tree("Clover", "the decoder over the heads is the caller's"),
     _tree("Jakiro", "the experts that draft are the caller's"),
+    System(
+        "GPTQ",
+        "rounding of weights",
+        '`quantize(w, codec, quantizer="gptq", hessian=…)`, `patch(…, quantizer="gptq")`',
+        (
+            "test_reference_quantizers.py::test_gptq_is_optimal_brain_quantisation_in_a_fixed_order",
+            "test_quantizers.py::test_gptq_has_the_codes_of_the_definition",
+            "test_calibration.py::"
+            "test_each_layer_is_rounded_for_what_the_rounded_layers_before_return",
+        ),
+        "every codec of single weights; act-order with the groups of the unsorted columns",
+    ),
+    System(
+        "AWQ",
+        "rounding of weights",
+        '`awq_scales(weights, codec, hessian)`, `patch(…, quantizer="awq")`',
+        (
+            "test_quantizers.py::test_awq_scales_equal_the_definition",
+            "test_calibration.py::test_awq_scales_cancel_in_the_whole_model",
+        ),
+        "scales from rms(x), not mean |x|; the clipping of weights is `search=True`",
+    ),
+    System(
+        "HQQ",
+        "rounding of weights",
+        '`quantize(w, "int4-g64-fzero", quantizer="hqq")`',
+        ("test_quantizers.py::test_hqq_equals_the_definition",),
+        "float minima; errors are split in steps of the scale",
+    ),
 )
 
 

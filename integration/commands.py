@@ -13,8 +13,10 @@ from rich.console import Console
 
 from lath.formats.activations import activation_format
 from lath.formats.families import weight_codec
+from lath.formats.quantizer import quantizer as parse_quantizer
 from lath.formats.registry import systems_table
 from lath.integration.bench_command import bench_app
+from lath.integration.compare_command import compare_command
 from lath.integration.models import ACCEPTED_MODELS, parse_dtype
 from lath.integration.patch_attention import attention_options
 from lath.integration.plan_command import plan_table
@@ -37,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.command("compare")(compare_command)
 
 Model = Annotated[str, typer.Option(help=f"{ACCEPTED_MODELS}.")]
 Weights = Annotated[
@@ -83,6 +86,12 @@ def run(
         str, typer.Option(help="Codec of the output layer, or 'none' to leave it as it is.")
     ] = DEFAULT_HEAD,
     search: Annotated[bool, typer.Option(help="Choose scales by squared error.")] = False,
+    quantizer: Annotated[
+        str, typer.Option(help="'rtn', 'hqq', 'gptq', 'awq' or 'awq+gptq'.")
+    ] = "rtn",
+    calibration_folder: Annotated[
+        Path | None, typer.Option(help="Keep calibrated layers here, and go on from them.")
+    ] = None,
     prompt: Annotated[str, typer.Option(help="What to ask the model.")] = DEFAULT_PROMPT,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 96,
     dtype: Dtype = "bfloat16",
@@ -100,6 +109,9 @@ def run(
     parse_dtype(dtype)
     if activations != "auto":
         activation_format(activations)
+    how = parse_quantizer(quantizer)
+    if calibration_folder is not None and not how.calibrated:
+        raise ValueError(f"--calibration-folder is for gptq and awq, got --quantizer {quantizer}")
     _check_backend(backend)
     patched = [None if value == NOT_PATCHED else value for value in (attention, kv)]
     mending = True if repair else None
@@ -110,7 +122,8 @@ def run(
         torch.set_num_threads(threads)
     options = RunOptions(
         model, weights, activations, backend, tuple(skip), head, search, prompt, max_new_tokens,
-        dtype, rounds, patched[0], patched[1], select, mending, audit,
+        dtype, rounds, patched[0], patched[1], select, mending, audit, quantizer,
+        calibration_folder=calibration_folder,
     )  # fmt: skip
     result = run_model(options, _console())
     if json is not None:

@@ -48,6 +48,8 @@ class PackedLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    # How the codes were chosen, where `lath.patch` made this module.
+    quantizer: str = "rtn"
 
     def __init__(
         self,

@@ -19,11 +19,22 @@ from torch import Tensor, nn
 from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.families import weight_class, weight_codec
 from lath.formats.packed_weight import PackedWeight, WeightCodec
+from lath.formats.quantizer import RTN, Quantizer
+from lath.formats.quantizer import quantizer as parse_quantizer
+from lath.integration.calibrate_layer import relative_error
+from lath.integration.calibration import (
+    Calibrated,
+    CalibratedLinear,
+    Calibration,
+    calibrate,
+    calibration_of,
+)
 from lath.integration.find import Found, check_selection, find_linears
 from lath.integration.linear import PackedLinear
 from lath.integration.patch_attention import AttentionPatch, attention_options
 from lath.integration.progress import progress_bar, shows_progress
 from lath.integration.report import PatchReport, PatchRow, Place, model_bytes, unique_bytes
+from lath.integration.scaled_norms import norm_places
 from lath.integration.tying import untie
 from lath.verbs.backends import BACKENDS, resolve_backend
 from lath.verbs.checks import check_flag
@@ -43,6 +54,7 @@ class _Options:
     activations: ActivationFormat | None  # None: as the device suggests
     backend: str
     search: bool
+    quantizer: Quantizer
 
     def activations_on(self, device: torch.device) -> ActivationFormat:
         if self.activations is not None:
@@ -55,6 +67,7 @@ class _Packed:
     dense: nn.Linear
     module: PackedLinear
     error: float
+    note: str
 
 
 def patch(
@@ -71,6 +84,8 @@ def patch(
     activations: str | ActivationFormat = "auto",
     backend: str = "auto",
     search: bool = False,
+    quantizer: str | Quantizer = "rtn",
+    calibration: Calibration | Tensor | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> PatchReport:
@@ -91,6 +106,13 @@ def patch(
     squared error, slower. dry_run: only report. progress: show a bar; None shows it on a terminal
     when there is much to do.
 
+    quantizer: how codes are chosen, for every codec that rounds one weight at a time: "rtn"; "hqq"
+    (codecs with "-fzero"); "gptq", "awq", "awq+gptq" with `calibration`; or `lath.GPTQ(...)` and
+    the like. AWQ scales the norms and linear layers that make the inputs; undo() puts them back;
+    where it cannot, the report says why. calibration: token ids [texts, tokens] or
+    `lath.Calibration`, which can be resumed; the layers are calibrated one at a time, the ones
+    before already rounded.
+
     select, with kv: which pages or tokens of the cache a step of decoding reads, "quest:1024" or
     any `lath.Selection`; None: all. The first piece of a prompt is attended as without it; later
     pieces of more than 16 tokens read everything (Selection.chunks: they select too), and so do
@@ -108,13 +130,17 @@ def patch(
     Returns a PatchReport: print it, `undo()` it, or use it in a `with` statement.
     """
     check_flag("dry_run", dry_run)
-    options = _parse_options(model, weights, activations, backend, search)
+    options = _parse_options(model, weights, activations, backend, search, quantizer)
+    texts = calibration_of(calibration, options.quantizer)
     attending = attention_options(attention, kv, backend, select, repair, audit)
     attends = None if attending is None else AttentionPatch.prepare(model, attending)
     found = [] if weights is None else find_linears(model, check_selection(model, skip, only))
     _check_packed(found, options)
     todo = [one for one in found if _is_to_do(one)]
-    packed = {} if dry_run else _pack_all(todo, options, progress)
+    calibrated = None
+    if texts is not None and todo and not dry_run:
+        calibrated = _calibrate(model, todo, options, texts, progress)
+    packed = {} if dry_run else _pack_all(todo, options, progress, calibrated)
     report = _report(model, found, packed, options, dry_run)
     if weights is None:
         report.weights = "unchanged"
@@ -132,6 +158,8 @@ def patch(
             for new in [packed[id(one.module)]]
             for place in one.places
         ]
+        if calibrated is not None:
+            report._places += norm_places(model, calibrated.norms)
         report._untie = lambda: untie(model, [one.module for one in todo])
     if packed or report._attention:
         report.redo()
@@ -150,6 +178,7 @@ def _parse_options(
     activations: str | ActivationFormat,
     backend: str,
     search: bool,
+    quantizer: str | Quantizer,
 ) -> _Options:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -158,7 +187,10 @@ def _parse_options(
     chosen = None if activations == "auto" else activation_format(activations)
     # Without weights no layer is looked for, and the codec is never read.
     codec = weight_codec("int8" if weights is None else weights)
-    return _Options(codec, chosen, backend, check_flag("search", search))
+    how = parse_quantizer(quantizer)
+    if weights is None and not isinstance(how, RTN):
+        raise ValueError(f"quantizer {str(how)!r} needs weights, got weights=None")
+    return _Options(codec, chosen, backend, check_flag("search", search), how)
 
 
 def _check_packed(found: list[Found], options: _Options) -> None:
@@ -168,18 +200,54 @@ def _check_packed(found: list[Found], options: _Options) -> None:
         if one.reason or not isinstance(module, PackedLinear):
             continue
         activations = options.activations_on(module.weight.device)
-        have = (str(module.codec), str(module.activations), module.backend)
-        want = (str(options.codec), str(activations), options.backend)
+        have = (str(module.codec), str(module.activations), module.backend, module.quantizer)
+        want = (
+            str(options.codec), str(activations), options.backend, str(options.quantizer),
+        )  # fmt: skip
         if have != want:
             raise ValueError(
                 f"{one.name} is packed already as weights={have[0]!r}, activations={have[1]!r}, "
-                f"backend={have[2]!r}; asked for {want[0]!r}, {want[1]!r}, {want[2]!r}: call "
+                f"backend={have[2]!r}, quantizer={have[3]!r}; asked for "
+                f"{', '.join(map(repr, want))}: call "
                 "undo() on the report of the first patch, or skip this layer"
             )
 
 
-def _pack_all(todo: list[Found], options: _Options, progress: bool | None) -> dict[int, _Packed]:
+def _calibrate(
+    model: nn.Module,
+    todo: list[Found],
+    options: _Options,
+    texts: Calibration,
+    progress: bool | None,
+) -> Calibrated:
+    owners: dict[int, str] = {}
+    for one in todo:
+        owner = owners.setdefault(id(one.module.weight), one.name)
+        if one.also_named or owner != one.name:
+            others = [*one.also_named, *([owner] if owner != one.name else [])]
+            raise NotImplementedError(
+                f"{one.name} is used in several places ({', '.join(others)}): its inputs in one of "
+                "them are not those of the others; skip it"
+            )
+        resolve_backend(options.backend, one.module.weight.device)
+    names = [one.name for one in todo]
+    return calibrate(
+        model, names, options.codec, options.quantizer, texts, options.search, progress
+    )
+
+
+def _pack_all(
+    todo: list[Found],
+    options: _Options,
+    progress: bool | None,
+    calibrated: Calibrated | None,
+) -> dict[int, _Packed]:
     """Quantise every layer before the model is touched; keyed by the id of the dense module."""
+    if calibrated is not None:
+        return {
+            id(one.module): _calibrated(one.module, calibrated.linears[one.name], options)
+            for one in todo
+        }
     packed: dict[int, _Packed] = {}
     weights: dict[int, tuple[PackedWeight, float]] = {}
     total = sum(one.module.weight.numel() for one in todo)
@@ -193,37 +261,46 @@ def _pack_all(todo: list[Found], options: _Options, progress: bool | None) -> di
             if id(dense.weight) not in weights:
                 weights[id(dense.weight)] = _quantize(one.name, dense.weight.detach(), options)
             weight, error = weights[id(dense.weight)]
-            module = PackedLinear.from_qtensor(
-                weight,
-                None if dense.bias is None else dense.bias.detach().clone(),
-                activations=options.activations_on(dense.weight.device),
-                backend=options.backend,
-                dtype=dense.weight.dtype,
-            )
-            packed[id(dense)] = _Packed(dense, module, error)
-            weights[id(dense.weight)] = module.qtensor, error
+            made = _packed(dense, weight, dense.bias, error, str(options.quantizer), options)
+            weights[id(dense.weight)] = made.module.qtensor, error
+            packed[id(dense)] = made
             advance(dense.weight.numel())
     return packed
+
+
+def _calibrated(dense: nn.Module, one: CalibratedLinear, options: _Options) -> _Packed:
+    assert isinstance(dense, nn.Linear)
+    bias = dense.bias if one.bias is None else one.bias.to(dense.bias)
+    return _packed(dense, one.weight, bias, one.error, one.note, options)
+
+
+def _packed(
+    dense: nn.Linear,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    error: float,
+    note: str,
+    options: _Options,
+) -> _Packed:
+    module = PackedLinear.from_qtensor(
+        weight,
+        None if bias is None else bias.detach().clone(),
+        activations=options.activations_on(dense.weight.device),
+        backend=options.backend,
+        dtype=dense.weight.dtype,
+    )
+    module.quantizer = str(options.quantizer)
+    return _Packed(dense, module, error, note)
 
 
 def _quantize(name: str, dense: Tensor, options: _Options) -> tuple[PackedWeight, float]:
     """The packed weight and its relative error; checks that its backend can run where it is."""
     resolve_backend(options.backend, dense.device)
     try:
-        weight = quantize(dense, options.codec, search=options.search)
+        weight = quantize(dense, options.codec, quantizer=options.quantizer, search=options.search)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{name}: {error}") from error
     return weight, relative_error(dense, weight)
-
-
-def relative_error(dense: Tensor, weight: PackedWeight) -> float:
-    """||W - packed W|| / ||W|| in the Frobenius norm; 0 for a weight of zeros."""
-
-    def norm(matrix: Tensor) -> float:
-        return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
-
-    size = norm(dense)
-    return norm(weight.dequantize() - dense.float()) / size if size > 0 else 0.0
 
 
 def _report(
@@ -263,6 +340,7 @@ def _row(one: Found, packed: _Packed | None, options: _Options) -> PatchRow:
         backend=resolve_backend(options.backend, module.weight.device),
         bytes_after=own if already else _weight_bytes(one, options) + bias,
         error=packed.error if packed else None,
+        quantizer=packed.note if packed else "",
     )
 
 

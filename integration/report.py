@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lath.integration.linear import PackedLinear
@@ -26,7 +27,7 @@ class PatchRow:
     name: its path in the model; also_named: further paths of the same module object. shape: (N, K).
     reason: why it was kept, "" otherwise. codec, activations, backend: of a packed layer. error:
     ||W - packed W|| / ||W|| in the Frobenius norm; None if nothing was measured. bytes_before and
-    bytes_after: weight and bias.
+    bytes_after: weight and bias. quantizer: how its codes were chosen.
     """
 
     name: str
@@ -40,6 +41,7 @@ class PatchRow:
     bytes_after: int = 0
     error: float | None = None
     also_named: tuple[str, ...] = ()
+    quantizer: str = ""
 
     @property
     def pattern(self) -> str:
@@ -90,13 +92,21 @@ class SelectionRow:
 
 @dataclass(frozen=True)
 class Place:
-    """One place of the model, and the two modules that can stand in it."""
+    """One place of the model, and the two modules that can stand in it: a linear layer and its
+    packed form, or a norm and its scaled copy."""
 
     parent: nn.Module
     attribute: str
     name: str
-    original: nn.Linear
-    packed: PackedLinear
+    original: nn.Module
+    packed: nn.Module
+
+    def follow(self, module: nn.Module, other: nn.Module) -> nn.Module:
+        """`module` on the device of `other`, with its dtype and mode, about to take its place."""
+        want, have = _whereabouts(other), _whereabouts(module)
+        if have != want:
+            module.to(device=want[0], dtype=want[1])
+        return module.train(other.training)
 
 
 @dataclass
@@ -140,8 +150,9 @@ class PatchReport:
     @property
     def view_bytes(self) -> int:
         """Bytes of repacked views made so far, in memory beside `bytes_after`."""
-        weights = {id(place.packed): place.packed.qtensor for place in self._places}
-        return sum(weight.view_nbytes for weight in weights.values())
+        modules = {id(place.packed): place.packed for place in self._places}
+        packed = [module for module in modules.values() if isinstance(module, PackedLinear)]
+        return sum(module.qtensor.view_nbytes for module in packed)
 
     @property
     def active(self) -> bool:
@@ -177,10 +188,7 @@ class PatchReport:
             self._attention.check_apply()
         self._tie = self._untie() if self._untie else None
         for place in self._places:
-            device, dtype = place.original.weight.device, place.original.weight.dtype
-            if (place.packed.weight.device, place.packed.dense_dtype) != (device, dtype):
-                place.packed.to(device=device, dtype=dtype)
-            _put(place, place.packed.train(place.original.training))
+            _put(place, place.follow(place.packed, place.original))
         if self._attention is not None:
             self._attention.apply()
         self._active = True
@@ -197,10 +205,7 @@ class PatchReport:
         if self._attention is not None:
             self._attention.check_revert()
         for place in self._places:
-            device, dtype = place.packed.weight.device, place.packed.dense_dtype
-            if (place.original.weight.device, place.original.weight.dtype) != (device, dtype):
-                place.original.to(device=device, dtype=dtype)
-            _put(place, place.original.train(place.packed.training))
+            _put(place, place.follow(place.original, place.packed))
         if self._tie:
             self._tie()
         if self._attention is not None:
@@ -230,6 +235,12 @@ class PatchReport:
         from lath.integration.report_table import report_table
 
         return report_table(self)
+
+
+def _whereabouts(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a module's weight; of a packed one, what a dense weight would have."""
+    weight = module.get_parameter("weight")
+    return weight.device, module.dense_dtype if isinstance(module, PackedLinear) else weight.dtype
 
 
 def _put(place: Place, module: nn.Module) -> None:

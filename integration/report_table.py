@@ -103,7 +103,7 @@ def _groups(rows: list[PatchRow]) -> list[list[PatchRow]]:
     def key(row: PatchRow) -> tuple[str, ...]:
         return (
             row.pattern, str(row.shape), row.action, row.reason, row.codec, row.activations,
-            row.backend,
+            row.backend, row.quantizer,
         )  # fmt: skip
 
     order = {key(row): position for position, row in reversed(list(enumerate(rows)))}
@@ -121,6 +121,8 @@ def _cells(group: list[PatchRow]) -> tuple[str, ...]:
         what = f"kept: {row.reason}"
     else:
         what = f"{row.codec}, {row.activations}, {row.backend}"
+        if row.quantizer not in ("", "rtn"):
+            what += f", {row.quantizer}"
         if row.action == "already packed":
             what = f"already packed: {what}"
     return (

@@ -17,6 +17,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from lath.formats.quantizer import quantizer as parse_quantizer
+from lath.integration.calibration import Calibration, split_text
 from lath.integration.find import OUTPUT_LAYER
 from lath.integration.measure import generate, measure_speeds
 from lath.integration.models import load_model, parse_dtype
@@ -40,6 +42,8 @@ WINDOW = 512
 CHUNK = 128
 PREFILL_TOKENS = 256
 DECODE_TOKENS = 32
+# What is measured when the rest of the text calibrates.
+MEASURED_TOKENS = 1024
 # A selection leaves something out only where there is more than its budget, and selects for steps
 # of no more rows than this.
 LONG_WINDOW = 2048
@@ -66,6 +70,9 @@ class RunOptions:
     select: str | None = None
     repair: bool | None = None
     audit: float | None = None
+    quantizer: str = "rtn"
+    calibration_tokens: int = 16384
+    calibration_folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,9 @@ class RunResult:
 class Patches:
     """The patch of the layers and, with a codec of its own, that of the output layer."""
 
-    def __init__(self, model: Any, options: RunOptions) -> None:
+    def __init__(
+        self, model: Any, options: RunOptions, calibration: Calibration | None = None
+    ) -> None:
         def pack(weights: str, **which: Any) -> PatchReport:
             return patch(
                 model,
@@ -129,11 +138,14 @@ class Patches:
         self.body = pack(
             options.weights, skip=options.skip, attention=options.attention, kv=options.kv,
             select=options.select, repair=options.repair, audit=options.audit,
+            quantizer=options.quantizer, calibration=calibration,
         )  # fmt: skip
         self.reports = [self.body]
         self.name = ", ".join(
             [self.body.weights, *(f"{row.name} {row.after}" for row in self.body.attention)]
         )
+        if options.quantizer != "rtn":
+            self.name = f"{options.quantizer} {self.name}"
         if self.body.selection is not None:
             self.name += f", selection {self.body.selection.what}"
         if options.head != NO_HEAD:
@@ -161,13 +173,14 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
     # In the checkpoint's own dtype: codes are made from the numbers that were saved, not from their
     # rounding to the dtype in which the rest of the model then runs.
     model, tokenizer = load_model(options.model)
-    patches = Patches(model, options)
+    text_ids = tokenizer(english_text(), return_tensors="pt", verbose=False).input_ids
+    text_ids, calibration = _split(text_ids, options)
+    patches = Patches(model, options, calibration)
     patches.undo()
     dtype = parse_dtype(options.dtype)
     if dtype is not None:
         model.to(dtype)
     result = RunResult(weights=patches.body.weights, backend=patches.body.backend)
-    text_ids = tokenizer(english_text(), return_tensors="pt", verbose=False).input_ids
     prompt_ids = encode_prompt(tokenizer, options.prompt)
     lengths = Lengths.of(model, options)
     with progress_bar("perplexity", 2 * num_windows(text_ids.numel(), lengths.window)) as advance:
@@ -186,6 +199,11 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
     result.text_after = _answer(model, tokenizer, prompt_ids, names[1], options, console)
     console.print(result_table(result, names, options))
     console.print(circumstances(result, patches, options, lengths))
+    if calibration is not None:
+        console.print(
+            f"Calibrated on {calibration.ids.numel()} tokens of the text; perplexity is of "
+            f"{text_ids.numel()} others."
+        )
     if patches.body.selection is not None:
         console.print(selection_line(patches.body.selection).strip(), highlight=False)
     if patches.body.misses is not None:
@@ -193,6 +211,17 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
         console.print(str(patches.body.misses), highlight=False)
     console.print(difference(result.text_before, result.text_after))
     return result
+
+
+def _split(ids: Tensor, options: RunOptions) -> tuple[Tensor, Calibration | None]:
+    """The text to be measured, [1, L]: all of it, or what a quantiser does not calibrate on."""
+    if not parse_quantizer(options.quantizer).calibrated:
+        return ids, None
+    measured, calibration = split_text(
+        ids, MEASURED_TOKENS, options.calibration_tokens, WINDOW, 0,
+        folder=options.calibration_folder,
+    )  # fmt: skip
+    return measured[None], calibration
 
 
 def _perplexity_after(

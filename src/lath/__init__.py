@@ -1,6 +1,6 @@
 """lath: low-bit GEMM and 8-bit attention for language models, in NumPy, Triton and on CPUs.
 
-    w = lath.quantize(weight, "int4-g128")      # [N, K] → QTensor
+    w = lath.quantize(weight, "int4-g128")      # [N, K] → QTensor; quantizer="gptq", "hqq"
     y = lath.linear(x, w)                       # [..., K] → [..., N]
     o = lath.attention(q, k, v, causal=True)    # int8 scores
     kv = lath.PagedKV(num_kv_heads, head_dim)   # a quantised cache
@@ -29,6 +29,7 @@ from lath.formats.packed_weight import PackedWeight
 from lath.formats.pages import PageCodec
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
+from lath.formats.quantizer import AWQ, GPTQ, HQQ, RTN, quantizer
 from lath.formats.selection import IndexList
 from lath.selectors import Selector, double_sparsity_channels, selector
 from lath.verbs.attention import attention
@@ -44,21 +45,29 @@ from lath.verbs.misses import captured_mass, recall
 from lath.verbs.paged_kv import PagedKV
 from lath.verbs.planning import describe_device, plan, plan_attention
 from lath.verbs.quantize import quantize
+from lath.verbs.quantizers import Hessian, awq_scales
 from lath.verbs.sdpa import scaled_dot_product_attention
 from lath.verbs.select import select
 from lath.verbs.selection import Selection
 
 if TYPE_CHECKING:
     from lath.integration.cache import LathCache
+    from lath.integration.calibration import Calibration
     from lath.integration.patch import patch
     from lath.integration.report import PatchReport
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AWQ",
+    "GPTQ",
+    "HQQ",
+    "RTN",
     "ActivationFormat",
+    "Calibration",
     "Codec",
     "DeviceDescription",
+    "Hessian",
     "IndexList",
     "LathCache",
     "PackedWeight",
@@ -73,6 +82,7 @@ __all__ = [
     "Selector",
     "TopMass",
     "attention",
+    "awq_scales",
     "captured_mass",
     "codec",
     "decode_attention",
@@ -88,6 +98,7 @@ __all__ = [
     "plan_attention",
     "prefix_kv_budgets",
     "quantize",
+    "quantizer",
     "recall",
     "scale_kv_budgets",
     "scaled_dot_product_attention",
@@ -99,6 +110,7 @@ logging.getLogger("lath").addHandler(logging.NullHandler())
 
 # Names of the fourth floor, imported on first use: they may need optional packages.
 _INTEGRATION = {
+    "Calibration": "lath.integration.calibration",
     "LathCache": "lath.integration.cache",
     "patch": "lath.integration.patch",
     "PatchReport": "lath.integration.report",
