@@ -69,7 +69,7 @@ def linear(
     if columns == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     bias = None if bias is None else bias.contiguous()
-    with _device_of(x):
+    with device_of(x):
         if plan.dataflow == "decode_matmul":
             product = _decode_matmul(x, weight, bias, activations, y.dtype)
             return product if out is None else out.copy_(product)
@@ -86,11 +86,17 @@ def linear(
             return y
         workspace = x.new_empty((pieces, tokens, outputs), dtype=torch.float32)
         _multiply(workspace, operand, weight, None, settings, plan, pieces)
-        loops.reduce_kernel[(triton.cdiv(y.numel(), _REDUCE_BLOCK),)](
-            workspace, _or(bias, workspace), y, y.numel(), outputs,
-            PIECES=pieces, BIAS=bias is not None, BLOCK=_REDUCE_BLOCK, num_warps=4,
-        )  # fmt: skip
+        reduce(workspace, bias, y)
         return y
+
+
+def reduce(pieces: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y [M, N] = the sum of fp32 pieces [P, M, N], first to last, plus bias [N], rounded once."""
+    with device_of(y):
+        loops.reduce_kernel[(triton.cdiv(y.numel(), _REDUCE_BLOCK),)](
+            pieces, _or(bias, pieces), y, y.numel(), y.shape[1],
+            PIECES=pieces.shape[0], BIAS=bias is not None, BLOCK=_REDUCE_BLOCK, num_warps=4,
+        )  # fmt: skip
 
 
 def dequantize(weight: QTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor:
@@ -218,7 +224,8 @@ def _addressable(x: Tensor, block_m: int) -> Tensor:
     return x
 
 
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The context in which kernels over x are launched."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 

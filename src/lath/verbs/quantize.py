@@ -12,15 +12,20 @@ from lath.verbs.kinds import kind_of
 
 
 @torch.library.custom_op("lath::quantize", mutates_args=())
-def _quantize(weight: Tensor, codec: str, search: bool, table: Tensor | None) -> list[Tensor]:
+def _quantize(
+    weight: Tensor, codec: str, search: bool, table: Tensor | None, importance: Tensor | None
+) -> list[Tensor]:
     """The tensors of a packed weight, in their order."""
     parsed = weight_codec(codec)
-    packed = kind_of(parsed).function("quantize", "quantize")(weight, parsed, search, table)
+    given = () if importance is None else (importance,)
+    packed = kind_of(parsed).function("quantize", "quantize")(weight, parsed, search, table, *given)
     return [tensor.clone() for tensor in packed.tensors.values()]
 
 
 @_quantize.register_fake
-def _(weight: Tensor, codec: str, search: bool, table: Tensor | None) -> list[Tensor]:
+def _(
+    weight: Tensor, codec: str, search: bool, table: Tensor | None, importance: Tensor | None
+) -> list[Tensor]:
     rows, columns = weight.shape
     parsed = weight_codec(codec)
     empty = weight_class(parsed).empty(parsed, (rows, columns), device=weight.device)
@@ -28,7 +33,12 @@ def _(weight: Tensor, codec: str, search: bool, table: Tensor | None) -> list[Te
 
 
 def quantize(
-    weight: Tensor, codec: str | WeightCodec, *, search: bool = False, table: Tensor | None = None
+    weight: Tensor,
+    codec: str | WeightCodec,
+    *,
+    search: bool = False,
+    table: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> PackedWeight:
     """Round a weight to nearest in a codec and pack it.
 
@@ -36,7 +46,9 @@ def quantize(
     group), on any device; not changed. codec: a codec or its text form, "int4-g128".
     search: choose each group's range among 33 fractions of the full one by squared error (about
     forty times the work, usually a better weight; see `lath.reference.codecs.quantize`). table: the
-    ascending numbers of a "lut" codec, [2**bits]; None: found by k-means.
+    ascending numbers of a "lut" codec, [2**bits]; None: found by k-means. importance: for codecs
+    that choose which weights matter (outliers, mix, billm): what a squared error of a weight costs,
+    not negative, [K] (such as the mean square of each input) or [N, K] (a squared gradient).
 
     Returns a QTensor, or another kind of packed weight if the codec is of another, on the same
     device. Raises ValueError if the weight has NaN or infinity or
@@ -51,7 +63,22 @@ def quantize(
     tensors = _quantize(
         weight.detach(), str(parsed), check_flag("search", search),
         None if table is None else check_tensor("table", table).detach().float(),
+        None if importance is None else _check_importance(importance, weight, parsed),
     )  # fmt: skip
     cls = weight_class(parsed)
     named = dict(zip(cls.tensor_names(parsed), tensors, strict=True))
     return cls.from_tensors(parsed, (weight.shape[0], weight.shape[1]), named)
+
+
+def _check_importance(importance: Tensor, weight: Tensor, codec: WeightCodec) -> Tensor:
+    if not getattr(codec, "takes_importance", False):
+        raise ValueError(f"importance is for outliers, mix and billm, got codec {str(codec)!r}")
+    importance = check_tensor("importance", importance).detach()
+    rows, columns = weight.shape
+    if tuple(importance.shape) not in ((columns,), (rows, columns)):
+        raise ValueError(
+            f"importance must be [{columns}] or [{rows}, {columns}], got {[*importance.shape]}"
+        )
+    if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
+        raise ValueError("importance must be finite and not negative")
+    return importance
