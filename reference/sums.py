@@ -80,7 +80,8 @@ def quantize(
     1. Outliers are the weights of the largest importance · w² (of equal ones the first), and 0 for
        all other parts: nothing there stretches a range for them.
     2. Each part quantises what the parts before it left.
-    3. Values of outliers are what is left of the weight there, in fp16: also where a codec has no
+    3. Salient columns of signs take their residual, or with `search` the better of both: a split.
+    4. Values of outliers are what is left of the weight there, in fp16: also where a codec has no
        code for 0, a sum then is within fp16's rounding of the weight.
     """
     costs = np.ones(weight.shape) * (1 if importance is None else importance)
@@ -109,7 +110,7 @@ def quantize(
             cut = part.salient(weight.shape[1])
             coded = [
                 (q, part.sign, piece)
-                for piece, split in ((columns[:cut], False), (columns[cut:], True))
+                for piece, split in ((columns[:cut], search), (columns[cut:], True))
                 for q in two_signs(left[:, piece], part.sign, split)
             ]
         else:
@@ -182,8 +183,8 @@ def two_signs(
     split False: a1 = mean|w|, a2 = mean of what a1·B1 leaves (residual binarisation). True: |w| is
     cut in two at the break point of the least squared error, with means lo and hi; a1 = (hi + lo)/2
     and a2 = (hi - lo)/2. In both, with the scales as they are stored, B2 = B1 where |w| >= a1, else
-    -B1: the nearer of a1 + a2 and a1 - a2, so the two differ in their scales alone. A one-bit code
-    stands for half its scale, so 2 a1 and 2 a2 are stored.
+    -B1: the nearer of a1 + a2 and a1 - a2, so the two differ in their scales alone, and the best
+    break point is never worse. A one-bit code stands for half its scale: 2 a1 and 2 a2 are stored.
     """
     size, groups = codec.group_size(weight.shape[1]), codec.num_groups(weight.shape[1])
     codes = np.zeros((2, *weight.shape), np.uint8)

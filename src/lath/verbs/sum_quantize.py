@@ -95,7 +95,7 @@ def _quantize_part(
     elif isinstance(part, SignsCodec):
         assert columns is not None
         cut = part.salient(weight.shape[1])
-        for own, split in ((columns[:cut], False), (columns[cut:], True)):
+        for own, split in ((columns[:cut], search), (columns[cut:], True)):
             for packed in two_signs(weight[:, own], part.sign, split):
                 yield packed, own
     else:
