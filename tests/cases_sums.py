@@ -89,3 +89,8 @@ def make_sum(text: str, rows: int = 37, columns: int = 200, seed: int = 0) -> Su
     packed = lath.quantize(heavy_weight(rows, columns, seed), text)
     assert isinstance(packed, SumTensor)
     return packed
+
+
+def error_of(packed: lath.PackedWeight, weight: torch.Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    return float((packed.dequantize() - weight).norm() / weight.norm())

@@ -193,8 +193,10 @@ def _prepare(x: Tensor, activations: ActivationFormat, settings: Settings) -> _R
             SPAN=span, SPANS=together, num_warps=4,
         )  # fmt: skip
         return _Rows(x, padded_tokens, sums=sums)
-    size = padded if activations.group is None else activations.group
-    groups = 1 if activations.group is None else activations.num_groups(columns)
+    size, groups = padded, 1
+    # A group that is not shorter than x is all of it, as in `common_group`.
+    if activations.group is not None and activations.group < columns:
+        size, groups = activations.group, activations.num_groups(columns)
     dtype = torch.float16 if settings.dot == "fp16" else torch.int8
     codes = torch.empty((tokens, padded), dtype=dtype, device=x.device)
     scales = torch.empty((groups, padded_tokens), dtype=torch.float32, device=x.device)

@@ -13,7 +13,11 @@ from lath.verbs.kinds import kind_of
 
 @torch.library.custom_op("lath::quantize", mutates_args=())
 def _quantize(
-    weight: Tensor, codec: str, search: bool, table: Tensor | None, importance: Tensor | None
+    weight: Tensor,
+    codec: str,
+    search: bool,
+    table: Tensor | None,
+    importance: Tensor | None = None,
 ) -> list[Tensor]:
     """The tensors of a packed weight, in their order."""
     parsed = weight_codec(codec)
@@ -24,7 +28,11 @@ def _quantize(
 
 @_quantize.register_fake
 def _(
-    weight: Tensor, codec: str, search: bool, table: Tensor | None, importance: Tensor | None
+    weight: Tensor,
+    codec: str,
+    search: bool,
+    table: Tensor | None,
+    importance: Tensor | None = None,
 ) -> list[Tensor]:
     rows, columns = weight.shape
     parsed = weight_codec(codec)
