@@ -12,7 +12,7 @@ from typing import Literal
 
 Family = Literal[
     "8-bit attention", "key-value cache", "decoding", "sparse selection", "eviction",
-    "ragged batches", "trees",
+    "ragged batches", "trees", "low-bit weights",
 ]  # fmt: skip
 
 
@@ -248,6 +248,69 @@ SYSTEMS = (
             "test_decode_attention.py::test_ragged_is_a_loop",
             "test_paged_kv.py::test_crop_lists_and_short_sequences",
         ),
+    ),
+    System(
+        "GWQ",
+        "low-bit weights",
+        '`quantize(w, "int4-g128+out1%", importance=…)`: fp16 outliers beside any other codec',
+        (
+            "test_sums.py::test_planted_outliers_are_kept_and_the_rest_is_nearer",
+            "test_sums.py::test_outliers_anywhere",
+            "test_sums.py::test_outliers_by_what_they_cost",
+            "test_cpu_sums.py::test_a_sum_is_one_multiplication_by_what_it_decodes_to",
+            "test_triton_sums.py::test_outliers_are_exact",
+        ),
+        "the largest importance · w²; gradients are the caller's (importance = their squares)",
+    ),
+    System(
+        "SliM-LLM",
+        "low-bit weights",
+        '`quantize(w, "mix2-g128-asym", importance=…)`: M - 1, M, M + 1 bits by groups of columns',
+        (
+            "test_sums_codecs.py::test_mean_bits_are_those_of_the_bytes",
+            "test_sums_codecs.py::test_every_pair_of_widths_round_trips",
+            "test_sums_codecs.py::test_wide_groups_are_those_that_need_them",
+            "test_sums_codecs.py::test_the_order_of_groups_does_not_matter",
+            "test_cpu_sums.py::test_bounds",
+            "test_triton_sums.py::test_parity",
+        ),
+        "an eighth of the groups above and below; scales are not calibrated by element",
+    ),
+    System(
+        "Fast 2-bit",
+        "low-bit weights",
+        '`quantize(w, "mix2:4-2.25-g64-s8+out0.5%")`: 2- and 4-bit groups, scales of two orders',
+        (
+            "test_sums_codecs.py::test_mean_bits_are_those_of_the_bytes",
+            "test_sums_codecs.py::test_mixed_is_nearer_than_uniform_where_groups_differ",
+            "test_cpu_sums.py::test_bounds",
+            "test_aot_sums.py::test_sums_compile",
+        ),
+        "one launch for each width; its asynchronous loads are the compiler's pipelining here",
+    ),
+    System(
+        "BiLLM",
+        "low-bit weights",
+        '`quantize(w, "billm10%-g128", importance=…)`, `"int1-g128+int1-g128"`: sums of signs',
+        (
+            "test_sums_codecs.py::test_a_mask_between_two_scales_is_two_sums_of_signs",
+            "test_sums_codecs.py::test_two_signs_by_brute_force",
+            "test_sums_codecs.py::test_second_signs_lower_the_error_and_a_split_more",
+            "test_sums_codecs.py::test_the_mask_is_counted",
+        ),
+        "two bits a weight, the mask counted; salience by importance · w², no error compensation",
+    ),
+    System(
+        "TP-Aware Dequantization",
+        "low-bit weights",
+        "`sort_pairs(model, importance)`, then `patch`; `weight.shard(rank, ranks, axis)`",
+        (
+            "test_pairs.py::test_a_sorted_pair_needs_no_gather_on_any_rank",
+            "test_pairs.py::test_ranks_add_up_exactly",
+            "test_pairs.py::test_ranks_add_up_within_the_bound",
+            "test_pairs.py::test_sorting_changes_nothing_and_is_undone_bit_for_bit",
+        ),
+        "ranks are simulated in one process; processes and all-reduce are the caller's",
     ),
     _tree("Medusa", "heads are the caller's"),
     _tree("Sequoia", "the shape of the tree and its verification are the caller's"),

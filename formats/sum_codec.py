@@ -5,7 +5,7 @@
 A part is a codec of another family, outliers (`outP%`, the last part), or one that deals out the
 columns, which are then kept in its order:
 
-    mixM-gG, mixA|B-M-gG     groups of G columns, each in the width that it needs; M bits on average
+    mixM-gG, mixA:B-M-gG     groups of G columns, each in the width that it needs; M bits on average
     billmP%-gG               P % salient columns and the rest, each as two sums of signs
 """
 
@@ -24,14 +24,14 @@ GRAMMAR_TABLE = {
     "A+B": "a codec B for what a codec A leaves, as in 'int1-g128+int1-g128'",
     "mixM-gG[-asym|-fzero][-s32|-s8]": "whole numbers of M bits on average, a width for each group "
     "of G columns: M - 1, M, M + 1, or the two widths beside M",
-    "mixA|B-M-gG[...]": "the same of the widths A and B",
+    "mixA:B-M-gG[...]": "the same of the widths A and B",
     "billmP%-gG": "signs: P % salient columns twice, the rest with two scales by a mask (BiLLM)",
 }
 # A sum has a '+' before a name; one before a number ("vq8-65536+256") is another codec's own.
 _JOINT = re.compile(r"\+(?=[a-z])")
 CLAIMS = r"(mix|billm).*|[^+].*\+[a-z].*"
 _MIX = re.compile(
-    r"mix((?P<low>[1-8])\|(?P<high>[1-8])-)?(?P<mean>\d(\.\d+)?)-g(?P<group>[1-9]\d*)"
+    r"mix((?P<low>[1-8]):(?P<high>[1-8])-)?(?P<mean>\d(\.\d+)?)-g(?P<group>[1-9]\d*)"
     r"(?P<rest>(-asym|-fzero)?(-s32|-s8)?)"
 )
 _SIGNS = re.compile(r"billm(?P<percent>\d+(\.\d+)?)%-g(?P<group>[1-9]\d*)")
@@ -98,7 +98,7 @@ class MixCodec:
         neighbours = len(self.widths) == 3 or (
             self.widths == (int(self.mean), int(self.mean) + 1) and self.mean != int(self.mean)
         )
-        named = "" if neighbours else f"{self.widths[0]}|{self.widths[1]}-"
+        named = "" if neighbours else f"{self.widths[0]}:{self.widths[1]}-"
         return f"mix{named}{self.mean:g}-g{self.group}{self.rest}"
 
     def __str__(self) -> str:

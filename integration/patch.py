@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,7 @@ class _Options:
     activations: ActivationFormat | None  # None: as the device suggests
     backend: str
     search: bool
+    importance: Mapping[str, Tensor] | None = None
 
     def activations_on(self, device: torch.device) -> ActivationFormat:
         if self.activations is not None:
@@ -71,6 +72,7 @@ def patch(
     activations: str | ActivationFormat = "auto",
     backend: str = "auto",
     search: bool = False,
+    importance: Mapping[str, Tensor] | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> PatchReport:
@@ -88,8 +90,9 @@ def patch(
     only: patterns of the layers to pack, so that a second call gives others another codec; None
     packs all. activations: "float", "int8", "int8-gG" or "auto": int8 with the weight's group on a
     CPU, float elsewhere. backend: as for `lath.linear`. search: choose each group's range by
-    squared error, slower. dry_run: only report. progress: show a bar; None shows it on a terminal
-    when there is much to do.
+    squared error, slower. importance: by the name of each layer, as for `lath.quantize`;
+    `lath.mean_square_inputs` records it. dry_run: only report. progress: show a bar; None shows it
+    on a terminal when there is much to do.
 
     select, with kv: which pages or tokens of the cache a step of decoding reads, "quest:1024" or
     any `lath.Selection`; None: all. The first piece of a prompt is attended as without it; later
@@ -109,6 +112,7 @@ def patch(
     """
     check_flag("dry_run", dry_run)
     options = _parse_options(model, weights, activations, backend, search)
+    options = dataclasses.replace(options, importance=importance)
     attending = attention_options(attention, kv, backend, select, repair, audit)
     attends = None if attending is None else AttentionPatch.prepare(model, attending)
     found = [] if weights is None else find_linears(model, check_selection(model, skip, only))
@@ -210,7 +214,10 @@ def _quantize(name: str, dense: Tensor, options: _Options) -> tuple[PackedWeight
     """The packed weight and its relative error; checks that its backend can run where it is."""
     resolve_backend(options.backend, dense.device)
     try:
-        weight = quantize(dense, options.codec, search=options.search)
+        own = None if options.importance is None else options.importance[name]
+        weight = quantize(dense, options.codec, search=options.search, importance=own)
+    except KeyError as error:
+        raise ValueError(f"importance must have {name!r}, which is to be packed") from error
     except (ValueError, TypeError) as error:
         raise type(error)(f"{name}: {error}") from error
     return weight, relative_error(dense, weight)

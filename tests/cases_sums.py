@@ -21,7 +21,7 @@ from lath.formats.sum_tensor import SumTensor
 TEXTS = [
     "int4-g64+out1%", "int3-g32-asym+out0.5%", "int4-fzero+out2%", "int1-g32+out3%",
     "nf4-g64+out1%", "int4-g64-s8+out1%", "mix2.5-g64", "mix2-g16", "mix3-g48-asym",
-    "mix2|4-2.25-g32-s8", "mix4|8-4.5-g128-fzero-s32", "mix2.25-g32+out0.5%",
+    "mix2:4-2.25-g32-s8", "mix4:8-4.5-g128-fzero-s32", "mix2.25-g32+out0.5%",
     "int1-g128+int1-g128", "int2-g64+int2-g64+int1", "billm10%-g64", "billm25%-g128+out1%",
 ]  # fmt: skip
 

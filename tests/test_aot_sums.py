@@ -43,7 +43,7 @@ def test_outliers_compile(architecture: str, tokens: int, columns: int, dtype: t
 
 @pytest.mark.parametrize(
     ("architecture", "text"),
-    [("sm_90", "mix2.5-g64+out1%"), ("gfx942", "mix2|4-2.25-g64-s8"), ("sm_80", "billm10%-g128")],
+    [("sm_90", "mix2.5-g64+out1%"), ("gfx942", "mix2:4-2.25-g64-s8"), ("sm_80", "billm10%-g128")],
 )
 def test_sums_compile(architecture: str, text: str) -> None:
     """Every launch of a sum, the reduction of its terms among them."""

@@ -55,7 +55,7 @@ def test_a_plus_before_a_number_is_not_ours() -> None:
         ("int4-g64+outx", "outP%"), ("out1%+int4", "outliers only the last"),
         ("int4+out1%+out2%", "outliers only the last"), ("mix2.5", "mixM-gG"),
         ("mix2.5-g24", "multiple of 16"), ("mix1-g64", "widths"), ("mix8-g64", "1 to 8"),
-        ("mix2|4-4-g64", "between"), ("mix4|2-3-g64", "ascending"), ("mix1.5-g64-s8", "2 to 4"),
+        ("mix2:4-4-g64", "between"), ("mix4:2-3-g64", "ascending"), ("mix1.5-g64-s8", "2 to 4"),
         ("mix2.5-g64+mix2.5-g64", "at most one"), ("billm0%-g64", "percent"),
         ("billm10%", "billmP%-gG"), ("int4-g64+nonsense", "nonsense"),
     ],

@@ -26,7 +26,7 @@ from lath.verbs.sum_quantize import two_signs
 
 @pytest.mark.parametrize("columns", [0, 16, 100, 128, 640, 4096, 4100])
 @pytest.mark.parametrize(
-    "text", ["mix2-g64", "mix2.5-g64", "mix2|4-2.25-g128", "mix1|8-3-g16", "mix6.75-g32"]
+    "text", ["mix2-g64", "mix2.5-g64", "mix2:4-2.25-g128", "mix1:8-3-g16", "mix6.75-g32"]
 )
 def test_groups_follow_from_the_codec_and_the_width(text: str, columns: int) -> None:
     codec = MixCodec.parse(text)
@@ -48,7 +48,7 @@ def test_groups_follow_from_the_codec_and_the_width(text: str, columns: int) -> 
 
 
 @pytest.mark.parametrize(("text", "mean"), [("mix2-g128", 2), ("mix2.5-g128", 2.5),
-                                            ("mix2|4-2.25-g128-s8", 2.25)])  # fmt: skip
+                                            ("mix2:4-2.25-g128-s8", 2.25)])  # fmt: skip
 def test_mean_bits_are_those_of_the_bytes(text: str, mean: float) -> None:
     """SliM-LLM, Fast 2-bit: the packed codes are exactly so many bits, scales counted beside."""
     packed = make_sum(text, 32, 2048)
@@ -65,7 +65,7 @@ def test_mean_bits_are_those_of_the_bytes(text: str, mean: float) -> None:
 def test_every_pair_of_widths_round_trips(widths: tuple[int, int]) -> None:
     """Codes of every level come back in the columns that they were taken from."""
     low, high = widths
-    text = f"mix{low}|{high}-{low + 0.5 * (high - low):g}-g16"
+    text = f"mix{low}:{high}-{low + 0.5 * (high - low):g}-g16"
     if high == low + 1:
         text = f"mix{low}.5-g16"
     packed = make_sum(text, 20, 144, seed=low * 8 + high)
@@ -87,7 +87,7 @@ def test_wide_groups_are_those_that_need_them() -> None:
     weight = torch.randn(24, 512) * 0.1
     weight[:, 64:96] *= 30
     weight[:, 320:352] *= 20
-    packed = make_sum_of(weight, "mix2|4-2.25-g32")
+    packed = make_sum_of(weight, "mix2:4-2.25-g32")
     assert packed.columns_of(1).tolist() == [*range(64, 96), *range(320, 352)]  # type: ignore[union-attr]
     # SliM-LLM by the inputs: the least important groups give their bit to the most important.
     inputs = torch.ones(512)
@@ -104,16 +104,16 @@ def make_sum_of(weight: torch.Tensor, text: str, **options: object) -> SumTensor
     return packed
 
 
-@pytest.mark.parametrize("text", ["mix2-g32", "mix2|4-2.25-g32", "mix3.5-g16-asym"])
+@pytest.mark.parametrize("text", ["mix2-g32", "mix2:4-2.25-g32", "mix3.5-g16-asym"])
 def test_mixed_is_nearer_than_uniform_where_groups_differ(text: str) -> None:
     weight = heavy_weight(64, 512) * torch.exp(2 * torch.randn(16)).repeat_interleave(32)
-    bits = {"mix2-g32": 2, "mix2|4-2.25-g32": 2, "mix3.5-g16-asym": 3}[text]
+    bits = {"mix2-g32": 2, "mix2:4-2.25-g32": 2, "mix3.5-g16-asym": 3}[text]
     group, rest = (16, "-asym") if "asym" in text else (32, "")
     uniform = lath.quantize(weight, f"int{bits}-g{group}{rest}")
     assert error_of(make_sum_of(weight, text), weight) < error_of(uniform, weight)
 
 
-@pytest.mark.parametrize("text", ["mix2-g32", "mix2.5-g16", "mix2|4-2.25-g64+out1%"])
+@pytest.mark.parametrize("text", ["mix2-g32", "mix2.5-g16", "mix2:4-2.25-g64+out1%"])
 def test_the_order_of_groups_does_not_matter(text: str) -> None:
     """Groups of weight and x moved together: each keeps its width, and y is the same."""
     group = int(text.split("-g")[1].split("+")[0])

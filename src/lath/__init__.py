@@ -30,6 +30,7 @@ from lath.formats.pages import PageCodec
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
 from lath.formats.selection import IndexList
+from lath.formats.sum_tensor import SumTensor
 from lath.selectors import Selector, double_sparsity_channels, selector
 from lath.verbs.attention import attention
 from lath.verbs.budgets import TopMass
@@ -50,6 +51,7 @@ from lath.verbs.selection import Selection
 
 if TYPE_CHECKING:
     from lath.integration.cache import LathCache
+    from lath.integration.pairs import mean_square_inputs, sort_pairs
     from lath.integration.patch import patch
     from lath.integration.report import PatchReport
 
@@ -71,6 +73,7 @@ __all__ = [
     "Scope",
     "Selection",
     "Selector",
+    "SumTensor",
     "TopMass",
     "attention",
     "captured_mass",
@@ -82,6 +85,7 @@ __all__ = [
     "key_channel_scales",
     "linear",
     "load_weight",
+    "mean_square_inputs",
     "merge",
     "patch",
     "plan",
@@ -93,6 +97,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "select",
     "selector",
+    "sort_pairs",
 ]
 
 logging.getLogger("lath").addHandler(logging.NullHandler())
@@ -100,6 +105,8 @@ logging.getLogger("lath").addHandler(logging.NullHandler())
 # Names of the fourth floor, imported on first use: they may need optional packages.
 _INTEGRATION = {
     "LathCache": "lath.integration.cache",
+    "mean_square_inputs": "lath.integration.pairs",
+    "sort_pairs": "lath.integration.pairs",
     "patch": "lath.integration.patch",
     "PatchReport": "lath.integration.report",
 }
