@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from cases_tables import answer
 from numpy.typing import NDArray
@@ -94,3 +95,11 @@ def make_sum(text: str, rows: int = 37, columns: int = 200, seed: int = 0) -> Su
 def error_of(packed: lath.PackedWeight, weight: torch.Tensor) -> float:
     """Relative, in the Frobenius norm."""
     return float((packed.dequantize() - weight).norm() / weight.norm())
+
+
+def slow_but_every_second(texts: list[str]) -> list[Any]:
+    """Kernels are compiled or interpreted for each of them: half at every run, all in slow ones."""
+    return [
+        pytest.param(text, marks=[pytest.mark.slow] if i % 2 else [])
+        for i, text in enumerate(texts)
+    ]

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases_sums import TEXTS, Answer, answer_of, heavy_weight, make_sum, ratio_of
+from cases_sums import (
+    TEXTS,
+    Answer,
+    answer_of,
+    make_sum,
+    ratio_of,
+    slow_but_every_second,
+)
 from test_cpu_processes import LOWERINGS, run_python
 
 import cases
@@ -47,7 +54,7 @@ def check(text: str, m: int, n: int, k: int, dtype: str, activations: str, bias:
     assert ratio <= 1, (text, m, n, k, dtype, activations, bias, ratio)
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", slow_but_every_second(TEXTS))
 def test_bounds(text: str) -> None:
     """Counts of tokens, dtypes and formats in turn; odd N and K."""
     formats, start = ("float", "int8-g32", "int8"), TEXTS.index(text)
@@ -145,10 +152,8 @@ def test_one_wrong_number_is_seen(text: str) -> None:
         assert ratio_of(y, moved, packed) > 1, name
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n == "avx2" else [pytest.mark.slow]) for n in LOWERINGS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOWERINGS)
 def test_other_instruction_sets(name: str) -> None:
     if not (isa.cpu_features() >= {"avx2", "fma", "f16c"}) and name == "avx2":
         pytest.skip("this CPU has no AVX2")
@@ -207,4 +212,3 @@ def test_plans_say_what_each_term_does() -> None:
         assert "out1%: gather" in plan.reason
         assert plan.bytes_moved > sum(term.bytes_moved for term in plan.terms)
         assert plan.operations == sum(term.operations for term in plan.terms)
-    assert heavy_weight(2, 2).shape == (2, 2)

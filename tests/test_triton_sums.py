@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from cases_sums import TEXTS, answer_of, make_sum, ratio_of
+from cases_sums import TEXTS, answer_of, make_sum, ratio_of, slow_but_every_second
 from test_cpu_sums import make_outliers
 
 import cases
@@ -30,9 +30,9 @@ def run(x: torch.Tensor, weight: Outliers, bias: torch.Tensor | None, **changes:
     return launcher.linear(x, weight, bias, ActivationFormat(), plan, out)
 
 
-@pytest.mark.parametrize("turn", range(len(TEXTS)))
-def test_parity(turn: int) -> None:
-    text = TEXTS[turn]
+@pytest.mark.parametrize("text", slow_but_every_second(TEXTS))
+def test_parity(text: str) -> None:
+    turn = TEXTS.index(text) // 2 + TEXTS.index(text) % 2  # both halves meet every count and dtype
     m, dtype = (1, 5, 3, 17)[turn % 4], tuple(cases.DTYPES)[turn % 3]
     activations = ("float", "int8-g32", "int8")[turn % 3 if "nf4" not in text else 0]
     packed = make_sum(text, 37, 200, seed=turn)
@@ -44,10 +44,9 @@ def test_parity(turn: int) -> None:
     assert ratio_of(y, found, packed, roundings=int("nf4" in text)) <= 1, text
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 5, 33])
-@pytest.mark.parametrize("columns", [70, 33000])
+@pytest.mark.parametrize(("m", "columns"), [(1, 70), (3, 70), (33, 70), (2, 33000), (5, 33000)])
 def test_outliers_are_exact(m: int, columns: int) -> None:
-    weight = make_outliers(23, columns, 40 if columns == 70 else 0.05)
+    weight = make_outliers(23, columns, 40 if columns == 70 else 0.01)
     x = torch.randint(-8, 9, (m, columns)).float()
     bias = torch.arange(23)
     expected = x.double() @ weight.dequantize().double().T
