@@ -42,10 +42,10 @@ def main() -> None:
             model(window)
     before = perplexity(model, ids, WINDOW)
     print(f"# Perplexity of SmolLM2-135M-Instruct with sums of codecs\n\n{ids.shape[1]} tokens of "
-          f"the shipped English text in windows of {WINDOW}; importance from its last {CALIBRATION} "
-          "tokens, which are none of them; fp32 model, float activations, lm_head not packed. K is "
-          "576 or 1536 here: the terms of a mix, each padded to 128 columns, cost bits that longer "
-          "layers do not pay.\n")  # fmt: skip
+          f"the shipped English text in windows of {WINDOW}; importance from its last "
+          f"{CALIBRATION} tokens, which are none of them; fp32 model, float activations, lm_head "
+          "not packed. K is 576 or 1536 here: the terms of a mix, each padded to 128 columns, cost "
+          "bits that longer layers do not pay.\n")  # fmt: skip
     print(", ".join(f"{key} {value}" for key, value in machine_facts().items()) + "\n")
     print("Command: `python bench/sums_perplexity.py`\n")
     print("| weights | importance | sorted pairs | bits per weight | perplexity | change |")
