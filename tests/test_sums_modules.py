@@ -118,3 +118,24 @@ def test_patch_a_model(codec: str) -> None:
             # int8 activations lose about 0.4 % a layer; a wrong term would lose everything.
             assert float((after - expected).norm() / expected.norm()) < 0.05
         assert torch.equal(model(ids).logits, before)
+
+
+def test_patch_takes_an_importance_for_each_layer() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 48))
+    x = torch.randn(20, 64) * torch.exp(2 * torch.randn(64))
+    with lath.mean_square_inputs(model) as importance:
+        model(x)
+    dense = {name: model.get_submodule(name).weight.detach() for name in ("0", "2")}
+    with lath.patch(model, "int4-g16+out2%", importance=importance, backend="reference"):
+        for name in ("0", "2"):
+            packed = model.get_submodule(name).qtensor
+            alone = lath.quantize(dense[name], packed.codec, importance=importance[name])
+            assert alone.digest() == packed.digest()
+            own = importance[name][packed.terms[-1].codes.long()]
+            assert float(own.mean()) > float(importance[name].mean())
+    with pytest.raises(ValueError, match="importance must have '2'"):
+        lath.patch(model, "int4-g16+out2%", importance={"0": importance["0"]})
+    with pytest.raises(ValueError, match="0: importance is for"):
+        lath.patch(model, "int4-g16", importance=importance)
+    assert isinstance(model[0], nn.Linear)

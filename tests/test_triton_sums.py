@@ -106,6 +106,19 @@ def test_a_wrong_term_is_seen() -> None:
     assert ratio_of(y, found, packed) > 1
 
 
+@pytest.mark.parametrize("text", ["int4-g64+out1%", "mix2.5-g32"])
+def test_many_tokens_decode_once(text: str) -> None:
+    """The whole is rounded once to x's dtype and multiplied by a library."""
+    packed = make_sum(text)
+    x = torch.randn(300, 200).half()
+    plan = lath.plan(300, 37, 200, packed.codec, torch.float16, "sm_80")
+    assert plan.dataflow == "decode_matmul"
+    assert "multiplied once" in plan.reason
+    y = lath.linear(x, packed, torch.ones(37).half(), backend="triton")
+    found = answer_of(x, packed, torch.ones(37).half(), "float")
+    assert ratio_of(y, found, packed, roundings=1) <= 1
+
+
 def test_out_is_filled_and_returned() -> None:
     packed = make_sum("mix2.5-g32")
     x, out = torch.randn(3, 200).half(), torch.full((3, 37), torch.nan)

@@ -135,7 +135,12 @@ def _decode_matmul(
         raise ValueError(
             f"plan dataflow 'decode_matmul' takes activations 'float', got {str(activations)!r}"
         )
-    dense = dequantize(weight, x.dtype).t()
+    return multiply_dense(x, dequantize(weight, x.dtype), bias, dtype)
+
+
+def multiply_dense(x: Tensor, dense: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [M, K] times a decoded weight [N, K] of x's dtype, plus bias [N], rounded to `dtype`."""
+    dense = dense.t()
     # A GPU's matmul sums in fp32 and adds a bias of x's type there, then rounds once; a CPU's does
     # not promise to. Where it cannot be one rounding in x's type, it is a matmul in fp32.
     if x.is_cuda and bias is None and dtype == x.dtype:

@@ -44,11 +44,14 @@ def plan_linear(
         terms.append(made)
         listed = "" if term.columns is None else f" of {last - first} columns"
         reasons.append(f"{term.codec}{listed}: {made.dataflow}")
-    largest = max(terms, key=lambda plan: plan.bytes_moved)
+    # Terms differ in their flows at most where one has no columns; outliers always gather.
+    largest = max((p for p in terms if p.dataflow != "gather"), key=lambda plan: plan.bytes_moved)
     gathered = 2 * m * k * dtype.itemsize if codec.dealer is not None else 0
+    once = largest.dataflow == "decode_matmul"
+    summed = "decoded together and multiplied once" if once else "summed in fp32"
     return replace(
         largest,
-        reason=f"{len(terms)} terms, summed in fp32 ({'; '.join(reasons)})",
+        reason=f"{len(terms)} terms, {summed} ({'; '.join(reasons)})",
         bytes_moved=sum(plan.bytes_moved for plan in terms) + gathered + 8 * len(terms) * m * n,
         operations=sum(plan.operations for plan in terms),
         terms=tuple(terms),
