@@ -8,12 +8,12 @@ far each codec is from what one core can read,
     python bench/bench_linear.py [--tokens 1,8,128] [--codecs mxfp4/int8,nf4-g64/float] [--rounds 9]
 
 which writes bench/results/codecs_cpu.md and codecs_cpu.json; with `--rows activations` it takes the
-activation formats and the codecs that go with them instead (activations_cpu).
+activation formats and the codecs that go with them instead (activations_cpu). --name: of other
+files; sums_cpu holds sums of packed weights.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import sys
 import time
@@ -33,9 +33,9 @@ import cases
 import lath
 from lath.formats.activations import ActivationFormat
 from lath.integration.benchmark import COLD_BYTES, machine_facts
-from lath.kernels.linear import cpu
 from lath.kernels.simd import isa
 from lath.kernels.simd.compile import compile_kernel
+from lath.verbs.kinds import kind_of
 
 torch.set_num_threads(1)
 
@@ -100,13 +100,16 @@ def lath_call(name: str, m: int, k: int, n: int) -> tuple[Callable[[int], object
     """The layer "codec/activations" over enough copies of its view to be cold."""
     codec, activations = name.split("/")
     packed = lath.quantize(torch.randn(n, k) / k**0.5, codec)
-    first = cpu.prepare(packed, None, ActivationFormat.parse(activations))
-    view, layers = first._view, [first]
-    while len(layers) * view.nbytes < COLD_BYTES:
-        copy = dataclasses.replace(view, records=view.records.clone())
-        layers.append(cpu.CpuLinear(copy, first._kind, ActivationFormat.parse(activations)))
+    prepare = kind_of(packed).function("cpu", "prepare")
     x = torch.randn(m, k).bfloat16()
-    return (lambda i: layers[i % len(layers)](x)), view.nbytes
+    layers: list[Callable[[torch.Tensor], object]] = []
+    weights: list[lath.PackedWeight] = []  # a view lives as long as its weight
+    while not weights or len(weights) * weights[0].view_nbytes < COLD_BYTES:
+        copies = {name: tensor.clone() for name, tensor in packed.tensors.items()}
+        weights.append(packed.from_tensors(packed.codec, packed.shape, copies))
+        layers.append(prepare(weights[-1], None, ActivationFormat.parse(activations)))
+        layers[-1](x)
+    return (lambda i: layers[i % len(weights)](x)), weights[0].view_nbytes
 
 
 def torch_call(m: int, k: int, n: int) -> tuple[Callable[[int], object], int]:
@@ -187,6 +190,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,128")
     parser.add_argument("--rows", choices=tuple(ROWS), default="codecs")
     parser.add_argument("--codecs", help="in place of those of --rows")
+    parser.add_argument("--name", help="of the files written, in place of that of --rows")
     options = report.parsed(parser)
     if options.threads != 1:
         parser.error(f"--threads must be 1: CPU time is that of one thread, got {options.threads}")
@@ -198,7 +202,7 @@ def main() -> None:
     command = report.command_of("bench_linear.py")
     report.save(
         options,
-        f"{options.rows}_cpu",
+        options.name or f"{options.rows}_cpu",
         as_markdown(rows, options.shape, command),
         command,
         rows=rows,

@@ -15,6 +15,10 @@ from lath.formats.codec import GRAMMAR_TABLE as PLANES_GRAMMAR
 from lath.formats.codec import Codec
 from lath.formats.packed_weight import PackedWeight, WeightCodec, read_metadata
 from lath.formats.qtensor import QTensor
+from lath.formats.sum_codec import CLAIMS as SUM_CLAIMS
+from lath.formats.sum_codec import GRAMMAR_TABLE as SUM_GRAMMAR
+from lath.formats.sum_codec import SumCodec
+from lath.formats.sum_tensor import SumTensor
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,12 @@ class Family:
     grammar: Mapping[str, str]
 
 
-# The last one claims all texts that are left, and names what is accepted.
-FAMILIES: tuple[Family, ...] = (Family(Codec, QTensor, r".*", PLANES_GRAMMAR),)
+# Sums come first, since the text of any other may be a part of theirs. The last one claims all
+# texts that are left, and names what is accepted.
+FAMILIES: tuple[Family, ...] = (
+    Family(SumCodec, SumTensor, SUM_CLAIMS, SUM_GRAMMAR),
+    Family(Codec, QTensor, r".*", PLANES_GRAMMAR),
+)
 
 GRAMMAR_TABLE = {form: text for family in FAMILIES for form, text in family.grammar.items()}
 

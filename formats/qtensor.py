@@ -11,6 +11,7 @@ from lath.formats import packing
 from lath.formats import values as value_tables
 from lath.formats.codec import Codec
 from lath.formats.packed_weight import PackedWeight, check_layout, check_names
+from lath.formats.shard import check_shard, shard_codes, shard_side
 
 SCALE_DTYPES = {
     "fp16": torch.float16, "fp32": torch.float32, "int8": torch.uint8, "fp8": torch.uint8,
@@ -119,6 +120,24 @@ class QTensor(PackedWeight):
         if self.codec.zero == "integer":
             return ((numbers - expand(self.zeros)) * scales).to(dtype)
         return (numbers * scales + expand(self.zeros)).to(dtype)
+
+    def shard(self, rank: int, ranks: int, axis: int) -> QTensor:
+        """Piece `rank` of `ranks` equal ones along N (axis 0: column-parallel) or K (axis 1:
+        row-parallel), as a weight of its own; its numbers are those of this weight.
+
+        Multiplied by its piece of x, shards along K add up to the whole. Lengths must be multiples
+        of 16 rows, or of 128 columns and of the group; ValueError otherwise.
+        """
+        size = check_shard(self.codec, self.shape, rank, ranks, axis)
+        start = rank * size
+        shape = (size, self.shape[1]) if axis == 0 else (self.shape[0], size)
+        scales, zeros, outer = (
+            shard_side(side, self.codec, start, size, axis)
+            for side in (self.scales, self.zeros, self.outer)
+        )
+        assert scales is not None
+        codes = shard_codes(self.planes, self.shape, start, size, axis)
+        return QTensor(self.codec, shape, codes, scales, zeros, outer, self.table)
 
     def effective_scales(self) -> Tensor:
         """fp32 [G, N16]: what codes are multiplied by, one product of both scales ("fp8": before

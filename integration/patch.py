@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,7 @@ class _Options:
     backend: str
     search: bool
     quantizer: Quantizer
+    importance: Mapping[str, Tensor] | None = None
 
     def activations_on(self, device: torch.device) -> ActivationFormat:
         if self.activations is not None:
@@ -86,6 +87,7 @@ def patch(
     search: bool = False,
     quantizer: str | Quantizer = "rtn",
     calibration: Calibration | Tensor | None = None,
+    importance: Mapping[str, Tensor] | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> PatchReport:
@@ -103,8 +105,9 @@ def patch(
     only: patterns of the layers to pack, so that a second call gives others another codec; None
     packs all. activations: as for `lath.linear`, or "auto": int8 with the weight's group on a
     CPU, float elsewhere. backend: as for `lath.linear`. search: choose each group's range by
-    squared error, slower. dry_run: only report. progress: show a bar; None shows it on a terminal
-    when there is much to do.
+    squared error, slower. importance: by the name of each layer, as for `lath.quantize`;
+    `lath.mean_square_inputs` records it. dry_run: only report. progress: show a bar; None shows it
+    on a terminal when there is much to do.
 
     quantizer: how codes are chosen, for every codec that rounds one weight at a time: "rtn"; "hqq"
     (codecs with "-fzero"); "gptq", "awq", "awq+gptq" with `calibration`; or `lath.GPTQ(...)` and
@@ -132,6 +135,11 @@ def patch(
     check_flag("dry_run", dry_run)
     options = _parse_options(model, weights, activations, backend, search, quantizer)
     texts = calibration_of(calibration, options.quantizer)
+    if importance is not None and texts is not None:
+        raise ValueError(
+            f"importance is for quantizer 'rtn', which has no calibration; got {quantizer!r}"
+        )
+    options = dataclasses.replace(options, importance=importance)
     attending = attention_options(attention, kv, backend, select, repair, audit)
     attends = None if attending is None else AttentionPatch.prepare(model, attending)
     found = [] if weights is None else find_linears(model, check_selection(model, skip, only))
@@ -297,7 +305,12 @@ def _quantize(name: str, dense: Tensor, options: _Options) -> tuple[PackedWeight
     """The packed weight and its relative error; checks that its backend can run where it is."""
     resolve_backend(options.backend, dense.device)
     try:
-        weight = quantize(dense, options.codec, quantizer=options.quantizer, search=options.search)
+        own = None if options.importance is None else options.importance[name]
+        weight = quantize(
+            dense, options.codec, quantizer=options.quantizer, search=options.search, importance=own
+        )
+    except KeyError as error:
+        raise ValueError(f"importance must have {name!r}, which is to be packed") from error
     except (ValueError, TypeError) as error:
         raise type(error)(f"{name}: {error}") from error
     return weight, relative_error(dense, weight)

@@ -74,7 +74,7 @@ def linear(
     if columns == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     bias = None if bias is None else bias.contiguous()
-    with _device_of(x):
+    with device_of(x):
         if plan.dataflow == "decode_matmul":
             product = _decode_matmul(x, weight, bias, activations, y.dtype)
             return product if out is None else out.copy_(product)
@@ -91,11 +91,17 @@ def linear(
             return y
         workspace = x.new_empty((pieces, tokens, outputs), dtype=torch.float32)
         _multiply(workspace, operand, weight, None, settings, plan, pieces)
-        loops.reduce_kernel[(triton.cdiv(y.numel(), _REDUCE_BLOCK),)](
-            workspace, _or(bias, workspace), y, y.numel(), outputs,
-            PIECES=pieces, BIAS=bias is not None, BLOCK=_REDUCE_BLOCK, num_warps=4,
-        )  # fmt: skip
+        reduce(workspace, bias, y)
         return y
+
+
+def reduce(pieces: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y [M, N] = the sum of fp32 pieces [P, M, N], first to last, plus bias [N], rounded once."""
+    with device_of(y):
+        loops.reduce_kernel[(triton.cdiv(y.numel(), _REDUCE_BLOCK),)](
+            pieces, _or(bias, pieces), y, y.numel(), y.shape[1],
+            PIECES=pieces.shape[0], BIAS=bias is not None, BLOCK=_REDUCE_BLOCK, num_warps=4,
+        )  # fmt: skip
 
 
 def dequantize(weight: QTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor:
@@ -142,7 +148,12 @@ def _decode_matmul(
         raise ValueError(
             f"plan dataflow 'decode_matmul' takes activations 'float', got {str(activations)!r}"
         )
-    dense = dequantize(weight, x.dtype).t()
+    return multiply_dense(x, dequantize(weight, x.dtype), bias, dtype)
+
+
+def multiply_dense(x: Tensor, dense: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [M, K] times a decoded weight [N, K] of x's dtype, plus bias [N], rounded to `dtype`."""
+    dense = dense.t()
     # A GPU's matmul sums in fp32 and adds a bias of x's type there, then rounds once; a CPU's does
     # not promise to. Where it cannot be one rounding in x's type, it is a matmul in fp32.
     if x.is_cuda and bias is None and dtype == x.dtype:
@@ -200,8 +211,10 @@ def _prepare(x: Tensor, activations: ActivationFormat, settings: Settings) -> _R
             SPAN=span, SPANS=together, num_warps=4,
         )  # fmt: skip
         return _Rows(x, padded_tokens, sums=sums)
-    size = padded if activations.group is None else activations.group
-    groups = 1 if activations.group is None else activations.num_groups(columns)
+    size, groups = padded, 1
+    # A group that is not shorter than x is all of it, as in `common_group`.
+    if activations.group is not None and activations.group < columns:
+        size, groups = activations.group, activations.num_groups(columns)
     dtype = torch.float8_e4m3fn if settings.dot == "e4m3" else torch.float16
     if activations.is_integer and settings.dot != "fp16":
         dtype = torch.int8
@@ -234,7 +247,8 @@ def _addressable(x: Tensor, block_m: int) -> Tensor:
     return x
 
 
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The context in which kernels over x are launched."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 

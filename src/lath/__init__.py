@@ -31,6 +31,7 @@ from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
 from lath.formats.quantizer import AWQ, GPTQ, HQQ, RTN, quantizer
 from lath.formats.selection import IndexList
+from lath.formats.sum_tensor import SumTensor
 from lath.selectors import Selector, double_sparsity_channels, selector
 from lath.verbs.attention import attention
 from lath.verbs.budgets import TopMass
@@ -53,6 +54,7 @@ from lath.verbs.selection import Selection
 if TYPE_CHECKING:
     from lath.integration.cache import LathCache
     from lath.integration.calibration import Calibration
+    from lath.integration.pairs import mean_square_inputs, sort_pairs
     from lath.integration.patch import patch
     from lath.integration.report import PatchReport
 
@@ -80,6 +82,7 @@ __all__ = [
     "Scope",
     "Selection",
     "Selector",
+    "SumTensor",
     "TopMass",
     "attention",
     "awq_scales",
@@ -92,6 +95,7 @@ __all__ = [
     "key_channel_scales",
     "linear",
     "load_weight",
+    "mean_square_inputs",
     "merge",
     "patch",
     "plan",
@@ -104,6 +108,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "select",
     "selector",
+    "sort_pairs",
 ]
 
 logging.getLogger("lath").addHandler(logging.NullHandler())
@@ -112,6 +117,8 @@ logging.getLogger("lath").addHandler(logging.NullHandler())
 _INTEGRATION = {
     "Calibration": "lath.integration.calibration",
     "LathCache": "lath.integration.cache",
+    "mean_square_inputs": "lath.integration.pairs",
+    "sort_pairs": "lath.integration.pairs",
     "patch": "lath.integration.patch",
     "PatchReport": "lath.integration.report",
 }

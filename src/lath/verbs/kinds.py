@@ -2,7 +2,7 @@
 
 Every kind has the same functions, so that the verbs know no kind by name:
 
-    quantize(weight, codec, search, table)                                     → packed weight
+    quantize(weight, codec, search, table[, importance])                       → packed weight
     plan_linear(m, n, k, codec, activations, dtype, device, backend)           → Plan
     linear(x, weight, bias, activations, plan, out)                            → y, or out
     prepare(weight, bias, activations)      (CPU)                              → a call x → y
@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lath.formats.activations import ActivationFormat
-from lath.formats.families import weight_class
+from lath.formats.outliers import Outliers
 from lath.formats.packed_weight import PackedWeight, WeightCodec
 from lath.formats.qtensor import QTensor
+from lath.formats.sum_tensor import SumTensor, class_of
 from lath.reference import codecs as reference_codecs
 from lath.reference import linear as reference_linear
+from lath.reference import sums as reference_sums
 
 Floats = NDArray[np.float32]
 
@@ -34,13 +36,15 @@ Floats = NDArray[np.float32]
 @dataclass(frozen=True)
 class Kind:
     """quantize, plan, triton, cpu: names of modules. decode: the definition, a packed weight to its
-    float64 [N, K]."""
+    float64 [N, K]. multiply: the definition of `lath.linear` where it is not that of the decoded
+    weight."""
 
     quantize: str
     plan: str
     triton: str
     cpu: str
     decode: Callable[[Any], NDArray[np.float64]]
+    multiply: Callable[..., NDArray[np.float64]] | None = None
 
     def function(self, module: str, name: str) -> Any:
         """A function of one of the modules, such as ("cpu", "prepare")."""
@@ -50,6 +54,8 @@ class Kind:
         self, x: Floats, weight: PackedWeight, bias: Floats | None, activations: ActivationFormat
     ) -> NDArray[np.float64]:
         """The definition of `lath.linear`: x [M, K] → y [M, N] float64."""
+        if self.multiply is not None:
+            return self.multiply(x, weight, bias, activations)
         return reference_linear.multiply(x, self.decode(weight), bias, activations)
 
 
@@ -66,6 +72,35 @@ def _decode_planes(weight: QTensor) -> NDArray[np.float64]:
     )  # fmt: skip
 
 
+def _decode_outliers(weight: Outliers) -> NDArray[np.float64]:
+    decoded = np.zeros(weight.shape)
+    offsets, columns = array(weight.offsets), array(weight.codes)
+    for n in range(weight.shape[0]):
+        row = slice(offsets[n], offsets[n + 1])
+        decoded[n, columns[row]] = array(weight.values)[row]
+    return decoded
+
+
+def _decoded_terms(weight: SumTensor) -> list[reference_sums.DecodedTerm]:
+    return [
+        reference_sums.DecodedTerm(
+            KINDS[type(term)].decode(term), array(weight.columns_of(index)),
+            exact=isinstance(term, Outliers),
+        )
+        for index, term in enumerate(weight.terms)
+    ]  # fmt: skip
+
+
+def _decode_sum(weight: SumTensor) -> NDArray[np.float64]:
+    return reference_sums.dense(_decoded_terms(weight), weight.shape[1])
+
+
+def _multiply_sum(
+    x: Floats, weight: SumTensor, bias: Floats | None, activations: ActivationFormat
+) -> NDArray[np.float64]:
+    return reference_sums.multiply(x, _decoded_terms(weight), bias, activations)
+
+
 KINDS: dict[type[PackedWeight], Kind] = {
     QTensor: Kind(
         quantize="lath.kernels.quantize",
@@ -74,10 +109,25 @@ KINDS: dict[type[PackedWeight], Kind] = {
         cpu="lath.kernels.linear.cpu",
         decode=_decode_planes,
     ),
+    SumTensor: Kind(
+        quantize="lath.verbs.sum_quantize",
+        plan="lath.verbs.sum_plan",
+        triton="lath.verbs.sum_triton",
+        cpu="lath.verbs.sum_cpu",
+        decode=_decode_sum,
+        multiply=_multiply_sum,
+    ),
+    # No family of its own: it is the last term of a sum, and quantised with it.
+    Outliers: Kind(
+        quantize="lath.verbs.sum_quantize",
+        plan="lath.kernels.outliers.plan",
+        triton="lath.kernels.outliers.triton",
+        cpu="lath.kernels.outliers.cpu",
+        decode=_decode_outliers,
+    ),
 }
 
 
 def kind_of(weight: PackedWeight | WeightCodec) -> Kind:
     """The kind of a packed weight or of a codec."""
-    found = type(weight) if isinstance(weight, PackedWeight) else weight_class(weight)
-    return KINDS[found]
+    return KINDS[type(weight) if isinstance(weight, PackedWeight) else class_of(weight)]

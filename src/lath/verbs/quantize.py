@@ -17,15 +17,28 @@ from lath.verbs.quantizers import check_hessian, check_quantizer, requantize, we
 
 
 @torch.library.custom_op("lath::quantize", mutates_args=())
-def _quantize(weight: Tensor, codec: str, search: bool, table: Tensor | None) -> list[Tensor]:
+def _quantize(
+    weight: Tensor,
+    codec: str,
+    search: bool,
+    table: Tensor | None,
+    importance: Tensor | None = None,
+) -> list[Tensor]:
     """The tensors of a packed weight, in their order."""
     parsed = weight_codec(codec)
-    packed = kind_of(parsed).function("quantize", "quantize")(weight, parsed, search, table)
+    given = () if importance is None else (importance,)
+    packed = kind_of(parsed).function("quantize", "quantize")(weight, parsed, search, table, *given)
     return [tensor.clone() for tensor in packed.tensors.values()]
 
 
 @_quantize.register_fake
-def _(weight: Tensor, codec: str, search: bool, table: Tensor | None) -> list[Tensor]:
+def _(
+    weight: Tensor,
+    codec: str,
+    search: bool,
+    table: Tensor | None,
+    importance: Tensor | None = None,
+) -> list[Tensor]:
     rows, columns = weight.shape
     parsed = weight_codec(codec)
     empty = weight_class(parsed).empty(parsed, (rows, columns), device=weight.device)
@@ -40,6 +53,7 @@ def quantize(
     hessian: Tensor | None = None,
     search: bool = False,
     table: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> PackedWeight:
     """Round a weight in a codec and pack it.
 
@@ -52,7 +66,9 @@ def quantize(
     search: choose each group's range among 33 fractions of the full one by squared error (about
     forty times the work, usually a better weight; see `lath.reference.codecs.quantize`). table: the
     ascending numbers of a "lut" codec, [2**bits]; None: found by k-means, in which a column counts
-    as much as its mean squared input where the Hessian is given.
+    as much as its mean squared input where the Hessian is given. importance: for
+    codecs that choose which weights matter (outliers, mix, billm): what a squared error of a weight
+    costs, not negative, [K] (such as the mean square of each input) or [N, K] (a squared gradient).
 
     Returns a QTensor, or another kind of packed weight if the codec is of another, on the same
     device. Raises ValueError if the weight has NaN or infinity, does not fit the codec's scale
@@ -73,6 +89,7 @@ def quantize(
     tensors = _quantize(
         weight.detach(), str(parsed), check_flag("search", search),
         None if table is None else check_tensor("table", table).detach().float(),
+        None if importance is None else _check_importance(importance, weight, parsed),
     )  # fmt: skip
     cls = weight_class(parsed)
     named = dict(zip(cls.tensor_names(parsed), tensors, strict=True))
@@ -81,3 +98,17 @@ def quantize(
         return start
     assert isinstance(start, QTensor)  # check_quantizer lets no other kind through
     return requantize(weight.detach(), start, how, hessian)
+
+
+def _check_importance(importance: Tensor, weight: Tensor, codec: WeightCodec) -> Tensor:
+    if not getattr(codec, "takes_importance", False):
+        raise ValueError(f"importance is for outliers, mix and billm, got codec {str(codec)!r}")
+    importance = check_tensor("importance", importance).detach()
+    rows, columns = weight.shape
+    if tuple(importance.shape) not in ((columns,), (rows, columns)):
+        raise ValueError(
+            f"importance must be [{columns}] or [{rows}, {columns}], got {[*importance.shape]}"
+        )
+    if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
+        raise ValueError("importance must be finite and not negative")
+    return importance
