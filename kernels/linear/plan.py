@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
 from lath.formats.device import DeviceDescription, known_device
 from lath.formats.plan import Backend, Dataflow, Plan
+from lath.formats.sparse import SparseCodec
 
 OPERAND_BYTES = {"int8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
 # Entries that a GPU's decoder reads from memory (kernels/linear/triton_tables.py).
@@ -42,6 +44,8 @@ GEMV_TOKENS = 4
 FLAT_TOKENS = 64
 # A piece of K shorter than this spends more on its share of the reduction than it saves.
 MIN_BLOCKS_PER_PIECE = 2
+# Fills in a draft: (draft, m, n, k, codec, activations, dot, device) -> plan.
+Tile = Callable[..., Plan]
 # The interpreter has no device; its launches are planned as for this one.
 INTERPRETED_DEVICE = known_device("sm_80")
 
@@ -65,16 +69,16 @@ def plan_linear(
         dataflow="definition",
         dot="fp64",
         reason="the NumPy definition",
-        bytes_moved=_bytes_moved(m, n, k, codec, activations, dtype),
+        bytes_moved=bytes_moved(m, n, k, weight_bytes(n, k, codec), activations, dtype),
         operations=2 * m * n * k,
     )
     if backend == "reference":
         return draft
     if backend == "cpu":
-        return _plan_cpu(draft, m, k, codec, activations, device)
+        return plan_cpu(draft, m, k, codec, activations, device)
     if device.kind == "cpu":
         device = INTERPRETED_DEVICE
-    return _plan_gpu(draft, m, n, k, codec, activations, dtype, device)
+    return plan_gpu(draft, m, n, k, codec, activations, dtype, device, _tile)
 
 
 def weight_bytes(n: int, k: int, codec: Codec) -> int:
@@ -89,22 +93,22 @@ def weight_bytes(n: int, k: int, codec: Codec) -> int:
     return rows * columns * codec.bits // 8 + codec.num_groups(k) * rows * (scale + zero) + outer
 
 
-def _bytes_moved(
-    m: int, n: int, k: int, codec: Codec, activations: ActivationFormat, dtype: torch.dtype
+def bytes_moved(
+    m: int, n: int, k: int, weight: int, activations: ActivationFormat, dtype: torch.dtype
 ) -> int:
     """Each byte of weight, x and y once; int8 activations are also written and read as codes."""
     size = dtype.itemsize
     x = m * k * (size + (2 if activations.kind == "int8" else 0))
-    return weight_bytes(n, k, codec) + x + m * n * size
+    return weight + x + m * n * size
 
 
-def common_group(k: int, codec: Codec, activations: ActivationFormat) -> int:
+def common_group(k: int, codec: Codec | SparseCodec, activations: ActivationFormat) -> int:
     """Longest run along K that has one weight scale and one activation scale."""
     groups = [g for g in (codec.group, activations.group) if g is not None and g < k]
     return math.gcd(*groups) if groups else packing.round_up(max(k, 1), packing.BLOCK)
 
 
-def _plan_cpu(
+def plan_cpu(
     draft: Plan,
     m: int,
     k: int,
@@ -112,6 +116,7 @@ def _plan_cpu(
     activations: ActivationFormat,
     device: DeviceDescription,
 ) -> Plan:
+    """The dataflow and the register tile of a CPU."""
     stored = next(bits for bits in (2, 4, 8) if bits >= codec.bits)
     reasons = [f"{device.architecture}, {device.threads} thread(s)"]
     if stored != codec.bits:
@@ -154,16 +159,18 @@ def cpu_tile(kind: str, tokens: int, panel_bytes: int, architecture: str) -> tup
     return next((tile for tile in tiles if tile[0] >= tokens), tiles[-1])
 
 
-def _plan_gpu(
+def plan_gpu(
     draft: Plan,
     m: int,
     n: int,
     k: int,
-    codec: Codec,
+    codec: Codec | SparseCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     device: DeviceDescription,
+    tile: Tile,
 ) -> Plan:
+    """The dataflow of a GPU. tile: what fills in the tile of a dataflow with a dot."""
     dot, why_dot = _dot_type(k, codec, activations, dtype, device)
     crossover = _decode_crossover(device)
     if m > crossover and activations.kind == "float":
@@ -175,25 +182,25 @@ def _plan_gpu(
             draft, dataflow="decode_matmul", dot=dot, reason=why, block_n=64, warps=4, stages=1,
             block_k=packing.BLOCK,
         )  # fmt: skip
-    if m <= GEMV_TOKENS and _has_no_tensor_core(dot, device):
+    if m <= GEMV_TOKENS and has_no_tensor_core(dot, device):
         draft = replace(
-            draft, dataflow="gemv", dot="fp32", block_m=_power_of_two(m, 1, 4),
+            draft, dataflow="gemv", dot="fp32", block_m=power_of_two(m, 1, 4),
             block_n=32 if device.kind == "hip" and m > 2 else 64, block_k=packing.BLOCK, warps=4,
             stages=2 if device.kind == "hip" else 3,
         )  # fmt: skip
         why = f"{m} token(s) and no tensor core for {dot}: products are summed directly"
         return _split(draft, m, n, k, device, [why])
     if m <= FLAT_TOKENS:
-        draft = _tile(replace(draft, dataflow="flat"), m, n, k, codec, activations, dot, device)
+        draft = tile(replace(draft, dataflow="flat"), m, n, k, codec, activations, dot, device)
         why = f"{m} tokens: weight bytes decide, K is split until every unit has work"
         return _split(draft, m, n, k, device, [why_dot, why])
-    draft = _tile(replace(draft, dataflow="tiled"), m, n, k, codec, activations, dot, device)
+    draft = tile(replace(draft, dataflow="tiled"), m, n, k, codec, activations, dot, device)
     return replace(draft, reason=f"{why_dot}; {m} tokens fill the tiles, K is not split")
 
 
 def _dot_type(
     k: int,
-    codec: Codec,
+    codec: Codec | SparseCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     device: DeviceDescription,
@@ -203,15 +210,15 @@ def _dot_type(
         name = DTYPE_NAMES[dtype]
         return name, f"{name} activations are multiplied as they are"
     if codec.is_table and codec.values not in value_tables.UNITS:
-        why = f"int8 activations, but entries of {codec.values} that no int8 holds: fp16"
-        return "fp16", why
+        held = "bf16" if codec.values == "bf16" else "fp16"
+        return held, f"int8 activations, but entries of {codec.values} that no int8 holds: {held}"
     run = common_group(k, codec, activations)
     if run % 32:
         return "fp16", f"scales change every {run} columns, below an int8 dot's depth of 32: fp16"
     return "int8", "int8 activations: int8 dot, summed in int32"
 
 
-def _has_no_tensor_core(dot: str, device: DeviceDescription) -> bool:
+def has_no_tensor_core(dot: str, device: DeviceDescription) -> bool:
     """fp32 products are never a tensor core's; Triton uses none on architectures before sm_80."""
     return dot == "fp32" or (device.kind == "cuda" and device.capability < 80)
 
@@ -259,9 +266,9 @@ def _tile(
         or (dot != "int8" and 1 in codec.plane_widths)
     )
     swap, warps = False, 4
-    tokens = _power_of_two(m, 16, 64)
+    tokens = power_of_two(m, 16, 64)
     rows = 128 if n >= 128 * device.compute_units or tokens == 64 else 64
-    if _has_no_tensor_core(dot, device):
+    if has_no_tensor_core(dot, device):
         tokens, rows, warps = 16, 32, 8
     elif device.kind == "cuda" and m > 16 and (is_fine or _has_tensor_memory(device)):
         # Larger tiles spill here, or take the longer path through tensor memory.
@@ -286,7 +293,7 @@ def _tile(
     # up by codes in half runs, or put together from bytes where tensor memory is addressed.
     wide = _has_tensor_memory(device) and (codec.bits == 8 or (codec.is_table and dot == "int8"))
     scattered = codec.values in LOOKED_UP and 1 in codec.plane_widths
-    slowest = device.kind == "hip" or _has_no_tensor_core(dot, device)
+    slowest = device.kind == "hip" or has_no_tensor_core(dot, device)
     stages = 2 if slowest or wide or scattered or run % 32 else 3
     while stages > 1 and shared_bytes(draft, stages, codec, device) > device.shared_memory:
         stages -= 1
@@ -307,7 +314,7 @@ def shared_bytes(plan: Plan, stages: int, codec: Codec, device: DeviceDescriptio
     return loads + (packing.BLOCK * plan.block_n * size if through else 0)
 
 
-def _power_of_two(value: int, low: int, high: int) -> int:
+def power_of_two(value: int, low: int, high: int) -> int:
     return max(low, min(high, 1 << max(value - 1, 0).bit_length()))
 
 

@@ -20,6 +20,7 @@ from lath.formats import packing
 from lath.formats.activations import LARGEST_CODE, SMALLEST_ABSMAX, ActivationFormat
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
+from lath.formats.sparse import SparseTensor
 from lath.kernels.linear import triton_activations as rows
 from lath.kernels.linear import triton_gemv as gemv
 from lath.kernels.linear import triton_loops as loops
@@ -47,7 +48,7 @@ class _Rows:
 
 def linear(
     x: Tensor,
-    weight: QTensor,
+    weight: QTensor | SparseTensor,
     bias: Tensor | None,
     activations: ActivationFormat,
     plan: Plan,
@@ -93,7 +94,7 @@ def linear(
         return y
 
 
-def dequantize(weight: QTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor:
+def dequantize(weight: QTensor | SparseTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor:
     """The decoded weight [N, K]: fp32 inside, rounded once to dtype. block_n: rows of a program."""
     outputs, columns = weight.shape
     dense = torch.empty((outputs, columns), dtype=dtype, device=weight.device)
@@ -108,8 +109,13 @@ def dequantize(weight: QTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor
     return dense
 
 
-def _tensors(weight: QTensor, dot: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _tensors(
+    weight: QTensor | SparseTensor, dot: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """codes, scales, zeros, outer, table as the loops take them for a dot."""
+    if isinstance(weight, SparseTensor):
+        scales = _or(weight.scales, weight.bitmap)
+        return weight.bitmap, scales, weight.offsets, scales, weight.codes
     scales, outer, table = weight.scales, weight.outer, weight.codes
     lookup = table_for(weight, dot)
     if lookup is not None:
@@ -119,7 +125,7 @@ def _tensors(weight: QTensor, dot: str) -> tuple[Tensor, Tensor, Tensor, Tensor,
 
 def _decode_matmul(
     x: Tensor,
-    weight: QTensor,
+    weight: QTensor | SparseTensor,
     bias: Tensor | None,
     activations: ActivationFormat,
     dtype: torch.dtype,
@@ -143,7 +149,7 @@ def _decode_matmul(
 def _multiply(
     y: Tensor,
     x: _Rows,
-    weight: QTensor,
+    weight: QTensor | SparseTensor,
     bias: Tensor | None,
     settings: Settings,
     plan: Plan,
@@ -156,7 +162,7 @@ def _multiply(
     stride = x.values.stride(0)
     sizes = (tokens, outputs, columns, stride, padded, x.tokens, blocks, groups, x.groups)
     tensors = (x.values, *_tensors(weight, settings.dot))
-    scales, offsets = _or(x.scales, weight.scales), _or(bias, weight.scales)
+    scales, offsets = _or(x.scales, tensors[2]), _or(bias, tensors[2])
     tiles_n = triton.cdiv(outputs, plan.block_n)
     if plan.dataflow == "gemv":
         gemv.gemv_kernel[(tiles_n, pieces)](
@@ -165,7 +171,7 @@ def _multiply(
         )  # fmt: skip
         return
     loops.matmul_kernel[(triton.cdiv(tokens, plan.block_m) * tiles_n, pieces)](
-        *tensors, scales, _or(x.sums, weight.scales), offsets, y, *sizes, **settings.kernel,
+        *tensors, scales, _or(x.sums, tensors[2]), offsets, y, *sizes, **settings.kernel,
         BIAS=bias is not None, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
 
@@ -189,7 +195,7 @@ def _prepare(x: Tensor, activations: ActivationFormat, settings: Settings) -> _R
         return _Rows(x, padded_tokens, sums=sums)
     size = padded if activations.group is None else activations.group
     groups = 1 if activations.group is None else activations.num_groups(columns)
-    dtype = torch.float16 if settings.dot == "fp16" else torch.int8
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.dot, torch.int8)
     codes = torch.empty((tokens, padded), dtype=dtype, device=x.device)
     scales = torch.empty((groups, padded_tokens), dtype=torch.float32, device=x.device)
     sums = torch.empty((spans, padded_tokens), dtype=torch.int32, device=x.device)

@@ -289,8 +289,8 @@ def decode_tile(
 def block_planes(weight, block, WIDTHS: tl.constexpr):
     """Where a block begins in each plane of the flat tensor of codes, and the table.
 
-    weight: (codes, panel, rows, padded rows, blocks, table), the panel that the tile begins with
-    and where its rows begin (`rows_of_tile`).
+    weight: (codes, panel, rows, padded rows, blocks, table, zeros), the panel that the tile begins
+    with and where its rows begin (`rows_of_tile`).
     """
     # Per bit of plane width: 64 words in a block of 16 rows, 4 * padded_rows * blocks in all.
     before = (weight[1].to(tl.int64) * weight[4] + block) * 64

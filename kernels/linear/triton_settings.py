@@ -17,7 +17,9 @@ from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
 from lath.formats.plan import Plan
+from lath.formats.sparse import SparseCodec
 from lath.kernels.linear import triton_decode as decode
+from lath.kernels.linear import triton_sparse as sparse
 from lath.kernels.linear import triton_tables as tables
 
 _DOTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -38,6 +40,12 @@ _TABLE_DECODERS = {
     "bf16": tables.table_bf16,
     "fp32": tables.table_fp32,
 }
+_SPARSE_DECODERS = {
+    "fp16": sparse.kept_fp16,
+    "bf16": sparse.kept_bf16,
+    "fp32": sparse.kept_fp32,
+    "int8": sparse.kept_int8,
+}
 # A product of an activation code and a weight code (less its zero) is at most 127 * 255.
 MOST_INT32_COLUMNS = (2**31 - 1) // (127 * 255)
 
@@ -57,7 +65,7 @@ class Settings:
 
 @functools.lru_cache(maxsize=1024)
 def settings_of(
-    codec: Codec,
+    codec: Codec | SparseCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     columns: int,
@@ -92,12 +100,17 @@ def settings_of(
             "BLOCK_M": plan.block_m,
             "BLOCK_K": plan.block_k,
         }
-    natural, sums_outside = dot != "int8", needs_sums and not without_dot
+    natural = dot != "int8" or isinstance(codec, SparseCodec)
+    sums_outside = needs_sums and not without_dot
     return Settings(dot, span, step, plan.block_m, natural, sums_outside, kernel)
 
 
-def codec_arguments(codec: Codec, dot: str, centred: bool, columns: int) -> dict[str, Any]:
+def codec_arguments(
+    codec: Codec | SparseCodec, dot: str, centred: bool, columns: int
+) -> dict[str, Any]:
     """The constexpr arguments that say how a weight is decoded for a dot."""
+    if isinstance(codec, SparseCodec):
+        return _sparse_arguments(codec, dot, columns)
     found = decode.encoding(codec, dot, centred)
     decoders = _DECODERS
     form: tables.Form = found.centre
@@ -108,6 +121,7 @@ def codec_arguments(codec: Codec, dot: str, centred: bool, columns: int) -> dict
     if outer == "none" and tables.is_scaled(codec, dot):
         outer = "all"
     return {
+        "LOCATE": decode.block_planes,
         "DECODE": decoders[dot],
         "WIDTHS": _widths(codec),
         "FORM": form,
@@ -120,7 +134,25 @@ def codec_arguments(codec: Codec, dot: str, centred: bool, columns: int) -> dict
     }
 
 
-def _span(codec: Codec, activations: ActivationFormat, columns: int, step: int, dot: str) -> int:
+def _sparse_arguments(codec: SparseCodec, dot: str, columns: int) -> dict[str, Any]:
+    """Kept numbers are signed and what is not kept is 0: there is no zero point to account for."""
+    return {
+        "LOCATE": sparse.locate_kept,
+        "DECODE": _SPARSE_DECODERS[dot],
+        "WIDTHS": (codec.bits, 0, 0),
+        "FORM": 0.0,
+        "UNIT": 1,
+        "OFFSET": 0,
+        "ZERO": "none",
+        "SCALE": "none" if codec.scale_dtype is None else "number",
+        "OUTER": "none",
+        "GROUP": _weight_group(codec, columns),
+    }
+
+
+def _span(
+    codec: Codec | SparseCodec, activations: ActivationFormat, columns: int, step: int, dot: str
+) -> int:
     """Longest run of columns inside a step with one weight and one activation scale, or 0: all."""
     groups = [g for g in (codec.group, activations.group) if g is not None and g < columns]
     if not groups and dot == "int8" and columns > MOST_INT32_COLUMNS:
@@ -154,7 +186,7 @@ def _activation_group(activations: ActivationFormat, columns: int) -> int:
     return 0 if activations.group is None or activations.group >= columns else activations.group
 
 
-def _weight_group(codec: Codec, columns: int) -> int:
+def _weight_group(codec: Codec | SparseCodec, columns: int) -> int:
     """Columns per scale, 0 if a row has a single one."""
     return 0 if codec.group is None or codec.group >= columns else codec.group
 
@@ -166,7 +198,7 @@ def _widths(codec: Codec) -> tuple[int, int, int]:
 
 def _check_plan(
     plan: Plan,
-    codec: Codec,
+    codec: Codec | SparseCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     span: int,
@@ -198,8 +230,9 @@ def _check_plan(
     if activations.kind == "float":
         require(plan.dot == _DOTS[dtype], "dot", f"that of x, {_DOTS[dtype]!r}")
     elif codec.is_table and codec.values not in value_tables.UNITS:
-        why = f"'fp16', as the entries of {codec} are no whole numbers of 8 bits"
-        require(plan.dot == "fp16", "dot", why)
+        held = "bf16" if codec.values == "bf16" else "fp16"
+        why = f"{held!r}, as the entries of {codec} are no whole numbers of 8 bits"
+        require(plan.dot == held, "dot", why)
     elif span % 32 == 0:
         require(plan.dot in ("int8", "fp16"), "dot", "'int8' or 'fp16'")
     else:
