@@ -19,6 +19,7 @@ from lath.formats.codec import Codec
 from lath.formats.codec import codec as parse_codec
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
+from lath.formats.sparse import SparseTensor
 
 try:
     import numba  # noqa: F401
@@ -33,6 +34,7 @@ from lath.kernels.linear.cpu_kernels import (
     tile_of,
 )
 from lath.kernels.linear.cpu_launch import run_on_team, serial_driver
+from lath.kernels.linear.cpu_sparse import sparse_view
 from lath.kernels.linear.cpu_view import CpuView, Kind, cpu_view, kind_of
 
 # What `warmup` compiles when it is not told.
@@ -117,7 +119,9 @@ class CpuLinear:
 
 
 def prepare(
-    weight: QTensor, bias: Tensor | None = None, activations: ActivationFormat | None = None
+    weight: QTensor | SparseTensor,
+    bias: Tensor | None = None,
+    activations: ActivationFormat | None = None,
 ) -> CpuLinear:
     """The layer of a weight [N, K] on the CPU and a bias [N] for one activation format ("float" if
     None).
@@ -132,7 +136,7 @@ def prepare(
 
 def linear(
     x: Tensor,
-    weight: QTensor,
+    weight: QTensor | SparseTensor,
     bias: Tensor | None,
     activations: ActivationFormat,
     plan: Plan | None = None,
@@ -150,9 +154,11 @@ def linear(
     return layer(x, bias, out)
 
 
-def _view(weight: QTensor, activations: ActivationFormat) -> CpuView:
+def _view(weight: QTensor | SparseTensor, activations: ActivationFormat) -> CpuView:
     if weight.device.type != "cpu":
         raise ValueError(f"weight must be on the CPU, got {weight.device}")
+    if isinstance(weight, SparseTensor):
+        return sparse_view(weight, activations)
     return cpu_view(weight, activations)
 
 

@@ -25,8 +25,10 @@ from lath.kernels.linear.cpu_dot import emit_tile
 from lath.kernels.linear.cpu_float import emit_float
 from lath.kernels.linear.cpu_launch import argument_block, serial_driver
 from lath.kernels.linear.cpu_record import Record
+from lath.kernels.linear.cpu_sparse import SparseView, build_sparse
+from lath.kernels.linear.cpu_sparse import check_weight as sparse_check_weight
 from lath.kernels.linear.cpu_view import CpuView, Kind, build_view
-from lath.kernels.linear.plan import cpu_tile
+from lath.kernels.linear.plan import cpu_tile, is_largest_tile
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16, FP16, FP32
 from lath.kernels.simd.isa import host_isa
@@ -57,8 +59,12 @@ def _block(
 ) -> NDArray[np.int64]:
     options, rest = view.record.options
     prepare = compile_kernel(_PREPARATION[kind], x_type)
+    expanded = 0
     if kind == "int8":
-        kernel = compile_kernel(emit_tile, *options, *tile, *rest)
+        # Many tokens: expanded in memory once and not in registers for every tile.
+        expand = view.record.sparse and is_largest_tile(kind, tile, host_isa())
+        expanded = round_up(tile[1] * view.panel_bytes, 64) if expand else 0
+        kernel = compile_kernel(emit_tile, *options, *tile, *rest, *([True] if expand else []))
     else:
         kernel = compile_kernel(emit_float, *options, tile[0], *rest)
     return argument_block(
@@ -77,16 +83,23 @@ def _block(
         y_type=y_type,
         table=0 if view.table is None else view.table.data_ptr(),
         outer=0 if view.outer is None else view.outer.data_ptr(),
+        starts=view.starts.data_ptr() if isinstance(view, SparseView) else 0,
+        expanded=expanded,
     )
 
 
 @functools.cache
 def _check(kind: Kind, record: Record, x_type: int, tile: tuple[int, int]) -> None:
     """Small integers through the kernels of one specialisation: each sum must be exact."""
-    weight, decoded = _check_weight(record)
-    rows, columns = weight.shape
-    size = weight.codec.group_size(columns)
-    view = build_view(weight, size, record)
+    if record.sparse:
+        sparse, decoded = sparse_check_weight(record)
+        size = sparse.codec.group or 48
+        view: CpuView = build_sparse(sparse, size)
+    else:
+        weight, decoded = _check_weight(record)
+        size = weight.codec.group_size(weight.shape[1])
+        view = build_view(weight, size, record)
+    rows, columns = view.rows, view.columns
     tokens = 1 if tile[0] == 1 else tile[0] + 1
     rng = np.random.default_rng(1)
     x = rng.integers(-9, 10, (tokens, columns)).astype(np.float32)
@@ -170,7 +183,7 @@ def _check_codec(record: Record) -> Codec:
     if record.stored == "table":
         return Codec(record.width, 48, "none", scale, "learned")
     group = {"e8m0": 32, "e4m3": 16}.get(record.byte_scale, 48)
-    return Codec(record.width, group, "none", scale, record.stored)
+    return Codec(record.width, group, "none", scale, record.stored)  # type: ignore[arg-type]
 
 
 def _side(values: NDArray[Any], dtype: str) -> Tensor:

@@ -24,6 +24,7 @@ from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import GROUP_MULTIPLE, Codec
 from lath.formats.qtensor import QTensor
+from lath.formats.sparse import SparseCodec
 from lath.kernels.linear.cpu_record import VECTOR_BYTES, ByteScale, Record, whole_entries
 from lath.kernels.simd.compile import driver
 from lath.kernels.simd.tables import ENTRIES
@@ -73,7 +74,7 @@ class CpuView:
         return self.groups * self.records.shape[2]
 
 
-def view_group(columns: int, codec: Codec, activations: ActivationFormat) -> int:
+def view_group(columns: int, codec: Codec | SparseCodec, activations: ActivationFormat) -> int:
     """Columns of one record: a multiple of 16 that divides both groups, short of overflow."""
     groups = [g for g in (codec.group, activations.group) if g is not None and g < columns]
     if groups:
@@ -83,7 +84,7 @@ def view_group(columns: int, codec: Codec, activations: ActivationFormat) -> int
     return packing.round_up(max(1, -(-columns // pieces)), GROUP_MULTIPLE)
 
 
-def kind_of(codec: Codec, activations: ActivationFormat) -> Kind:
+def kind_of(codec: Codec | SparseCodec, activations: ActivationFormat) -> Kind:
     """What multiplies a weight of a codec with x in an activation format."""
     if activations.kind == "float":
         return "float"

@@ -18,6 +18,7 @@ from lath.kernels.linear.plan import (
     SCALE_BYTES,
     bytes_moved,
     has_no_tensor_core,
+    is_largest_tile,
     plan_cpu,
     plan_gpu,
     power_of_two,
@@ -81,7 +82,8 @@ def _plan_cpu(
         plan = replace(plan, reason=f"{plan.reason}; {why}")
     else:
         plan = plan_cpu(draft, m, k, Codec(8, codec.group), activations, device)
-    if m <= plan.block_m or plan.dot != "int8":
+    tile = plan.block_m, plan.block_n // packing.PANEL
+    if plan.dot != "int8" or not is_largest_tile("int8", tile, device.architecture):
         how = "the bitmap expands kept numbers in registers, 64 bytes at a time"
     else:
         how = "the bitmap expands a panel once for all tokens, then its tile is the dense one"
