@@ -63,7 +63,7 @@ class CpuLinear:
         padded, group = view.groups * view.group, activations.group
         self._shared = padded if group is None or group >= self.columns else group
         self._bias = self._padded(bias)
-        # By dtype and tokens (8 stands for all above): the address of a block and the block.
+        # By dtypes and tokens (9 stands for all above): the address of a block and the block.
         self._launches: dict[
             tuple[torch.dtype, torch.dtype, int], tuple[int, NDArray[np.int64]]
         ] = {}
@@ -85,7 +85,7 @@ class CpuLinear:
         if not x.is_contiguous():
             x = x.contiguous()
         y = torch.empty((*shape[:-1], self.rows), dtype=dtype) if out is None else out
-        known = self._launches.get((dtype, y.dtype, tokens if tokens < 8 else 8))
+        known = self._launches.get((dtype, y.dtype, tokens if tokens < 9 else 9))
         if known is None:
             known = self._launch(dtype, y.dtype, tokens)
         stride = columns * dtype.itemsize
@@ -112,9 +112,10 @@ class CpuLinear:
             raise TypeError(f"x must be float32, float16 or bfloat16, got {dtype}")
         tile = tile_of(self._kind, tokens, self._view.panel_bytes)
         block = linear_block(
-            self._view, self._kind, self._shared, FLOAT_KINDS[dtype], tile, FLOAT_KINDS[y_dtype]
-        )
-        launch = self._launches[dtype, y_dtype, min(tokens, 8)] = (block.ctypes.data, block)
+            self._view, self._kind, self._shared, FLOAT_KINDS[dtype], tile, FLOAT_KINDS[y_dtype],
+            tokens > tile[0],
+        )  # fmt: skip
+        launch = self._launches[dtype, y_dtype, min(tokens, 9)] = (block.ctypes.data, block)
         return launch
 
 

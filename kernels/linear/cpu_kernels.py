@@ -28,7 +28,7 @@ from lath.kernels.linear.cpu_record import Record
 from lath.kernels.linear.cpu_sparse import SparseView, build_sparse
 from lath.kernels.linear.cpu_sparse import check_weight as sparse_check_weight
 from lath.kernels.linear.cpu_view import CpuView, Kind, build_view
-from lath.kernels.linear.plan import cpu_tile, is_largest_tile
+from lath.kernels.linear.plan import cpu_tile
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16, FP16, FP32
 from lath.kernels.simd.isa import host_isa
@@ -43,27 +43,37 @@ def tile_of(kind: Kind, tokens: int, panel_bytes: int) -> tuple[int, int]:
 
 
 def linear_block(
-    view: CpuView, kind: Kind, shared: int, x_type: int, tile: tuple[int, int], y_type: int
+    view: CpuView,
+    kind: Kind,
+    shared: int,
+    x_type: int,
+    tile: tuple[int, int],
+    y_type: int,
+    tiles: bool,
 ) -> NDArray[np.int64]:
     """The argument block that multiplies x of `x_type` by a view into y of `y_type`.
 
-    shared: columns that share one scale of the activations. Raises RuntimeError if the kernels do
-    not pass their check.
+    shared: columns that share one scale of the activations. tiles: there are more tokens than the
+    tile has. Raises RuntimeError if the kernels do not pass their check.
     """
-    _check(kind, view.record, x_type, tile)
-    return _block(view, kind, shared, x_type, tile, y_type)
+    # Read many times, a sparse panel is expanded in memory once and not in registers every time.
+    expand = tiles and kind == "int8" and view.record.sparse
+    _check(kind, view.record, x_type, tile, expand)
+    return _block(view, kind, shared, x_type, tile, y_type, expand)
 
 
 def _block(
-    view: CpuView, kind: Kind, shared: int, x_type: int, tile: tuple[int, int], y_type: int
+    view: CpuView,
+    kind: Kind,
+    shared: int,
+    x_type: int,
+    tile: tuple[int, int],
+    y_type: int,
+    expand: bool,
 ) -> NDArray[np.int64]:
     options, rest = view.record.options
     prepare = compile_kernel(_PREPARATION[kind], x_type)
-    expanded = 0
     if kind == "int8":
-        # Many tokens: expanded in memory once and not in registers for every tile.
-        expand = view.record.sparse and is_largest_tile(kind, tile, host_isa())
-        expanded = round_up(tile[1] * view.panel_bytes, 64) if expand else 0
         kernel = compile_kernel(emit_tile, *options, *tile, *rest, *([True] if expand else []))
     else:
         kernel = compile_kernel(emit_float, *options, tile[0], *rest)
@@ -84,12 +94,14 @@ def _block(
         table=0 if view.table is None else view.table.data_ptr(),
         outer=0 if view.outer is None else view.outer.data_ptr(),
         starts=view.starts.data_ptr() if isinstance(view, SparseView) else 0,
-        expanded=expanded,
+        expanded=round_up(tile[1] * view.panel_bytes, 64) if expand else 0,
     )
 
 
 @functools.cache
-def _check(kind: Kind, record: Record, x_type: int, tile: tuple[int, int]) -> None:
+def _check(
+    kind: Kind, record: Record, x_type: int, tile: tuple[int, int], expand: bool = False
+) -> None:
     """Small integers through the kernels of one specialisation: each sum must be exact."""
     if record.sparse:
         sparse, decoded = sparse_check_weight(record)
@@ -108,7 +120,7 @@ def _check(kind: Kind, record: Record, x_type: int, tile: tuple[int, int]) -> No
     values = torch.from_numpy(x).to(dtype)
     bias = torch.arange(16 * view.panels, dtype=torch.float32)
     y = torch.full((tokens, rows), torch.nan)
-    block = _block(view, kind, size, x_type, tile, FP32)
+    block = _block(view, kind, size, x_type, tile, FP32, expand)
     _run(block, values, bias, y)
     expected = x.astype(np.float64) @ decoded.T + np.arange(rows)
     _require(np.array_equal(y.double().numpy(), expected), f"{kind} {record} tile={tile}")

@@ -17,6 +17,11 @@ from lath.kernels.linear.cpu_record import VECTOR_BYTES, RecordReader
 from lath.kernels.simd.emitter import I32, I64, Emitter
 from lath.kernels.simd.expand import count_bits, expand
 
+# Bytes that codes of sparse records are asked for ahead of use: loads that begin at any byte do not
+# set off the hardware's own prefetching. Without: twice the time from cold memory; 512 to 2048
+# were equal within noise.
+_AHEAD = 1024
+
 
 class Streams(Protocol):
     """The records of some panels, read group after group, vector after vector."""
@@ -94,6 +99,7 @@ class _SparseStreams:
         for masks, codes in zip(self.masks, self.codes, strict=True):
             mask = e.load(masks.value, ir.IntType(8 * record.mask_bytes))
             found.append(expand(e, mask, codes.value, self.filler))
+            e.prefetch(e.add(codes.value, _AHEAD))
             count = count_bits(e, mask)
             count = count if count.type == I64 else e.builder.zext(count, I64)
             codes.value = e.add(codes.value, e.multiply(count, record.item))

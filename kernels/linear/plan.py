@@ -159,11 +159,6 @@ def cpu_tile(kind: str, tokens: int, panel_bytes: int, architecture: str) -> tup
     return next((tile for tile in tiles if tile[0] >= tokens), tiles[-1])
 
 
-def is_largest_tile(kind: str, tile: tuple[int, int], architecture: str) -> bool:
-    """Whether a CPU's tile serves any number of tokens, tile after tile."""
-    return tile == CPU_TILES[kind, architecture == "avx512_vnni"][-1]
-
-
 def plan_gpu(
     draft: Plan,
     m: int,

@@ -18,7 +18,6 @@ from lath.kernels.linear.plan import (
     SCALE_BYTES,
     bytes_moved,
     has_no_tensor_core,
-    is_largest_tile,
     plan_cpu,
     plan_gpu,
     power_of_two,
@@ -82,8 +81,7 @@ def _plan_cpu(
         plan = replace(plan, reason=f"{plan.reason}; {why}")
     else:
         plan = plan_cpu(draft, m, k, Codec(8, codec.group), activations, device)
-    tile = plan.block_m, plan.block_n // packing.PANEL
-    if plan.dot != "int8" or not is_largest_tile("int8", tile, device.architecture):
+    if plan.dot != "int8" or m <= plan.block_m:
         how = "the bitmap expands kept numbers in registers, 64 bytes at a time"
     else:
         how = "the bitmap expands a panel once for all tokens, then its tile is the dense one"
