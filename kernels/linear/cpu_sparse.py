@@ -70,8 +70,8 @@ def build_sparse(weight: SparseTensor, group: int) -> SparseView:
     if weight.codec.is_table:
         dense = _columns(weight.numbers(), group)
     else:
-        dense = build_view(_dense(weight), group, replace(record, sparse=False)).records
-    records, starts = _compress(dense.numpy(), group // record.columns, record)
+        dense = build_view(_dense(weight), group, replace(record, sparse=False)).records.numpy()
+    records, starts = _compress(dense, group // record.columns, record)
     return SparseView(
         record, weight.shape[0], weight.shape[1], group, torch.from_numpy(records),
         starts=torch.from_numpy(starts),
@@ -111,13 +111,14 @@ def _dense(weight: SparseTensor) -> QTensor:
     return QTensor(codec, weight.shape, packing.pack(codes, codec), weight.scales)
 
 
-def _columns(numbers: Tensor, group: int) -> Tensor:
+def _columns(numbers: Tensor, group: int) -> NDArray[np.uint8]:
     """16-bit numbers [N, K] → uint8 [panels, groups, group * 32]: the rows of a column together."""
     rows, columns = numbers.shape
     padded = torch.nn.functional.pad(numbers, (0, -columns % group, 0, -rows % packing.PANEL))
     panels, groups = padded.shape[0] // packing.PANEL, padded.shape[1] // group
     turned = padded.reshape(panels, packing.PANEL, groups, group).permute(0, 2, 3, 1)
-    return turned.contiguous().view(torch.uint8).reshape(panels, groups, -1)
+    shorts = turned.contiguous().view(torch.int16).numpy().reshape(-1)
+    return shorts.view(np.uint8).reshape(panels, groups, group * packing.PANEL * 2)
 
 
 def _compress(
