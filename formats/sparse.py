@@ -191,27 +191,39 @@ class SparseTensor(PackedWeight):
 
     def numbers(self) -> Tensor:
         """[N, K] int8, or 16-bit floats: kept numbers in their places, without scales, 0 elsewhere.
-        ValueError if there are not as many as bits."""
-        bits = unpack_bitmap(self.bitmap)
-        kept = self.codes
+        ValueError if there are not as many codes as bits."""
+        self._check_count(int(unpack_bitmap(self.bitmap).sum()))
+        return self._spread()
+
+    def _spread(self) -> Tensor:
+        """`numbers`, by operations whose shapes depend on no number, as tracing needs."""
+        bits, kept = unpack_bitmap(self.bitmap), self.codes
         if self.codec.bits == 4:
             # The sign of a half byte: shifted up, and down again as a signed number.
             halves = torch.stack([self.codes << 4, self.codes & 0xF0], dim=1)
             kept = halves.reshape(-1).view(torch.int8) >> 4
-        count = int(bits.sum())
-        if len(self.codes) != self.codec.code_count(count):
-            raise ValueError(
-                f"codes of a {self.codec} with {count} bits in its bitmap must have "
-                f"{self.codec.code_count(count)} elements, got {len(self.codes)}"
+        if kept.numel() == 0:
+            return _from_tiles(
+                torch.zeros(bits.shape, dtype=kept.dtype, device=kept.device), self.shape
             )
-        tiles = torch.zeros(bits.shape, dtype=kept.dtype, device=kept.device)
-        tiles[bits] = kept[:count]
+        inside = bits.reshape(-1, packing.PANEL * packing.BLOCK).cumsum(dim=1)
+        place = (self.offsets[:-1, None] + inside - 1).reshape(bits.shape)
+        # Where no bit is, any place will do, and one before the first is there.
+        tiles = torch.where(bits, kept[place.clamp(min=0) * bits], torch.zeros_like(kept[:1]))
         return _from_tiles(tiles, self.shape)
+
+    def _check_count(self, kept: int) -> None:
+        expected = self.codec.code_count(kept)
+        if len(self.codes) != expected:
+            raise ValueError(
+                f"codes of a {self.codec} with {kept} bits in its bitmap must have {expected} "
+                f"elements, got {len(self.codes)}"
+            )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point torch dtype, got {dtype}")
-        numbers, (rows, columns) = self.numbers(), self.shape
+        numbers, (rows, columns) = self._spread(), self.shape
         if self.scales is None:
             return numbers.to(dtype)
         scales = self.scales[:, :rows].float().T
@@ -231,11 +243,7 @@ class SparseTensor(PackedWeight):
             )
         if int(_from_tiles(bits, self.shape).sum()) != self.kept:
             raise ValueError(f"bitmap of a {codec} {self.shape} must have no bits in the padding")
-        if len(self.codes) != codec.code_count(self.kept):
-            raise ValueError(
-                f"codes of a {codec} with {self.kept} kept weights must have "
-                f"{codec.code_count(self.kept)} elements, got {len(self.codes)}"
-            )
+        self._check_count(self.kept)
         if codec.is_table and not bool(torch.isfinite(self.codes).all()):
             raise ValueError(f"codes of a {codec} must be finite")
         if codec.bits == 4 and self.kept % 2 and int(self.codes[-1]) > 15:

@@ -193,7 +193,7 @@ def test_codes_too_few_or_too_many_are_refused() -> None:
             with pytest.raises(ValueError, match="codes of a sparse50"):
                 other.check_values()
             with pytest.raises(ValueError, match="codes of a sparse50"):
-                other.dequantize()
+                other.numbers()
 
 
 def test_numbers_that_are_none_are_refused() -> None:
