@@ -227,3 +227,19 @@ def test_sparse_is_dense_of_the_decoded_weights(text: str, activations: str) -> 
         codes = (torch.round(groups / scale) * scale).reshape(3, -1)[:, :200]
     expected = codes @ weight.dequantize().double().T + bias.double()
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_blocks_of_zeros(backend: str) -> None:
+    """Blocks that a pruning method emptied, a whole row of them too: they equal the dense product
+    and cost their bits of the bitmap and an offset."""
+    full = torch.randn(48, 384)
+    present = torch.tensor([[True, False, True], [False, False, False], [False, True, False]])
+    weight = full * present.repeat_interleave(16, dim=0).repeat_interleave(128, dim=1)
+    packed = lath.quantize(weight, "sparse0-bf16")
+    assert packed.nbytes == 48 * 384 // 8 + 8 * (9 + 1) + 3 * 16 * 128 * 2
+    x = torch.randn(3, 384)
+    y = lath.linear(x, packed, backend=backend)
+    expected = x.double() @ weight.bfloat16().double().T
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(y[:, 16:32], torch.zeros(3, 16))

@@ -46,7 +46,7 @@ def locate_kept(weight, block, WIDTHS: tl.constexpr):
     before = tl.reshape(tl.cumsum(by_panel, 1) - by_panel, (rows.shape[0],))
     first = tl.load(weight[6] + tile + rows // 16)
     if WIDTHS[0] == 4:
-        return bitmap, weight[5] + first // 2, before + (first % 2).to(tl.int32)
+        return bitmap, weight[5] + (first >> 1), before + (first & 1).to(tl.int32)
     else:
         return bitmap, weight[5] + first, before
 
@@ -67,9 +67,9 @@ def _kept(planes, rows, RUN: tl.constexpr, COUNT: tl.constexpr, WIDTHS: tl.const
     place = before[:, None] + below.to(tl.int32)
     is_kept = ((word[:, None] >> column) & 1) != 0
     if WIDTHS[0] == 4:
-        halves = tl.load(planes[1][:, None] + place // 2, mask=is_kept, other=0)
+        halves = tl.load(planes[1][:, None] + (place >> 1), mask=is_kept, other=0)
         # The half byte moved to the top, and down again with its sign.
-        top = (halves << (4 - place % 2 * 4).to(tl.uint8)).to(tl.int8, bitcast=True)
+        top = (halves << (4 - (place & 1) * 4).to(tl.uint8)).to(tl.int8, bitcast=True)
         return top >> 4
     else:
         return tl.load(planes[1][:, None] + place, mask=is_kept, other=0)
