@@ -1,6 +1,6 @@
 """From which share of zeros a sparse weight is faster than the dense one it would be, on one core.
 
-    python bench/sparse_break_even.py [--shape 2560x6912] [--tokens 1,8] [--rounds 9]
+    python bench/sparse_break_even.py [--shape 2560x6912] [--tokens 1,8] [--kept int8/int8]
 
 Each row pairs a sparse codec with its dense one, and with torch's bf16 layer, in the same rounds.
 """
@@ -17,19 +17,18 @@ from bench_linear import rows_of
 from lath.integration.benchmark import machine_facts
 from lath.kernels.simd import isa
 
-SHARES = (0, 30, 50, 60, 70, 80, 90)
-# Kept numbers and activations, and the dense layer beside them.
-SERIES = {"int8/int8": "int8/int8", "int8-g128/int8-g128": "int8-g128/int8-g128"}
+SHARES = (0, 50, 60, 70, 80, 90)
 
 
-def measured(shape: str, tokens: list[int], rounds: int) -> list[dict[str, Any]]:
+def measured(shape: str, tokens: list[int], series: list[str], rounds: int) -> list[dict[str, Any]]:
+    """series: "codec/activations", kept numbers of the sparse layers and the dense layer."""
     k, n = (int(part) for part in shape.split("x"))
     rows: list[dict[str, Any]] = []
     for m in tokens:
-        for kept, dense in SERIES.items():
+        for kept in series:
             names = [f"sparse{share}-{kept}" for share in SHARES]
-            found = {row["what"]: row for row in rows_of([dense, *names], m, k, n, rounds)}
-            base = found[dense]
+            found = {row["what"]: row for row in rows_of([kept, *names], m, k, n, rounds)}
+            base = found[kept]
             bytes_of = {
                 what: row["bytes_per_second"] * row["seconds"] for what, row in found.items()
             }
@@ -88,12 +87,13 @@ def main() -> None:
     parser = report.parser_of(__doc__)
     parser.add_argument("--shape", default="2560x6912", help="K x N")
     parser.add_argument("--tokens", default="1,8")
+    parser.add_argument("--kept", default="int8/int8", help="codec/activations, …")
     options = report.parsed(parser)
     if options.threads != 1:
         parser.error(f"--threads must be 1: CPU time is that of one thread, got {options.threads}")
     torch.manual_seed(0)
     tokens = [int(part) for part in options.tokens.split(",")]
-    rows = measured(options.shape, tokens, options.rounds)
+    rows = measured(options.shape, tokens, options.kept.split(","), options.rounds)
     command = report.command_of("sparse_break_even.py")
     table = as_markdown(rows, options.shape, command)
     report.save(options, "sparse_break_even", table, command, rows=rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_aot_linear import ARCHITECTURES, ROWS, check
+from test_aot_linear import ARCHITECTURES, LOOPS, ROWS, check
 
 from cases import DTYPES
 from lath.formats.activations import activation_format
@@ -13,7 +13,8 @@ from lath.formats.plan import Plan
 from lath.formats.sparse import SparseCodec, SparseTensor
 from lath.kernels.linear import triton as launcher
 from lath.kernels.linear.plan_sparse import plan_linear
-from tools.fake_gpu import Specialisation, fake_gpu
+from tools.fake_gpu import Specialisation, compile_recorded, fake_gpu
+from tools.machine_code import analyze
 
 # Codec, dtype, activations, K, bias: each kind of number in each dot type, spans of all and some.
 COVER = [
@@ -61,3 +62,17 @@ def test_the_planner_picks_what_compiles(text: str, tokens: int, architecture: s
     )  # fmt: skip
     for found in record(text, plan, architecture):
         check(found, plan.dot)
+
+
+def test_instructions_per_weight() -> None:
+    """As in test_aot_tables.py, measured and 8 %: most count bits and gather: 6.5 times
+    what a dense int8 weight costs, so that a GPU must be short of bandwidth for this to pay."""
+    text = "sparse50-int8 fp16 float 2048 False"
+    plan = plan_linear(
+        16, 4096, 2048, SparseCodec.parse("sparse50-int8"), activation_format("float"),
+        DTYPES["fp16"], known_device("sm_90"), "triton",
+    )  # fmt: skip
+    (found,) = [s for s in record(text, plan, "sm_90") if s.name in LOOPS]
+    measured = analyze(compile_recorded(found))
+    assert measured.looped
+    assert measured.non_tensor_per_weight(plan.block_n * plan.block_k) <= 1.08 * 20.1
