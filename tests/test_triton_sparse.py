@@ -99,11 +99,11 @@ def test_identity_gives_the_kept_numbers(text: str, dot: str) -> None:
 def test_int8_sums_are_exact_at_every_split(text: str, chosen: str) -> None:
     """Activations that are their own codes, scales that are powers of two: fp32 holds all sums."""
     rng = np.random.default_rng(3)
-    weight = make_weight(text, 20, 400, rng, "integers")
-    x = torch.from_numpy(rng.integers(-127, 128, (5, 400)).astype(np.float32))
+    weight = make_weight(text, 20, 260, rng, "integers")
+    x = torch.from_numpy(rng.integers(-127, 128, (5, 260)).astype(np.float32))
     x[:, 0] = 127
     y64, _ = definition(x, weight, None, "int8")
-    for pieces in (1, 2, 4):
+    for pieces in (1, 3):
         y = run(x, weight, None, "int8", plan_of(f"{chosen} k{pieces}"))
         assert torch.equal(y.double(), torch.from_numpy(y64)), pieces
         out = torch.full((5, 20), torch.nan)
@@ -146,7 +146,6 @@ def test_one_wrong_bit_is_seen(how: str) -> None:
         "sparse50-int8 5 37 300 fp16 float normal True | flat fp16 16x32x128 k2",
         "sparse70-int4-g64 5 37 300 bf16 int8-g64 normal False | flat int8 8x32x128 swap",
         "sparse50-bf16 3 37 300 fp32 float normal False | gemv fp32 4x32x128 k2",
-        "sparse100-fp16 3 33 200 fp16 float normal True | tiled fp16 16x32x128",
         "sparse50-int4 5 37 300 fp16 float normal True | decode_matmul fp16 16x32x128",
     ],
 )
