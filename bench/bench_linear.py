@@ -42,7 +42,8 @@ torch.set_num_threads(1)
 TABLE_CODECS = (
     "ternary/int8", "int4-g128/int8-g128", "int8-g128/int8-g128", "fp4-g64/int8-g64", "mxfp4/int8",
     "mxfp4/int8-g32", "nvfp4/int8", "mxfp6/int8", "nf4-g64/int8-g64", "nf4-g64/float",
-    "mxfp4/float", "e4m3/float", "e4m3/int8",
+    "mxfp4/float", "e4m3/float", "e4m3/int8", "sparse50-int8/int8", "sparse80-int4-g64/int8-g64",
+    "sparse50-bf16/float",
 )  # fmt: skip
 # FlexQ, W8A8, DGQ beside the same codes with a sum for each group, FireQ, E4M3, views of one store.
 ACTIVATION_CODECS = (

@@ -15,6 +15,8 @@ from lath.formats.codec import GRAMMAR_TABLE as PLANES_GRAMMAR
 from lath.formats.codec import Codec
 from lath.formats.packed_weight import PackedWeight, WeightCodec, read_metadata
 from lath.formats.qtensor import QTensor
+from lath.formats.sparse import GRAMMAR_TABLE as SPARSE_GRAMMAR
+from lath.formats.sparse import SparseCodec, SparseTensor
 from lath.formats.sum_codec import CLAIMS as SUM_CLAIMS
 from lath.formats.sum_codec import GRAMMAR_TABLE as SUM_GRAMMAR
 from lath.formats.sum_codec import SumCodec
@@ -37,6 +39,7 @@ class Family:
 # texts that are left, and names what is accepted.
 FAMILIES: tuple[Family, ...] = (
     Family(SumCodec, SumTensor, SUM_CLAIMS, SUM_GRAMMAR),
+    Family(SparseCodec, SparseTensor, r"sparse.*", SPARSE_GRAMMAR),
     Family(Codec, QTensor, r".*", PLANES_GRAMMAR),
 )
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Family = Literal[
-    "low-bit linear", "rounding of weights", "8-bit attention", "key-value cache", "decoding",
-    "sparse selection", "eviction", "ragged batches", "trees",
+    "low-bit linear", "sparse weights", "rounding of weights", "8-bit attention",
+    "key-value cache", "decoding", "sparse selection", "eviction", "ragged batches", "trees",
 ]  # fmt: skip
 
 
@@ -47,6 +47,17 @@ def _selector(name: str, text: str, note: str, *tests: str) -> System:
 
 def _linear(name: str, how: str, note: str, *tests: str) -> System:
     return System(name, "low-bit linear", how, tests, note)
+
+
+_SPARSE_TESTS = (
+    "test_sparse.py::test_the_decoded_tile_is_the_dense_tile",
+    "test_triton_sparse.py::test_parity",
+    "test_cpu_sparse.py::test_parity",
+)
+
+
+def _sparse(name: str, how: str, note: str, *tests: str) -> System:
+    return System(name, "sparse weights", how, (*_SPARSE_TESTS, *tests), note)
 
 
 SYSTEMS = (
@@ -404,6 +415,34 @@ SYSTEMS = (
         '`quantize(w, "int4-g64-fzero", quantizer="hqq")`',
         ("test_quantizers.py::test_hqq_equals_the_definition",),
         "float minima; errors are split in steps of the scale",
+    ),
+    _sparse(
+        "Flash-LLM",
+        '`quantize(w, "sparse70-fp16")`, `linear`: read by a bitmap, multiplied as dense tiles',
+        "a bit for each weight in place of an index for each kept one; numbers are gathered into "
+        "registers, no thread writes a tile itself; magnitudes choose, or zeros of your own "
+        "(`sparse0-…`)",
+        "test_triton_sparse.py::test_sanitizer_is_clean_and_order_does_not_matter",
+    ),
+    _sparse(
+        "SparAMX",
+        '`patch(model, weights="sparse50-bf16")`; the bitmap expands 64 bytes with vpexpandb',
+        "AVX512-VNNI, not AMX; linear layers only, its sparse cache is not here",
+        "test_sparse_modules.py::test_a_patched_model_is_the_masked_model",
+    ),
+    _sparse(
+        "Sparse Finetuning (SquareHead)",
+        '`quantize(w, "sparse75-int8-g128")`, or "sparse0-int8" of a weight that was pruned before',
+        "its use of sparse weights only: finetuning is the caller's",
+        "test_sparse.py::test_sparse_is_dense_of_the_decoded_weights",
+        "test_sparse_modules.py::test_a_model_that_was_pruned_before_keeps_its_own_zeros",
+    ),
+    _sparse(
+        "LPViT",
+        '`quantize(w, "sparse0-int8")` of a weight with blocks of zeros',
+        "an empty tile of 16 x 128 costs its bits of the bitmap and 8 bytes to store; it is "
+        "multiplied all the same: no product is saved",
+        "test_sparse.py::test_blocks_of_zeros",
     ),
 )
 

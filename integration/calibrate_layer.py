@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lath.formats.codec import Codec
 from lath.formats.packed_weight import PackedWeight
 from lath.formats.quantizer import AWQ, RTN, Quantizer
 from lath.integration.awq_folding import Folding, find_folding, row_scales, scaled_norm

@@ -19,6 +19,7 @@ from lath.formats.codec import Codec
 from lath.formats.codec import codec as parse_codec
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
+from lath.formats.sparse import SparseTensor
 
 try:
     import numba  # noqa: F401
@@ -33,6 +34,7 @@ from lath.kernels.linear.cpu_kernels import (
     tile_of,
 )
 from lath.kernels.linear.cpu_launch import run_on_team, serial_driver
+from lath.kernels.linear.cpu_sparse import sparse_view
 from lath.kernels.linear.cpu_view import CpuView, Kind, cpu_view, kind_of
 
 # What `warmup` compiles when it is not told.
@@ -62,7 +64,7 @@ class CpuLinear:
         self._shared = padded if group is None or group >= self.columns else group
         self._largest = 0 if activations.kind == "float" else activations.largest
         self._bias = self._padded(bias)
-        # By dtype and tokens (8 stands for all above): the address of a block and the block.
+        # By dtypes and tokens (9 stands for all above): the address of a block and the block.
         self._launches: dict[
             tuple[torch.dtype, torch.dtype, int], tuple[int, NDArray[np.int64]]
         ] = {}
@@ -84,7 +86,7 @@ class CpuLinear:
         if not x.is_contiguous():
             x = x.contiguous()
         y = torch.empty((*shape[:-1], self.rows), dtype=dtype) if out is None else out
-        known = self._launches.get((dtype, y.dtype, tokens if tokens < 8 else 8))
+        known = self._launches.get((dtype, y.dtype, tokens if tokens < 9 else 9))
         if known is None:
             known = self._launch(dtype, y.dtype, tokens)
         stride = columns * dtype.itemsize
@@ -112,14 +114,16 @@ class CpuLinear:
         tile = tile_of(self._kind, tokens, self._view.panel_bytes)
         block = linear_block(
             self._view, self._kind, self._shared, self._largest, FLOAT_KINDS[dtype], tile,
-            FLOAT_KINDS[y_dtype],
+            FLOAT_KINDS[y_dtype], tokens > tile[0],
         )  # fmt: skip
-        launch = self._launches[dtype, y_dtype, min(tokens, 8)] = (block.ctypes.data, block)
+        launch = self._launches[dtype, y_dtype, min(tokens, 9)] = (block.ctypes.data, block)
         return launch
 
 
 def prepare(
-    weight: QTensor, bias: Tensor | None = None, activations: ActivationFormat | None = None
+    weight: QTensor | SparseTensor,
+    bias: Tensor | None = None,
+    activations: ActivationFormat | None = None,
 ) -> CpuLinear:
     """The layer of a weight [N, K] on the CPU and a bias [N] for one activation format ("float" if
     None).
@@ -134,7 +138,7 @@ def prepare(
 
 def linear(
     x: Tensor,
-    weight: QTensor,
+    weight: QTensor | SparseTensor,
     bias: Tensor | None,
     activations: ActivationFormat,
     plan: Plan | None = None,
@@ -152,9 +156,11 @@ def linear(
     return layer(x, bias, out)
 
 
-def _view(weight: QTensor, activations: ActivationFormat) -> CpuView:
+def _view(weight: QTensor | SparseTensor, activations: ActivationFormat) -> CpuView:
     if weight.device.type != "cpu":
         raise ValueError(f"weight must be on the CPU, got {weight.device}")
+    if isinstance(weight, SparseTensor):
+        return sparse_view(weight, activations)
     return cpu_view(weight, activations)
 
 

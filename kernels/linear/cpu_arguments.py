@@ -29,6 +29,8 @@ FIELDS = (
     "y_type",  # FP32, FP16 or BF16
     "table",  # address of fp32 [16] or [256], for codes that stand for its entries
     "outer",  # address of the fp32 scale of E4M3 scales, or of those of the rows
+    "starts",  # address of int64 [panels]: the byte of `records` where a sparse panel begins
+    "expanded",  # bytes that a thread needs to expand the panels of a tile
     # set for each call
     "x",  # address
     "x_stride",  # bytes from a token to the next
@@ -38,6 +40,7 @@ FIELDS = (
     "codes",  # address of prepared activations [M / tile, groups * group / quad, tile, quad]
     "scales",  # address of their fp32 scales [M / tile, groups, tile]
     "sums",  # address of the sums over each group, same shape
+    "scratch",  # address of `expanded` bytes for each thread
     # set for a team of threads: the kernel to run, and how its units are dealt out
     "task",  # address
     "task_first",  # first unit of work

@@ -21,6 +21,7 @@ from lath.kernels.linear.cpu_record import (
     Stored,
     whole_entries,
 )
+from lath.kernels.linear.cpu_streams import Scratch, Streams, streams_of
 from lath.kernels.simd import tables
 from lath.kernels.simd.emitter import F32, Emitter
 
@@ -40,23 +41,28 @@ def emit_tile(
     panels: int,
     stored: Stored = "integer",
     byte_scale: ByteScale = "",
+    sparse: bool = False,
+    expand: bool = False,
 ) -> None:
-    """All tokens, panels [begin, end): register tiles of `tokens` times `panels` vectors."""
-    a, record = Arguments(e, arguments), Record(width, zero, half, stored, byte_scale)
+    """All tokens, panels [begin, end): register tiles of `tokens` times `panels` vectors.
+
+    sparse: records are. expand: into memory, the panels of a tile once for all tokens.
+    """
+    a, record = Arguments(e, arguments), Record(width, zero, half, stored, byte_scale, sparse)
     tile = _Tile(e, a, record, tokens, panels)
+    scratch = Scratch(e, a, tile.reader) if expand else None
     count = e.divide(e.add(e.subtract(end, begin), panels - 1), panels)
     token_tiles = e.divide(e.add(a["tokens"], tokens - 1), tokens)
     last = e.subtract(end, 1)
     with e.loop(count) as index:
         first = e.add(begin, e.multiply(index, panels))
         # A tile over the end computes the last panel again, which is harmless.
-        columns = [_smaller(e, e.add(first, n), last) for n in range(panels)]
+        columns = [e.smaller_of(e.add(first, n), last) for n in range(panels)]
+        if scratch is not None:
+            scratch.fill(columns)
         with e.loop(token_tiles) as token_tile:
-            tile.emit(columns, token_tile)
-
-
-def _smaller(e: Emitter, left: Any, right: Any) -> Any:
-    return e.builder.select(e.builder.icmp_signed("<", left, right), left, right)
+            streams = streams_of(tile.reader, columns) if scratch is None else scratch.streams()
+            tile.emit(columns, streams, token_tile)
 
 
 class _Tile:
@@ -74,29 +80,28 @@ class _Tile:
         self.apart = tokens * panels * self.fields <= _APART and e.isa != "avx2"
         self.in_place = self.apart and record.stored != "fp4"
 
-    def emit(self, columns: list[Any], token_tile: Any) -> None:
-        """One tile: the panels `columns` for the tokens of `token_tile`, stored into y."""
-        e, a, reader = self.e, self.a, self.reader
-        starts = [e.add(a["records"], e.multiply(c, reader.panel_bytes)) for c in columns]
+    def emit(self, columns: list[Any], streams: Streams, token_tile: Any) -> None:
+        """One tile: the panels `columns`, which `streams` are the records of, for the tokens of
+        `token_tile`, stored into y."""
+        e, a = self.e, self.a
         groups_before = e.multiply(token_tile, a["groups"])
         x = e.variable(
             e.add(a["codes"], e.multiply(e.multiply(groups_before, a["group"]), self.tokens))
         )
-        nothing = e.constant(0) if reader.record.is_folded else e.floats(0.0)
+        nothing = e.constant(0) if self.reader.record.is_folded else e.floats(0.0)
         for place in self.places:
             e.store(self._total(place), nothing)
-        moved = e.variable(e.integer(0))
         with e.loop(a["groups"]) as group:
             entry = e.multiply(e.add(groups_before, group), 4 * self.tokens)
             scales, sums = e.add(a["scales"], entry), e.add(a["sums"], entry)
             accumulators = self._accumulators(sums)
-            self._multiply(starts, moved, x, accumulators)
-            sides = [e.add(start, moved.value) for start in starts]
-            if reader.record.is_folded:
-                self._fold(sides, sums, accumulators)
+            streams.begin_group()
+            self._multiply(streams, x, accumulators)
+            if self.reader.record.is_folded:
+                self._fold(streams.sides(), sums, accumulators)
             else:
-                self._scale(sides, scales, sums, accumulators)
-            moved.value = e.add(moved.value, reader.record.side_bytes)
+                self._scale(streams.sides(), scales, sums, accumulators)
+            streams.end_group()
         self._store(columns, token_tile)
 
     def _total(self, place: tuple[int, int]) -> Any:
@@ -117,18 +122,17 @@ class _Tile:
             for m, n in self.places
         }
 
-    def _multiply(self, starts: list[Any], moved: Any, x: Any, accumulators: Any) -> None:
+    def _multiply(self, streams: Streams, x: Any, accumulators: Any) -> None:
         e, narrow = self.e, self.reader.record.is_narrow
         with e.loop(self.reader.steps):
-            words = [e.load(e.add(start, moved.value)) for start in starts]
-            codes = [self._numbers(word) for word in words]
+            codes = [self._numbers(word) for word in streams.vectors()]
             for j in range(self.fields):
                 for m in range(self.tokens):
                     activations = e.broadcast(e.add(x.value, 4 * (j * self.tokens + m)))
                     for n in range(self.panels):
                         part = accumulators[m, n][j if self.apart else 0]
                         part.value = e.dot(part.value, codes[n][j], activations, narrow)
-            moved.value = e.add(moved.value, VECTOR_BYTES)
+            streams.advance()
             x.value = e.add(x.value, self.reader.record.columns * self.tokens)
 
     def _numbers(self, word: Any) -> list[Any]:

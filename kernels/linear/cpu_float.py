@@ -16,13 +16,13 @@ from typing import Any
 from lath.formats.codec import Zero
 from lath.kernels.linear.cpu_arguments import Arguments
 from lath.kernels.linear.cpu_record import (
-    VECTOR_BYTES,
     ByteScale,
     Output,
     Record,
     RecordReader,
     Stored,
 )
+from lath.kernels.linear.cpu_streams import Streams, streams_of
 from lath.kernels.simd import tables
 from lath.kernels.simd.emitter import F32, LANES, Emitter
 
@@ -41,16 +41,17 @@ def emit_float(
     tokens: int,
     stored: Stored = "integer",
     byte_scale: ByteScale = "",
+    sparse: bool = False,
 ) -> None:
-    """All tokens, `tokens` at a time, panels [begin, end)."""
-    a, record = Arguments(e, arguments), Record(width, zero, half, stored, byte_scale)
+    """All tokens, `tokens` at a time, panels [begin, end). sparse: records are."""
+    a, record = Arguments(e, arguments), Record(width, zero, half, stored, byte_scale, sparse)
     reader, output = RecordReader(e, a, record), Output(e, a)
     token_tiles = e.divide(e.add(a["tokens"], tokens - 1), tokens)
     with e.loop(e.subtract(end, begin)) as index:
         panel = e.add(begin, index)
-        start = e.add(a["records"], e.multiply(panel, reader.panel_bytes))
         with e.loop(token_tiles) as token_tile:
-            totals = _multiply(e, a, reader, start, token_tile, tokens)
+            streams = streams_of(reader, [panel])
+            totals = _multiply(e, a, reader, streams, token_tile, tokens)
             first = e.multiply(token_tile, tokens)
             for m, total in enumerate(totals):
                 token = e.add(first, m)
@@ -59,11 +60,15 @@ def emit_float(
 
 
 def _multiply(
-    e: Emitter, a: Arguments, reader: RecordReader, start: Any, token_tile: Any, tokens: int
+    e: Emitter,
+    a: Arguments,
+    reader: RecordReader,
+    streams: Streams,
+    token_tile: Any,
+    tokens: int,
 ) -> list[Any]:
     """fp32 sums of one panel for a tile of tokens, as variables."""
     record = reader.record
-    at = e.variable(start)
     groups_before = e.multiply(token_tile, a["groups"])
     columns_before = e.multiply(groups_before, a["group"])
     x = e.variable(e.add(a["codes"], e.multiply(columns_before, 4 * tokens)))
@@ -71,27 +76,30 @@ def _multiply(
     chains = max(1, _CHAINS // tokens)
     with e.loop(a["groups"]) as group:
         parts = [[e.variable(e.floats(0.0)) for _ in range(chains)] for _ in range(tokens)]
+        streams.begin_group()
         with e.loop(reader.steps):
-            for column, decoded in enumerate(_numbers(e, reader, at.value)):
+            for column, decoded in enumerate(_numbers(e, reader, streams)):
                 for m in range(tokens):
                     value = e.broadcast(e.add(x.value, 4 * (column * tokens + m)), F32)
                     part = parts[m][column % chains]
                     part.value = e.fma(decoded, value, part.value)
-            at.value = e.add(at.value, VECTOR_BYTES)
+            streams.advance()
             x.value = e.add(x.value, 4 * record.columns * tokens)
         entry = e.multiply(e.add(groups_before, group), 4 * tokens)
+        (side,) = streams.sides()
         for m in range(tokens):
             dot = _sum(e, [part.value for part in parts[m]])
             total = e.broadcast(e.add(e.add(a["sums"], entry), 4 * m), F32)
-            totals[m].value = _scaled(e, reader, dot, at.value, total, totals[m].value)
-        at.value = e.add(at.value, record.side_bytes)
+            totals[m].value = _scaled(e, reader, dot, side, total, totals[m].value)
+        streams.end_group()
     return totals
 
 
-def _numbers(e: Emitter, reader: RecordReader, at: Any) -> Iterator[Any]:
+def _numbers(e: Emitter, reader: RecordReader, streams: Streams) -> Iterator[Any]:
     """The numbers of the codes of a 64-byte vector, sixteen rows at a time, column after column."""
     record = reader.record
     if record.by_column:
+        (at,) = streams.addresses()
         for column in range(record.columns):
             address = e.add(at, LANES * column)
             if record.stored == "e4m3":
@@ -101,7 +109,11 @@ def _numbers(e: Emitter, reader: RecordReader, at: Any) -> Iterator[Any]:
             else:
                 yield tables.gather(e, reader.table, address)
         return
-    word, mask = e.load(at), e.constant((1 << record.width) - 1)
+    (word,) = streams.vectors()
+    if record.width == 16:
+        yield from tables.halves_of(e, word, record.stored == "bf16")
+        return
+    mask = e.constant((1 << record.width) - 1)
     for shift in range(0, 8, record.width):
         for byte in range(4):
             code = e.shift_right(word, 8 * byte + shift)

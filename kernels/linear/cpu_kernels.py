@@ -24,6 +24,8 @@ from lath.kernels.linear.cpu_dot import emit_tile
 from lath.kernels.linear.cpu_float import emit_float
 from lath.kernels.linear.cpu_launch import argument_block, serial_driver
 from lath.kernels.linear.cpu_record import Record
+from lath.kernels.linear.cpu_sparse import SparseView, build_sparse
+from lath.kernels.linear.cpu_sparse import check_weight as sparse_check_weight
 from lath.kernels.linear.cpu_view import CpuView, Kind, build_view
 from lath.kernels.linear.plan import cpu_tile
 from lath.kernels.simd.compile import compile_kernel
@@ -51,14 +53,18 @@ def linear_block(
     x_type: int,
     tile: tuple[int, int],
     y_type: int,
+    tiles: bool,
 ) -> NDArray[np.int64]:
     """The argument block that multiplies x of `x_type` by a view into y of `y_type`.
 
     shared: columns that share one scale of the activations. largest: code of the largest of them.
-    Raises RuntimeError if the kernels do not pass their check.
+    tiles: there are more tokens than the tile has. Raises RuntimeError if the kernels do not pass
+    their check.
     """
-    _check(kind, view.record, x_type, tile)
-    return _block(view, kind, shared, largest, x_type, tile, y_type)
+    # Read many times, a sparse panel is expanded in memory once and not in registers every time.
+    expand = tiles and kind == "int8" and view.record.sparse
+    _check(kind, view.record, x_type, tile, expand)
+    return _block(view, kind, shared, largest, x_type, tile, y_type, expand)
 
 
 def _block(
@@ -69,12 +75,13 @@ def _block(
     x_type: int,
     tile: tuple[int, int],
     y_type: int,
+    expand: bool,
 ) -> NDArray[np.int64]:
     options, rest = view.record.options
     emission, how = _PREPARATION[kind]
     prepare = compile_kernel(emission, x_type, *how)
     if kind == "int8":
-        kernel = compile_kernel(emit_tile, *options, *tile, *rest)
+        kernel = compile_kernel(emit_tile, *options, *tile, *rest, *([True] if expand else []))
     else:
         kernel = compile_kernel(emit_float, *options, tile[0], *rest)
     return argument_block(
@@ -94,16 +101,25 @@ def _block(
         y_type=y_type,
         table=0 if view.table is None else view.table.data_ptr(),
         outer=0 if view.outer is None else view.outer.data_ptr(),
+        starts=view.starts.data_ptr() if isinstance(view, SparseView) else 0,
+        expanded=round_up(tile[1] * view.panel_bytes, 64) if expand else 0,
     )
 
 
 @functools.cache
-def _check(kind: Kind, record: Record, x_type: int, tile: tuple[int, int]) -> None:
+def _check(
+    kind: Kind, record: Record, x_type: int, tile: tuple[int, int], expand: bool = False
+) -> None:
     """Small integers through the kernels of one specialisation: each sum must be exact."""
-    weight, decoded = _check_weight(record)
-    rows, columns = weight.shape
-    size = weight.codec.group_size(columns)
-    view = build_view(weight, size, record)
+    if record.sparse:
+        sparse, decoded = sparse_check_weight(record)
+        size = sparse.codec.group or 48
+        view: CpuView = build_sparse(sparse, size)
+    else:
+        weight, decoded = _check_weight(record)
+        size = weight.codec.group_size(weight.shape[1])
+        view = build_view(weight, size, record)
+    rows, columns = view.rows, view.columns
     tokens = 1 if tile[0] == 1 else tile[0] + 1
     rng = np.random.default_rng(1)
     # The largest magnitude of every group has the code 127, or 7 where all of 8-bit floats up to
@@ -115,7 +131,7 @@ def _check(kind: Kind, record: Record, x_type: int, tile: tuple[int, int]) -> No
     values = torch.from_numpy(x).to(dtype)
     bias = torch.arange(16 * view.panels, dtype=torch.float32)
     y = torch.full((tokens, rows), torch.nan)
-    block = _block(view, kind, size, largest, x_type, tile, FP32)
+    block = _block(view, kind, size, largest, x_type, tile, FP32, expand)
     _run(block, values, bias, y)
     expected = x.astype(np.float64) @ decoded.T + np.arange(rows)
     _require(np.array_equal(y.double().numpy(), expected), f"{kind} {record} tile={tile}")
@@ -200,7 +216,7 @@ def _check_codec(record: Record) -> Codec:
     if record.stored == "table":
         return Codec(record.width, 48, "none", scale, "learned")
     group = {"e8m0": 32, "e4m3": 16}.get(record.byte_scale, 48)
-    return Codec(record.width, group, "none", scale, record.stored)
+    return Codec(record.width, group, "none", scale, record.stored)  # type: ignore[arg-type]
 
 
 def _side(values: NDArray[Any], dtype: str) -> Tensor:

@@ -31,6 +31,7 @@ _GROUPS, _GROUP, _TILE, _ITEM = INDEX["groups"], INDEX["group"], INDEX["tile"], 
 _X, _X_STRIDE, _BIAS, _Y = INDEX["x"], INDEX["x_stride"], INDEX["bias"], INDEX["y"]
 _TOKENS, _CODES = INDEX["tokens"], INDEX["codes"]
 _SCALES, _SUMS = INDEX["scales"], INDEX["sums"]
+_SCRATCH, _EXPANDED = INDEX["scratch"], INDEX["expanded"]
 _TASK, _TASK_FIRST = INDEX["task"], INDEX["task_first"]
 _TASK_LIMIT, _TASK_STEP = INDEX["task_limit"], INDEX["task_step"]
 _NUMBER, _THREADS = INDEX["thread_number"], INDEX["thread_count"]
@@ -62,7 +63,7 @@ def serial_driver() -> Any:
 
     def run(block, x, x_stride, bias, y, tokens):
         arguments = np.empty(_COUNT, np.int64)
-        size = _fill(arguments, block, x, x_stride, bias, y, tokens)
+        size = _fill(arguments, block, x, x_stride, bias, y, tokens, 1)
         scratch = np.empty(size, np.uint8)
         address = _place(arguments, scratch)
         tile = arguments[_TILE]
@@ -82,7 +83,7 @@ def team_driver() -> Any:
 
     def run(block, x, x_stride, bias, y, tokens, threads, worker, parallel, number, count):
         arguments = np.empty(_COUNT, np.int64)
-        size = _fill(arguments, block, x, x_stride, bias, y, tokens)
+        size = _fill(arguments, block, x, x_stride, bias, y, tokens, threads)
         scratch = np.empty(size, np.uint8)
         address = _place(arguments, scratch)
         arguments[_NUMBER], arguments[_THREADS] = number, count
@@ -121,7 +122,7 @@ def _share() -> Any:
 
 
 @register_jitable
-def _fill(arguments, block, x, x_stride, bias, y, tokens):
+def _fill(arguments, block, x, x_stride, bias, y, tokens, threads):
     """Fill in the fields of a call; returns the bytes of scratch that it needs."""
     for index in range(_COUNT):
         arguments[index] = load_integer(block + 8 * index)
@@ -131,7 +132,8 @@ def _fill(arguments, block, x, x_stride, bias, y, tokens):
     groups = (tokens + tile - 1) // tile * tile * arguments[_GROUPS]
     codes, side = groups * arguments[_GROUP] * arguments[_ITEM], 4 * groups
     arguments[_CODES], arguments[_SCALES], arguments[_SUMS] = 0, codes, codes + side
-    return codes + 2 * side + 64
+    arguments[_SCRATCH] = codes + 2 * side
+    return codes + 2 * side + threads * arguments[_EXPANDED] + 64
 
 
 @register_jitable
@@ -141,6 +143,7 @@ def _place(arguments, scratch):
     arguments[_CODES] += start
     arguments[_SCALES] += start
     arguments[_SUMS] += start
+    arguments[_SCRATCH] += start
     return np.int64(arguments.ctypes.data)
 
 

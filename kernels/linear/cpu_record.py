@@ -3,7 +3,9 @@
 Per panel of 16 rows, per group, one record: codes as 64-byte vectors (lane = row; byte b of a lane
 holds, at bit width*j, the code of column 4*j + b of the vector's 32/width columns), then 16 scales,
 then 16 zero points (uint8) or minima (like the scales). Where a byte is a code of its own that only
-the float kernel reads, the 16 bytes of a column lie together. A panel is read as one stream.
+the float kernel reads, the 16 bytes of a column lie together; so do 16-bit numbers. A panel is read
+as one stream. Of a sparse weight a record has the vectors' masks, then the numbers under their
+bits, then its scales (cpu_streams.py).
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from lath.kernels.simd.emitter import BF16, F32, FP16, FP32, I8, LANES, Emitter
 VECTOR_BYTES = 64
 
 # What a stored code stands for: code - zero, the same half a step beside whole numbers, a whole
-# number of a unit (`formats/values.py`), an entry of a table in memory, or an 8-bit float.
-Stored = Literal["integer", "nested", "fp4", "e2m3", "table", "e4m3", "e5m2"]
+# number of a unit (`formats/values.py`), an entry of a table in memory, an 8-bit float, or a 16-bit
+# one that has no scale.
+Stored = Literal[
+    "integer", "nested", "fp4", "e2m3", "table", "e4m3", "e5m2", "fp16", "bf16"
+]  # fmt: skip
 # "int8": a scale of the row above them; activations have one scale a token, and sums are integers.
 ByteScale = Literal["", "int8", "e8m0", "e4m3"]
 
@@ -36,9 +41,10 @@ def whole_entries(values: Literal["fp4", "e2m3"]) -> list[int]:
 
 @dataclass(frozen=True)
 class Record:
-    """width: bits of a stored code, 2, 4 or 8. zero: as in the codec. half: scales are fp16.
+    """width: bits of a stored code, 2, 4, 8 or 16. zero: as in the codec. half: scales are fp16.
 
     stored: what codes stand for. byte_scale: scales are bytes of this kind, `half` is False.
+    sparse: codes that stand for 0 are left out.
     """
 
     width: int
@@ -46,17 +52,20 @@ class Record:
     half: bool
     stored: Stored = "integer"
     byte_scale: ByteScale = ""
+    sparse: bool = False
 
     @property
     def options(self) -> tuple[tuple[int | str, ...], tuple[int | str, ...]]:
         """What a kernel's emission takes before and behind its tile."""
         rest = (self.stored, self.byte_scale)
+        if self.sparse:
+            return (self.width, self.zero, self.half), (*rest, True)
         return (self.width, self.zero, self.half), () if rest == ("integer", "") else rest
 
     @property
     def columns(self) -> int:
         """Columns of one 64-byte vector of codes."""
-        return 4 * (8 // self.width)
+        return VECTOR_BYTES * 8 // (LANES * self.width)
 
     @property
     def zero_code(self) -> int:
@@ -87,7 +96,19 @@ class Record:
         return self.byte_scale == "int8"
 
     @property
+    def item(self) -> int:
+        """Bytes that the mask of a sparse record keeps or leaves out together."""
+        return max(1, self.width // 8)
+
+    @property
+    def mask_bytes(self) -> int:
+        """Of one vector of a sparse record."""
+        return VECTOR_BYTES // self.item // 8
+
+    @property
     def scale_bytes(self) -> int:
+        if self.stored in ("fp16", "bf16"):
+            return 0
         return LANES * (1 if self.byte_scale else 2 if self.half else 4)
 
     @property
@@ -106,7 +127,7 @@ class RecordReader:
     """Emits the reads of records of one kind."""
 
     def __init__(self, e: Emitter, arguments: Arguments, record: Record) -> None:
-        self.e, self.record = e, record
+        self.e, self.a, self.record = e, arguments, record
         self.steps = e.divide(arguments["group"], record.columns)
         self.nbytes = e.add(e.multiply(self.steps, VECTOR_BYTES), record.side_bytes)
         self.panel_bytes = e.multiply(self.nbytes, arguments["groups"])
@@ -118,6 +139,8 @@ class RecordReader:
 
     def scale(self, side: Any) -> Any:
         """The scales at the address behind the codes."""
+        if self.record.scale_bytes == 0:
+            return self.e.floats(1.0)
         if self.record.byte_scale == "e8m0":
             return tables.load_powers(self.e, side)
         if self.record.byte_scale == "e4m3":

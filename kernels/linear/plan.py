@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
 from lath.formats.device import DeviceDescription, has_e4m3, known_device
 from lath.formats.plan import Backend, Dataflow, Plan
+from lath.formats.sparse import SparseCodec
 
 OPERAND_BYTES = {"int8": 1, "e4m3": 1, "fp16": 2, "bf16": 2, "fp32": 4}
 # Entries that a GPU's decoder reads from memory (kernels/linear/triton_tables.py).
@@ -44,6 +46,8 @@ GEMV_TOKENS = 4
 FLAT_TOKENS = 64
 # A piece of K shorter than this spends more on its share of the reduction than it saves.
 MIN_BLOCKS_PER_PIECE = 2
+# Fills in a draft: (draft, m, n, k, codec, activations, dot, device) -> plan.
+Tile = Callable[..., Plan]
 # The interpreter has no device; its launches are planned as for this one.
 INTERPRETED_DEVICE = known_device("sm_80")
 
@@ -67,16 +71,16 @@ def plan_linear(
         dataflow="definition",
         dot="fp64",
         reason="the NumPy definition",
-        bytes_moved=_bytes_moved(m, n, k, codec, activations, dtype),
+        bytes_moved=bytes_moved(m, n, k, weight_bytes(n, k, codec), activations, dtype),
         operations=2 * m * n * k,
     )
     if backend == "reference":
         return draft
     if backend == "cpu":
-        return _plan_cpu(draft, m, k, codec, activations, device)
+        return plan_cpu(draft, m, k, codec, activations, device)
     if device.kind == "cpu":
         device = INTERPRETED_DEVICE
-    return _plan_gpu(draft, m, n, k, codec, activations, dtype, device)
+    return plan_gpu(draft, m, n, k, codec, activations, dtype, device, _tile)
 
 
 def weight_bytes(n: int, k: int, codec: Codec) -> int:
@@ -91,22 +95,27 @@ def weight_bytes(n: int, k: int, codec: Codec) -> int:
     return rows * columns * codec.bits // 8 + codec.num_groups(k) * rows * (scale + zero) + outer
 
 
-def _bytes_moved(
-    m: int, n: int, k: int, codec: Codec, activations: ActivationFormat, dtype: torch.dtype
+def bytes_moved(
+    m: int, n: int, k: int, weight: int, activations: ActivationFormat, dtype: torch.dtype
 ) -> int:
     """Each byte of weight, x and y once; rounded activations are also written and read as codes."""
     size = dtype.itemsize
     x = m * k * (size + (0 if activations.kind == "float" else 2))
-    return weight_bytes(n, k, codec) + x + m * n * size
+    return weight + x + m * n * size
 
 
-def holds_integers(codec: Codec) -> bool:
+def holds_integers(codec: Codec | SparseCodec) -> bool:
     """Whether the numbers of a codec are whole numbers of 8 bits times the scale of their group."""
     whole = not codec.is_table or codec.values in value_tables.UNITS
     return whole and codec.scale_dtype != "fp8"
 
 
-def folds_scales(k: int, codec: Codec, activations: ActivationFormat) -> bool:
+def held_in(codec: Codec | SparseCodec) -> str:
+    """The type of a dot with rounded activations that holds the numbers of a codec as well."""
+    return "bf16" if codec.values == "bf16" else "fp16"
+
+
+def folds_scales(k: int, codec: Codec | SparseCodec, activations: ActivationFormat) -> bool:
     """Whether codes are multiplied by the 8-bit scales of their groups before the dot, so that one
     dot sums all of K: always where the products are rounded (FireQ), and for int8 dots where
     integers of 8 bits hold them (DGQ) and a token has one scale."""
@@ -118,7 +127,7 @@ def folds_scales(k: int, codec: Codec, activations: ActivationFormat) -> bool:
     return fits and activations.is_integer and one_scale and all(g % 32 == 0 for g in groups)
 
 
-def multiplies_float8(k: int, codec: Codec, activations: ActivationFormat) -> bool:
+def multiplies_float8(k: int, codec: Codec | SparseCodec, activations: ActivationFormat) -> bool:
     """Whether a dot of 8-bit floats takes x and the weight as they are stored or decoded."""
     if activations.values != "e4m3":
         return False
@@ -126,14 +135,14 @@ def multiplies_float8(k: int, codec: Codec, activations: ActivationFormat) -> bo
     return of_weight and common_group(k, codec, activations) % 32 == 0
 
 
-def common_group(k: int, codec: Codec, activations: ActivationFormat) -> int:
+def common_group(k: int, codec: Codec | SparseCodec, activations: ActivationFormat) -> int:
     """Longest run along K that has one weight scale and one activation scale outside the dot."""
     own = None if folds_scales(k, codec, activations) else codec.group
     groups = [g for g in (own, activations.group) if g is not None and g < k]
     return math.gcd(*groups) if groups else packing.round_up(max(k, 1), packing.BLOCK)
 
 
-def _plan_cpu(
+def plan_cpu(
     draft: Plan,
     m: int,
     k: int,
@@ -141,6 +150,7 @@ def _plan_cpu(
     activations: ActivationFormat,
     device: DeviceDescription,
 ) -> Plan:
+    """The dataflow and the register tile of a CPU."""
     needed = 8 if codec.scale_dtype == "fp8" else codec.bits
     stored = next(bits for bits in (2, 4, 8) if bits >= needed)
     reasons = [f"{device.architecture}, {device.threads} thread(s)"]
@@ -185,16 +195,18 @@ def cpu_tile(kind: str, tokens: int, panel_bytes: int, architecture: str) -> tup
     return next((tile for tile in tiles if tile[0] >= tokens), tiles[-1])
 
 
-def _plan_gpu(
+def plan_gpu(
     draft: Plan,
     m: int,
     n: int,
     k: int,
-    codec: Codec,
+    codec: Codec | SparseCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     device: DeviceDescription,
+    tile: Tile,
 ) -> Plan:
+    """The dataflow of a GPU. tile: what fills in the tile of a dataflow with a dot."""
     dot, why_dot = _dot_type(k, codec, activations, dtype, device)
     crossover = _decode_crossover(device)
     if m > crossover and activations.kind == "float":
@@ -206,25 +218,25 @@ def _plan_gpu(
             draft, dataflow="decode_matmul", dot=dot, reason=why, block_n=64, warps=4, stages=1,
             block_k=packing.BLOCK,
         )  # fmt: skip
-    if m <= GEMV_TOKENS and _has_no_tensor_core(dot, device):
+    if m <= GEMV_TOKENS and has_no_tensor_core(dot, device):
         draft = replace(
-            draft, dataflow="gemv", dot="fp32", block_m=_power_of_two(m, 1, 4),
+            draft, dataflow="gemv", dot="fp32", block_m=power_of_two(m, 1, 4),
             block_n=32 if device.kind == "hip" and m > 2 else 64, block_k=packing.BLOCK, warps=4,
             stages=2 if device.kind == "hip" else 3,
         )  # fmt: skip
         why = f"{m} token(s) and no tensor core for {dot}: products are summed directly"
         return _split(draft, m, n, k, device, [why])
     if m <= FLAT_TOKENS:
-        draft = _tile(replace(draft, dataflow="flat"), m, n, k, codec, activations, dot, device)
+        draft = tile(replace(draft, dataflow="flat"), m, n, k, codec, activations, dot, device)
         why = f"{m} tokens: weight bytes decide, K is split until every unit has work"
         return _split(draft, m, n, k, device, [why_dot, why])
-    draft = _tile(replace(draft, dataflow="tiled"), m, n, k, codec, activations, dot, device)
+    draft = tile(replace(draft, dataflow="tiled"), m, n, k, codec, activations, dot, device)
     return replace(draft, reason=f"{why_dot}; {m} tokens fill the tiles, K is not split")
 
 
 def _dot_type(
     k: int,
-    codec: Codec,
+    codec: Codec | SparseCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     device: DeviceDescription,
@@ -235,11 +247,12 @@ def _dot_type(
         return name, f"{name} activations are multiplied as they are"
     if multiplies_float8(k, codec, activations) and has_e4m3(device.architecture):
         return "e4m3", "fp8 activations: e4m3 dot, summed in fp32"
+    held = held_in(codec)
     if not activations.is_integer:
-        return "fp16", f"{activations.kind} activations: their numbers in fp16, which holds them"
+        return held, f"{activations.kind} activations: their numbers in {held}, which holds them"
     if not holds_integers(codec):
         why = f"{activations.kind} activations, but numbers of {codec} that no int8 holds"
-        return "fp16", f"{why}: fp16"
+        return held, f"{why}: {held}"
     run = common_group(k, codec, activations)
     if run % 32:
         return "fp16", f"scales change every {run} columns, below an int8 dot's depth of 32: fp16"
@@ -248,7 +261,7 @@ def _dot_type(
     return "int8", f"{activations.kind} activations: int8 dot, summed in int32"
 
 
-def _has_no_tensor_core(dot: str, device: DeviceDescription) -> bool:
+def has_no_tensor_core(dot: str, device: DeviceDescription) -> bool:
     """fp32 products are never a tensor core's; Triton uses none on architectures before sm_80."""
     return dot == "fp32" or (device.kind == "cuda" and device.capability < 80)
 
@@ -299,9 +312,9 @@ def _tile(
     rounds = codec.scale_dtype == "fp8" and OPERAND_BYTES[dot] == 2
     many = 8 if rounds and device.capability != 90 else 16
     swap, warps = False, 4
-    tokens = _power_of_two(m, 16, 64)
+    tokens = power_of_two(m, 16, 64)
     rows = 128 if n >= 128 * device.compute_units or tokens == 64 else 64
-    if _has_no_tensor_core(dot, device):
+    if has_no_tensor_core(dot, device):
         tokens, rows, warps = 16, 32, 8
     elif device.kind == "cuda" and m > many and (is_fine or rounds or _has_tensor_memory(device)):
         # Larger tiles spill here, or take the longer path through tensor memory.
@@ -327,7 +340,7 @@ def _tile(
     # up by codes in half runs, or put together from bytes where tensor memory is addressed.
     wide = _has_tensor_memory(device) and (codec.bits == 8 or (codec.is_table and dot == "int8"))
     scattered = codec.values in LOOKED_UP and 1 in codec.plane_widths
-    slowest = device.kind == "hip" or _has_no_tensor_core(dot, device)
+    slowest = device.kind == "hip" or has_no_tensor_core(dot, device)
     stages = 2 if slowest or wide or scattered or run % 32 else 3
     while stages > 1 and shared_bytes(draft, stages, codec, device) > device.shared_memory:
         stages -= 1
@@ -348,7 +361,7 @@ def shared_bytes(plan: Plan, stages: int, codec: Codec, device: DeviceDescriptio
     return loads + (packing.BLOCK * plan.block_n * size if through else 0)
 
 
-def _power_of_two(value: int, low: int, high: int) -> int:
+def power_of_two(value: int, low: int, high: int) -> int:
     return max(low, min(high, 1 << max(value - 1, 0).bit_length()))
 
 

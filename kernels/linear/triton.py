@@ -20,6 +20,7 @@ from lath.formats import packing
 from lath.formats.activations import SMALLEST_ABSMAX, ActivationFormat
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
+from lath.formats.sparse import SparseTensor
 from lath.kernels.linear import triton_activations as rows
 from lath.kernels.linear import triton_gemv as gemv
 from lath.kernels.linear import triton_loops as loops
@@ -52,7 +53,7 @@ class _Rows:
 
 def linear(
     x: Tensor,
-    weight: QTensor,
+    weight: QTensor | SparseTensor,
     bias: Tensor | None,
     activations: ActivationFormat,
     plan: Plan,
@@ -104,7 +105,7 @@ def reduce(pieces: Tensor, bias: Tensor | None, y: Tensor) -> None:
         )  # fmt: skip
 
 
-def dequantize(weight: QTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor:
+def dequantize(weight: QTensor | SparseTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor:
     """The decoded weight [N, K]: fp32 inside, rounded once to dtype. block_n: rows of a program."""
     outputs, columns = weight.shape
     dense = torch.empty((outputs, columns), dtype=dtype, device=weight.device)
@@ -122,10 +123,13 @@ def dequantize(weight: QTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor
 
 
 def _tensors(
-    weight: QTensor, dot: str, folded: bool
+    weight: QTensor | SparseTensor, dot: str, folded: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """codes, scales, zeros, outer, table as the loops take them for a dot. folded: the decoder
     takes the scales of the groups, as its table, and the loop those of the rows."""
+    if isinstance(weight, SparseTensor):
+        scales = _or(weight.scales, weight.bitmap)
+        return weight.bitmap, scales, weight.offsets, scales, weight.codes
     scales, outer, table = weight.scales, weight.outer, weight.codes
     if folded:
         assert outer is not None  # scales of 8 bits have one above them
@@ -138,7 +142,7 @@ def _tensors(
 
 def _decode_matmul(
     x: Tensor,
-    weight: QTensor,
+    weight: QTensor | SparseTensor,
     bias: Tensor | None,
     activations: ActivationFormat,
     dtype: torch.dtype,
@@ -167,7 +171,7 @@ def multiply_dense(x: Tensor, dense: Tensor, bias: Tensor | None, dtype: torch.d
 def _multiply(
     y: Tensor,
     x: _Rows,
-    weight: QTensor,
+    weight: QTensor | SparseTensor,
     bias: Tensor | None,
     settings: Settings,
     plan: Plan,
@@ -180,7 +184,7 @@ def _multiply(
     stride = x.values.stride(0)
     sizes = (tokens, outputs, columns, stride, padded, x.tokens, blocks, groups, x.groups)
     tensors = (x.values, *_tensors(weight, settings.dot, settings.folded))
-    scales, offsets = _or(x.scales, weight.scales), _or(bias, weight.scales)
+    scales, offsets = _or(x.scales, tensors[2]), _or(bias, tensors[2])
     tiles_n = triton.cdiv(outputs, plan.block_n)
     if plan.dataflow == "gemv":
         gemv.gemv_kernel[(tiles_n, pieces)](
@@ -189,7 +193,7 @@ def _multiply(
         )  # fmt: skip
         return
     loops.matmul_kernel[(triton.cdiv(tokens, plan.block_m) * tiles_n, pieces)](
-        *tensors, scales, _or(x.sums, weight.scales), offsets, y, *sizes, **settings.kernel,
+        *tensors, scales, _or(x.sums, tensors[2]), offsets, y, *sizes, **settings.kernel,
         BIAS=bias is not None, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
 
@@ -215,8 +219,9 @@ def _prepare(x: Tensor, activations: ActivationFormat, settings: Settings) -> _R
     # A group that is not shorter than x is all of it, as in `common_group`.
     if activations.group is not None and activations.group < columns:
         size, groups = activations.group, activations.num_groups(columns)
-    dtype = torch.float8_e4m3fn if settings.dot == "e4m3" else torch.float16
-    if activations.is_integer and settings.dot != "fp16":
+    held = {"e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16}
+    dtype = held.get(settings.dot, torch.float16)
+    if activations.is_integer and settings.dot == "int8":
         dtype = torch.int8
     codes = torch.empty((tokens, padded), dtype=dtype, device=x.device)
     scales = torch.empty((groups, padded_tokens), dtype=torch.float32, device=x.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lath.kernels.linear.triton_decode import block_planes, column_order
+from lath.kernels.linear.triton_decode import column_order
 from lath.kernels.linear.triton_loops import (
     group_of,
     outer_scale,
@@ -33,6 +33,7 @@ def _multiply_without_dot(
     column,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
+    LOCATE: tl.constexpr,
     DECODE: tl.constexpr,
     FORM: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -43,7 +44,7 @@ def _multiply_without_dot(
 
     x: (a pointer per token, K). weight, column, FIRST: as in the tile matmul.
     """
-    planes = block_planes(weight, column // 128, WIDTHS)
+    planes = LOCATE(weight, column // 128, WIDTHS)
     order = column_order(16, WIDTHS)
     for i in tl.static_range(COUNT // 16):
         numbers = DECODE(planes, weight[2], FIRST // 16 + i, FORM, WIDTHS)
@@ -82,6 +83,7 @@ def gemv_kernel(
     blocks,
     groups,
     x_groups,
+    LOCATE: tl.constexpr,
     DECODE: tl.constexpr,
     WIDTHS: tl.constexpr,
     FORM: tl.constexpr,
@@ -123,13 +125,14 @@ def gemv_kernel(
         column = block * 128
         if SPAN == 0:
             parts, sums = _multiply_without_dot(
-                parts, sums, x_tile, weight, column, 0, 128, DECODE, FORM, WIDTHS, MASKED, TOKENS
-            )
+                parts, sums, x_tile, weight, column, 0, 128, LOCATE, DECODE, FORM, WIDTHS, MASKED,
+                TOKENS,
+            )  # fmt: skip
         else:
             for i in tl.static_range(128 // SPAN):
                 partial, partial_sums = _multiply_without_dot(
-                    nothing, no_sums, x_tile, weight, column, i * SPAN, SPAN, DECODE, FORM, WIDTHS,
-                    MASKED, TOKENS,
+                    nothing, no_sums, x_tile, weight, column, i * SPAN, SPAN, LOCATE, DECODE, FORM,
+                    WIDTHS, MASKED, TOKENS,
                 )  # fmt: skip
                 at = group_of(column + i * SPAN, groups, GROUP) * padded_rows + row
                 scale, zero = scale_and_zero(scales, zeros, at, outer, SCALE, OUTER, ZERO)

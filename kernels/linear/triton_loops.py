@@ -19,11 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lath.kernels.linear.triton_decode import (
-    block_planes,
-    column_order,
-    decode_tile,
-)
+from lath.kernels.linear.triton_decode import column_order, decode_tile
 from lath.kernels.linear.triton_tables import e4m3_to_fp32
 
 # Tiles of y in this many rows of tiles run one after another, so that they share weights in cache.
@@ -73,9 +69,12 @@ def scale_and_zero(
 ):
     """fp32 scale and stored zero of each row, at offsets `at`. outer: of `outer_scale`.
 
-    SCALE: "number" (fp16, fp32 or uint8), "e8m0" or "e4m3" (bytes): read as they are stored. The
-    product with the outer scale is rounded once, as the codec defines it.
+    SCALE: "number" (fp16, fp32 or uint8), "e8m0" or "e4m3" (bytes): read as they are stored;
+    "none": 1. The product with the outer scale is rounded once, as the codec defines it.
     """
+    if SCALE == "none":
+        one = tl.full(at.shape, 1.0, tl.float32)
+        return one, one
     scale = tl.load(scales + at)
     if SCALE == "e8m0":
         # Byte 0 is 2**-127, the subnormal with its highest bit alone.
@@ -136,6 +135,7 @@ def _multiply(
     COUNT: tl.constexpr,
     DEPTH: tl.constexpr,
     RUN: tl.constexpr,
+    LOCATE: tl.constexpr,
     DECODE: tl.constexpr,
     FORM: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -144,13 +144,14 @@ def _multiply(
 ):
     """part + x times the weights in COUNT columns from column + FIRST, DEPTH columns a dot.
 
-    x: (pointer, offsets of a tile, its column order, K). weight: as `block_planes` takes it.
+    x: (pointer, offsets of a tile, its column order, K). weight: as `block_planes` takes it, which
+    LOCATE is, or what takes its place for other layouts.
     column: the first of this step. RUN: columns of a run of the decoder.
     """
     for i in tl.static_range(COUNT // DEPTH):
         # The last step may reach into a block that is not there; x is 0 in it.
         block = tl.minimum(column // 128 + (FIRST + i * DEPTH) // 128, weight[4] - 1)
-        planes = block_planes(weight, block, WIDTHS)
+        planes = LOCATE(weight, block, WIDTHS)
         numbers = decode_tile(
             planes,
             weight[2],
@@ -197,6 +198,7 @@ def matmul_kernel(
     blocks,
     groups,
     x_groups,
+    LOCATE: tl.constexpr,
     DECODE: tl.constexpr,
     WIDTHS: tl.constexpr,
     FORM: tl.constexpr,
@@ -222,7 +224,8 @@ def matmul_kernel(
     """A tile of y, or of one piece of K (program axis 1) of the fp32 workspace y [pieces, M, N].
 
     x: [M, >= K] with stride stride_x. codes, scales, zeros, outer: of a QTensor; GROUP 0: a scale
-    per row. table: what a decoder looks codes up in (`triton_tables`).
+    per row. table: what a decoder looks codes up in (`triton_tables`). Of a SparseTensor codes is
+    the bitmap, table the kept numbers and zeros the offsets of tiles (`triton_sparse`).
     x_scales: fp32 [x_groups, padded_tokens] (X_GROUP 0: per token, -1: none). x_sums: where SUMS,
     [spans, padded_tokens] sums of x over SPAN columns (BLOCK_K if SPAN is 0).
     """
@@ -256,7 +259,7 @@ def matmul_kernel(
         column = step * BLOCK_K
         if SPAN == 0:
             part = _multiply(
-                part, x_tile, weight, column, 0, BLOCK_K, DEPTH, RUN, DECODE, FORM, WIDTHS,
+                part, x_tile, weight, column, 0, BLOCK_K, DEPTH, RUN, LOCATE, DECODE, FORM, WIDTHS,
                 MASKED, SWAP,
             )  # fmt: skip
             if SUMS:
@@ -264,8 +267,8 @@ def matmul_kernel(
         else:
             for i in tl.static_range(BLOCK_K // SPAN):
                 partial = _multiply(
-                    nothing, x_tile, weight, column, i * SPAN, SPAN, DEPTH, RUN, DECODE, FORM,
-                    WIDTHS, MASKED, SWAP,
+                    nothing, x_tile, weight, column, i * SPAN, SPAN, DEPTH, RUN, LOCATE, DECODE,
+                    FORM, WIDTHS, MASKED, SWAP,
                 )  # fmt: skip
                 at = group_of(column + i * SPAN, groups, GROUP) * padded_rows + row
                 scale, zero = scale_and_zero(scales, zeros, at, outer, SCALE, OUTER, ZERO)
@@ -328,6 +331,7 @@ def decode_kernel(
     padded_rows,
     blocks,
     groups,
+    LOCATE: tl.constexpr,
     DECODE: tl.constexpr,
     WIDTHS: tl.constexpr,
     FORM: tl.constexpr,
@@ -343,7 +347,7 @@ def decode_kernel(
     first_n, block = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     row, plane_rows = rows_of_tile(first_n, padded_rows, blocks, BLOCK_N)
     weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table, (zeros, row, groups))
-    planes = block_planes(weight, block, WIDTHS)
+    planes = LOCATE(weight, block, WIDTHS)
     outer = outer_scale(outer, row, OUTER)
     order = column_order(16, WIDTHS)
     lane = tl.arange(0, BLOCK_N)

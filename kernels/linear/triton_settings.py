@@ -17,13 +17,16 @@ from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
 from lath.formats.device import has_e4m3
 from lath.formats.plan import Plan
+from lath.formats.sparse import SparseCodec
 from lath.kernels.linear import triton_decode as decode
 from lath.kernels.linear import triton_in_place as in_place
 from lath.kernels.linear import triton_scaled as scaled
+from lath.kernels.linear import triton_sparse as sparse
 from lath.kernels.linear import triton_tables as tables
 from lath.kernels.linear.plan import (
     MOST_INT32_COLUMNS,
     folds_scales,
+    held_in,
     holds_integers,
     multiplies_float8,
 )
@@ -57,6 +60,12 @@ _TABLE_DECODERS = {
     "bf16": tables.table_bf16,
     "fp32": tables.table_fp32,
 }
+_SPARSE_DECODERS = {
+    "fp16": sparse.kept_fp16,
+    "bf16": sparse.kept_bf16,
+    "fp32": sparse.kept_fp32,
+    "int8": sparse.kept_int8,
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class Settings:
 
 @functools.lru_cache(maxsize=1024)
 def settings_of(
-    codec: Codec,
+    codec: Codec | SparseCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     columns: int,
@@ -112,10 +121,13 @@ def settings_of(
             "BLOCK_K": plan.block_k,
         }
     sums_outside = needs_sums and not without_dot
-    return Settings(dot, span, step, plan.block_m, not whole, sums_outside, kernel, folded)
+    natural = not whole or isinstance(codec, SparseCodec)
+    return Settings(dot, span, step, plan.block_m, natural, sums_outside, kernel, folded)
 
 
-def is_folded(codec: Codec, activations: ActivationFormat, columns: int, dot: str) -> bool:
+def is_folded(
+    codec: Codec | SparseCodec, activations: ActivationFormat, columns: int, dot: str
+) -> bool:
     """Whether the decoder for a dot multiplies codes by the scales of their groups."""
     if codec.scale_dtype == "fp8":
         return True
@@ -123,11 +135,14 @@ def is_folded(codec: Codec, activations: ActivationFormat, columns: int, dot: st
 
 
 def codec_arguments(
-    codec: Codec, dot: str, centred: bool, columns: int, folded: bool, target: str
+    codec: Codec | SparseCodec, dot: str, centred: bool, columns: int, folded: bool, target: str
 ) -> dict[str, Any]:
     """The constexpr arguments that say how a weight is decoded for a dot on a target."""
+    if isinstance(codec, SparseCodec):
+        return _sparse_arguments(codec, dot, columns)
     if folded:
         return {
+            "LOCATE": decode.block_planes,
             "DECODE": scaled.scaled_int8 if dot == "int8" else scaled.scaled_e4m3,
             "WIDTHS": _widths(codec), "FORM": scaled.form_of(codec, dot, columns),
             "UNIT": 1, "OFFSET": 0, "ZERO": "none", "SCALE": "number", "OUTER": "none", "GROUP": 0,
@@ -148,6 +163,7 @@ def codec_arguments(
     if outer == "none" and tables.is_scaled(codec, dot):
         outer = "all"
     return {
+        "LOCATE": decode.block_planes,
         "DECODE": scaled.bytes_e4m3 if dot == "e4m3" else decoders[dot],
         "WIDTHS": _widths(codec),
         "FORM": form,
@@ -160,8 +176,29 @@ def codec_arguments(
     }
 
 
+def _sparse_arguments(codec: SparseCodec, dot: str, columns: int) -> dict[str, Any]:
+    """Kept numbers are signed and what is not kept is 0: there is no zero point to account for."""
+    return {
+        "LOCATE": sparse.locate_kept,
+        "DECODE": _SPARSE_DECODERS[dot],
+        "WIDTHS": (codec.bits, 0, 0),
+        "FORM": 0.0,
+        "UNIT": 1,
+        "OFFSET": 0,
+        "ZERO": "none",
+        "SCALE": "none" if codec.scale_dtype is None else "number",
+        "OUTER": "none",
+        "GROUP": _weight_group(codec, columns),
+    }
+
+
 def _span(
-    codec: Codec, activations: ActivationFormat, columns: int, step: int, dot: str, folded: bool
+    codec: Codec | SparseCodec,
+    activations: ActivationFormat,
+    columns: int,
+    step: int,
+    dot: str,
+    folded: bool,
 ) -> int:
     """Longest run of columns inside a step with one weight and one activation scale, or 0: all."""
     both = (None if folded else codec.group, activations.group)
@@ -198,7 +235,7 @@ def _activation_group(activations: ActivationFormat, columns: int) -> int:
     return 0 if activations.group is None or activations.group >= columns else activations.group
 
 
-def _weight_group(codec: Codec, columns: int) -> int:
+def _weight_group(codec: Codec | SparseCodec, columns: int) -> int:
     """Columns per scale, 0 if a row has a single one."""
     return 0 if codec.group is None or codec.group >= columns else codec.group
 
@@ -210,7 +247,7 @@ def _widths(codec: Codec) -> tuple[int, int, int]:
 
 def _check_plan(
     plan: Plan,
-    codec: Codec,
+    codec: Codec | SparseCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     columns: int,
@@ -247,8 +284,9 @@ def _check_plan(
         fits = multiplies_float8(columns, codec, activations) and has_e4m3(target)
         require(fits, "dot", why)
     elif not holds_integers(codec) or not activations.is_integer:
-        why = f"'fp16', as {activations} times {codec} are no whole numbers of 8 bits"
-        require(plan.dot == "fp16", "dot", why)
+        held = held_in(codec)
+        why = f"{held!r}, as {activations} times {codec} are no whole numbers of 8 bits"
+        require(plan.dot == held, "dot", why)
     elif span % 32 == 0:
         require(plan.dot in ("int8", "fp16"), "dot", "'int8' or 'fp16'")
     else:

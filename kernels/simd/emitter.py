@@ -19,7 +19,7 @@ from lath.kernels.simd import half
 from lath.kernels.simd.isa import Isa
 
 LANES = 16
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F32 = ir.FloatType()
 INTS = ir.VectorType(I32, LANES)
 FLOATS = ir.VectorType(F32, LANES)
@@ -55,15 +55,22 @@ class Emitter:
     """builder: llvmlite's IRBuilder inside the function to extend. isa: how `dot` is lowered.
 
     native_half: the machine converts fp16 itself. native_brain: it multiplies bf16 (brain.py).
+    native_expand: it spreads bytes over the bits of a mask (expand.py).
     """
 
     def __init__(
-        self, builder: Any, isa: Isa, native_half: bool, native_brain: bool = False
+        self,
+        builder: Any,
+        isa: Isa,
+        native_half: bool,
+        native_brain: bool = False,
+        native_expand: bool = False,
     ) -> None:
         self.builder = builder
         self.isa = isa
         self.native_half = native_half
         self.native_brain = native_brain
+        self.native_expand = native_expand
 
     # Scalars and control
 

@@ -59,3 +59,8 @@ def has_native_half() -> bool:
 def has_native_brain(isa: Isa) -> bool:
     """Whether the instruction set in use multiplies bf16 (AVX512_BF16)."""
     return isa == "avx512_vnni" and "avx512bf16" in cpu_features()
+
+
+def has_native_expand(isa: Isa) -> bool:
+    """Whether one instruction of the set in use puts bytes where a mask has bits (AVX512_VBMI2)."""
+    return isa == "avx512_vnni" and "avx512vbmi2" in cpu_features()

@@ -105,13 +105,13 @@ def load_e4m3(e: Emitter, address: Any) -> Any:
     signed = e.builder.sext(e.load(address, BYTES), SHORTS)
     shifted = e.builder.shl(signed, ir.Constant(SHORTS, [7] * LANES))
     # Of the copies of the sign, the one that fell on the highest exponent bit goes.
-    return _widened(e, e.builder.and_(shifted, ir.Constant(SHORTS, [0xBFFF] * LANES)))
+    return widen_halves(e, e.builder.and_(shifted, ir.Constant(SHORTS, [0xBFFF] * LANES)))
 
 
 def load_e5m2(e: Emitter, address: Any) -> Any:
     """Sixteen E5M2 numbers in memory: the upper bytes of fp16, infinities and NaN too."""
     wide = e.builder.zext(e.load(address, BYTES), SHORTS)
-    return _widened(e, e.builder.shl(wide, ir.Constant(SHORTS, [8] * LANES)))
+    return widen_halves(e, e.builder.shl(wide, ir.Constant(SHORTS, [8] * LANES)))
 
 
 def load_powers(e: Emitter, address: Any) -> Any:
@@ -119,9 +119,19 @@ def load_powers(e: Emitter, address: Any) -> Any:
     return e.builder.bitcast(e.shift_left(e.load_bytes(address), 23), FLOATS)
 
 
-def _widened(e: Emitter, halves: Any) -> Any:
-    """fp16 bits to fp32: the conversion takes subnormals as they are, which an fp32 product under
-    `torch.set_flush_denormal` would not."""
+def halves_of(e: Emitter, word: Any, brain: bool) -> list[Any]:
+    """A vector of 32 fp16 numbers, or bf16 ones: the first sixteen as fp32, and the last."""
+    shorts = e.builder.bitcast(word, ir.VectorType(SHORTS.element, 2 * LANES))
+    parts = [_part(e, shorts, start, LANES) for start in (0, LANES)]
+    if not brain:
+        return [widen_halves(e, part) for part in parts]
+    wide = [e.shift_left(e.builder.zext(part, INTS), 16) for part in parts]
+    return [e.builder.bitcast(bits, FLOATS) for bits in wide]
+
+
+def widen_halves(e: Emitter, halves: Any) -> Any:
+    """Sixteen fp16 bit patterns to fp32: the conversion takes subnormals as they are, which an
+    fp32 product under `torch.set_flush_denormal` would not."""
     if e.native_half:
         return e.builder.fpext(e.builder.bitcast(halves, HALVES), FLOATS)
     return half.widen(e, e.builder.zext(halves, INTS))

@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,9 +26,11 @@ from lath.formats.activations import ActivationFormat
 from lath.formats.outliers import Outliers
 from lath.formats.packed_weight import PackedWeight, WeightCodec
 from lath.formats.qtensor import QTensor
+from lath.formats.sparse import SparseTensor
 from lath.formats.sum_tensor import SumTensor, class_of
 from lath.reference import codecs as reference_codecs
 from lath.reference import linear as reference_linear
+from lath.reference import sparse as reference_sparse
 from lath.reference import sums as reference_sums
 
 Floats = NDArray[np.float32]
@@ -101,6 +104,18 @@ def _multiply_sum(
     return reference_sums.multiply(x, _decoded_terms(weight), bias, activations)
 
 
+def _decode_sparse(weight: SparseTensor) -> NDArray[np.float64]:
+    codes = weight.codes
+    if weight.codec.bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=1).reshape(-1).int()
+        codes = codes - 16 * (codes > 7)
+    kept = array(codes.float() if codes.is_floating_point() else codes)[: weight.kept]
+    scales = array(weight.scales, weight.shape[0])
+    bitmap = array(weight.bitmap).view(np.uint32)
+    sparse = reference_sparse.Sparse(bitmap, array(weight.offsets), kept, scales)
+    return reference_sparse.dequantize(sparse, weight.codec, weight.shape)
+
+
 KINDS: dict[type[PackedWeight], Kind] = {
     QTensor: Kind(
         quantize="lath.kernels.quantize",
@@ -124,6 +139,13 @@ KINDS: dict[type[PackedWeight], Kind] = {
         triton="lath.kernels.outliers.triton",
         cpu="lath.kernels.outliers.cpu",
         decode=_decode_outliers,
+    ),
+    SparseTensor: Kind(
+        quantize="lath.kernels.quantize_sparse",
+        plan="lath.kernels.linear.plan_sparse",
+        triton="lath.kernels.linear.triton",
+        cpu="lath.kernels.linear.cpu",
+        decode=_decode_sparse,
     ),
 }
 
