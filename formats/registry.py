@@ -100,7 +100,8 @@ SYSTEMS = (
     _linear(
         "DGQ",
         '`linear(x, "int4-g128-s8", activations="int8")`, `quantize(…, search=True)`',
-        "scales of groups are multiplied into the codes: one int8 dot, summed in int32 over all K",
+        "scales of groups are multiplied into the codes: one int8 dot, summed in int32 over all K; "
+        "the search is of the groups' scales, not of the rows' after it",
         "test_scaled_codes.py::test_dgq_is_one_integer_sum_over_all_groups",
         "test_scaled_codes.py::test_scales_that_leave_int8_are_refused",
         "test_tables.py::test_int8_group_scales_are_one_int8_matmul",

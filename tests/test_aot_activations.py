@@ -45,15 +45,19 @@ MATRIX = [
 ]  # fmt: skip
 
 
-# ptxas puts 8 bytes on the stack that the loop never touches.
-BESIDE_THE_LOOP = {("sm_100", 16, "int6-g128 bf16 int6-g128 2048 True"): 8}
+# ptxas puts some bytes on the stack that the loop never touches.
+BESIDE_THE_LOOP = {
+    ("sm_100", 16, "int6-g128 bf16 int6-g128 2048 True"): 8,
+    ("sm_100", 16, "int3-g48-fp8 bf16 fp8 2000 False"): 16,
+}
 
 
 def multiplied(plan: Plan, architecture: str) -> str:
     """What an E4M3 dot becomes: sm_90 and sm_100 take 8-bit floats only with 64 rows on the left
     for four warps (and sm_100 not even those of 16 tokens); Triton multiplies smaller tiles as
     fp16, which holds the same numbers."""
-    small = architecture == "sm_100" or (architecture == "sm_90" and plan.warps != 4)
+    large = plan.swap and plan.warps == 4
+    small = architecture == "sm_100" or (architecture == "sm_90" and not large)
     return "fp16" if plan.dot == "e4m3" and small else plan.dot
 
 

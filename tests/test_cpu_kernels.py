@@ -130,7 +130,8 @@ def run_quantize(
     codes = np.full((tokens, groups * size), 99, np.int8)
     scales, sums = np.zeros((tokens, groups), np.float32), np.zeros((tokens, groups), np.int32)
     block = argument_block(
-        columns=columns, groups=groups, group=size, shared=size, tile=1, item=1, tokens=tokens,
+        columns=columns, groups=groups, group=size, shared=size, largest=127, tile=1, item=1,
+        tokens=tokens,
         x=x.data_ptr(), x_stride=columns * x.element_size(), codes=codes.ctypes.data,
         scales=scales.ctypes.data, sums=sums.ctypes.data,
     )  # fmt: skip
