@@ -8,8 +8,8 @@ from __future__ import annotations
 COMPARED: dict[str, tuple[str, ...]] = {
     "int{1..8}[-gG][-asym|-fzero][-s32|-s8]": (
         "int8", "int8-g64", "int6-g64", "int5-g64", "int4-g32", "int4-g64", "int4-g128", "int4",
-        "int4-g64-asym", "int4-g64-fzero", "int4-g64-s8", "int3-g32", "int3-g64", "int3-g64-asym",
-        "int3-g64-fzero", "int2-g16", "int2-g32-fzero", "int1-g16",
+        "int4-g64-asym", "int4-g32-fzero", "int4-g64-fzero", "int4-g64-s8", "int3-g32",
+        "int3-g64", "int3-g64-asym", "int3-g64-fzero", "int2-g16", "int2-g32-fzero", "int1-g16",
     ),
     "ternary[-gG][-s32]": ("ternary-g64",),
     "nf4|fp4[-gG][-s32|-dq]": ("nf4-g64", "nf4-g64-dq", "fp4-g64"),
