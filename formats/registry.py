@@ -274,7 +274,7 @@ SYSTEMS = (
             "test_cpu_sums.py::test_bounds",
             "test_triton_sums.py::test_parity",
         ),
-        "a fixed eighth of the groups above and below; no search of the share, no calibrated scales",
+        "a fixed eighth of the groups above and below: no search of it, no calibrated scales",
     ),
     System(
         "Fast 2-bit",
