@@ -338,7 +338,7 @@ SYSTEMS = (
             "test_cpu_sums.py::test_bounds",
             "test_triton_sums.py::test_parity",
         ),
-        "an eighth of the groups above and below; scales are not calibrated by element",
+        "a fixed eighth of the groups above and below: no search of it, no calibrated scales",
     ),
     System(
         "Fast 2-bit",
@@ -362,7 +362,7 @@ SYSTEMS = (
             "test_sums_codecs.py::test_second_signs_lower_the_error_and_a_split_more",
             "test_sums_codecs.py::test_the_mask_is_counted",
         ),
-        "two bits a weight, the mask counted; salience by importance · w², no error compensation",
+        "two bits a weight, the mask counted; salience by importance · w²; no error compensation",
     ),
     System(
         "TP-Aware Dequantization",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
 from lath.formats.outliers import OutlierCodec
-from lath.formats.sum_codec import MixCodec, SignsCodec, SumCodec
+from lath.formats.sum_codec import MixCodec, Part, SignsCodec, SumCodec
 from lath.reference import codecs
 from lath.reference.linear import multiply as multiply_one
 
@@ -91,32 +91,13 @@ def quantize(
         left = left.copy()
         left.reshape(-1)[places] = 0
     found: list[codecs.Quantised] = []
-    columns = None
+    columns: Places | None = None
     stored = np.zeros(weight.shape, np.float32)
     for part in codec.parts:
         if isinstance(part, OutlierCodec):
             continue
-        if isinstance(part, MixCodec):
-            columns = deal_groups(left, part, costs, search)
-            own = [t.columns for t in part.terms(weight.shape[1]) if t.columns is not None]
-            pieces = [columns[first:last] for first, last in own]
-            new = [
-                codecs.quantize(left[:, piece], c, search)
-                for piece, c in zip(pieces, part.codecs, strict=True)
-            ]
-            coded = [(q, c, piece) for q, c, piece in zip(new, part.codecs, pieces, strict=True)]
-        elif isinstance(part, SignsCodec):
-            columns = order_salient(left, part, costs)
-            cut = part.salient(weight.shape[1])
-            coded = [
-                (q, part.sign, piece)
-                for piece, split in ((columns[:cut], search), (columns[cut:], True))
-                for q in two_signs(left[:, piece], part.sign, split)
-            ]
-        else:
-            assert isinstance(part, Codec)
-            every = np.arange(weight.shape[1])
-            coded = [(codecs.quantize(left, part, search), part, every)]
+        order, coded = quantize_part(left, part, costs, search)
+        columns = columns if order is None else order
         decoded = np.zeros(weight.shape, np.float32)
         for q, own_codec, piece in coded:
             decoded[:, piece] += codecs.dequantize(
@@ -129,6 +110,31 @@ def quantize(
         return Summed(found, columns)
     values = weight.astype(np.float32).reshape(-1)[places] - stored.reshape(-1)[places]
     return Summed(found, columns, places, values.astype(np.float16))
+
+
+def quantize_part(
+    weight: Floats, part: Part, costs: Doubles, search: bool
+) -> tuple[Places | None, list[tuple[codecs.Quantised, Codec, Places]]]:
+    """The order of the columns if the part deals them out, and each term with its columns."""
+    columns = np.arange(weight.shape[1])
+    if isinstance(part, MixCodec):
+        columns = deal_groups(weight, part, costs, search)
+        own = [term.columns for term in part.terms(weight.shape[1]) if term.columns is not None]
+        pieces = [columns[first:last] for first, last in own]
+        return columns, [
+            (codecs.quantize(weight[:, piece], codec, search), codec, piece)
+            for piece, codec in zip(pieces, part.codecs, strict=True)
+        ]
+    if isinstance(part, SignsCodec):
+        columns = order_salient(weight, part, costs)
+        cut = part.salient(weight.shape[1])
+        return columns, [
+            (q, part.sign, piece)
+            for piece, split in ((columns[:cut], search), (columns[cut:], True))
+            for q in two_signs(weight[:, piece], part.sign, split)
+        ]
+    assert isinstance(part, Codec)
+    return None, [(codecs.quantize(weight, part, search), part, columns)]
 
 
 def choose_outliers(score: Doubles, codec: OutlierCodec) -> Places:
