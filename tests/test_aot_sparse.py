@@ -65,7 +65,7 @@ def test_the_planner_picks_what_compiles(text: str, tokens: int, architecture: s
 
 
 def test_instructions_per_weight() -> None:
-    """As in test_aot_tables.py, measured and 8 %: most count bits and gather: 6.5 times
+    """As in test_aot_tables.py, measured and 8 %: most count bits and gather: 7 times
     what a dense int8 weight costs, so that a GPU must be short of bandwidth for this to pay."""
     text = "sparse50-int8 fp16 float 2048 False"
     plan = plan_linear(
@@ -75,4 +75,4 @@ def test_instructions_per_weight() -> None:
     (found,) = [s for s in record(text, plan, "sm_90") if s.name in LOOPS]
     measured = analyze(compile_recorded(found))
     assert measured.looped
-    assert measured.non_tensor_per_weight(plan.block_n * plan.block_k) <= 1.08 * 20.1
+    assert measured.non_tensor_per_weight(plan.block_n * plan.block_k) <= 1.08 * 21.6

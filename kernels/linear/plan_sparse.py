@@ -106,8 +106,8 @@ def _tile(
     tokens, rows, warps, swap = power_of_two(m, 16, 64), 64, 4, False
     if has_no_tensor_core(dot, device):
         tokens, rows, warps = 16, 32, 8
-    elif device.kind == "cuda" and device.capability == 89 and tokens == 16:
-        rows = 32  # of 64, 8 bytes a thread of kept int8 numbers are spilled here
+    elif device.kind == "cuda" and device.capability in (89, 90) and tokens == 16:
+        rows = 32  # with 64, ptxas spills 8 or 16 bytes a thread of some codecs here
     return replace(
         draft, dot=dot, swap=swap, block_m=tokens, block_n=rows, block_k=packing.BLOCK,
         warps=warps, stages=2,
