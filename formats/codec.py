@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 from lath.formats import values as value_tables
 from lath.formats.values import Values
@@ -70,6 +70,30 @@ _WIDE_VALUES = ("e4m3", "e5m2")
 _PLANE_WIDTHS: dict[int, tuple[int, ...]] = {
     1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,),
 }  # fmt: skip
+
+
+class PlanesCodec(Protocol):
+    """What the loops over planes of codes, and their plan, ask of a codec. `plane_widths`: bits per
+    weight; the rest as in `Codec`."""
+
+    @property
+    def bits(self) -> int: ...
+    @property
+    def group(self) -> int | None: ...
+    @property
+    def zero(self) -> Zero: ...
+    @property
+    def zero_code(self) -> float: ...
+    @property
+    def scale_dtype(self) -> ScaleDtype: ...
+    @property
+    def values(self) -> Values: ...
+    @property
+    def is_table(self) -> bool: ...
+    @property
+    def plane_widths(self) -> tuple[int, ...]: ...
+    def group_size(self, in_features: int) -> int: ...
+    def num_groups(self, in_features: int) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lath.formats.codec import GRAMMAR_TABLE as PLANES_GRAMMAR
 from lath.formats.codec import Codec
 from lath.formats.packed_weight import PackedWeight, WeightCodec, read_metadata
 from lath.formats.qtensor import QTensor
+from lath.formats.vectors import VECTOR_CLAIMS, VECTOR_GRAMMAR, VectorCodec, VectorTensor
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,10 @@ class Family:
 
 
 # The last one claims all texts that are left, and names what is accepted.
-FAMILIES: tuple[Family, ...] = (Family(Codec, QTensor, r".*", PLANES_GRAMMAR),)
+FAMILIES: tuple[Family, ...] = (
+    Family(VectorCodec, VectorTensor, VECTOR_CLAIMS, VECTOR_GRAMMAR),
+    Family(Codec, QTensor, r".*", PLANES_GRAMMAR),
+)
 
 GRAMMAR_TABLE = {form: text for family in FAMILIES for form, text in family.grammar.items()}
 

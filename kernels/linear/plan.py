@@ -16,13 +16,13 @@ import torch
 from lath.formats import packing
 from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
-from lath.formats.codec import Codec
+from lath.formats.codec import PlanesCodec
 from lath.formats.device import DeviceDescription, known_device
 from lath.formats.plan import Backend, Dataflow, Plan
 
 OPERAND_BYTES = {"int8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
 # Entries that a GPU's decoder reads from memory (kernels/linear/triton_tables.py).
-LOOKED_UP = ("nf4", "learned")
+LOOKED_UP = ("nf4", "learned", "vectors")
 SCALE_BYTES = {"fp16": 2, "fp32": 4, "int8": 1, "e8m0": 1, "e4m3": 1}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Bytes of a panel from which four at a time were faster on a Zen 4 core (33 to 59 KB measured).
@@ -51,7 +51,7 @@ def plan_linear(
     m: int,
     n: int,
     k: int,
-    codec: Codec,
+    codec: PlanesCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     device: DeviceDescription,
@@ -77,7 +77,7 @@ def plan_linear(
     return _plan_gpu(draft, m, n, k, codec, activations, dtype, device)
 
 
-def weight_bytes(n: int, k: int, codec: Codec) -> int:
+def weight_bytes(n: int, k: int, codec: PlanesCodec) -> int:
     """Bytes of a packed weight [n, k]: codes, both levels of scales, zeros, padding included.
 
     Not of a learned table, which is no part of what a longer weight has more of.
@@ -90,7 +90,7 @@ def weight_bytes(n: int, k: int, codec: Codec) -> int:
 
 
 def _bytes_moved(
-    m: int, n: int, k: int, codec: Codec, activations: ActivationFormat, dtype: torch.dtype
+    m: int, n: int, k: int, codec: PlanesCodec, activations: ActivationFormat, dtype: torch.dtype
 ) -> int:
     """Each byte of weight, x and y once; int8 activations are also written and read as codes."""
     size = dtype.itemsize
@@ -98,7 +98,7 @@ def _bytes_moved(
     return weight_bytes(n, k, codec) + x + m * n * size
 
 
-def common_group(k: int, codec: Codec, activations: ActivationFormat) -> int:
+def common_group(k: int, codec: PlanesCodec, activations: ActivationFormat) -> int:
     """Longest run along K that has one weight scale and one activation scale."""
     groups = [g for g in (codec.group, activations.group) if g is not None and g < k]
     return math.gcd(*groups) if groups else packing.round_up(max(k, 1), packing.BLOCK)
@@ -108,7 +108,7 @@ def _plan_cpu(
     draft: Plan,
     m: int,
     k: int,
-    codec: Codec,
+    codec: PlanesCodec,
     activations: ActivationFormat,
     device: DeviceDescription,
 ) -> Plan:
@@ -159,7 +159,7 @@ def _plan_gpu(
     m: int,
     n: int,
     k: int,
-    codec: Codec,
+    codec: PlanesCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     device: DeviceDescription,
@@ -193,7 +193,7 @@ def _plan_gpu(
 
 def _dot_type(
     k: int,
-    codec: Codec,
+    codec: PlanesCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     device: DeviceDescription,
@@ -237,7 +237,7 @@ def _tile(
     m: int,
     n: int,
     k: int,
-    codec: Codec,
+    codec: PlanesCodec,
     activations: ActivationFormat,
     dot: str,
     device: DeviceDescription,
@@ -293,7 +293,7 @@ def _tile(
     return replace(draft, stages=stages)
 
 
-def shared_bytes(plan: Plan, stages: int, codec: Codec, device: DeviceDescription) -> int:
+def shared_bytes(plan: Plan, stages: int, codec: PlanesCodec, device: DeviceDescription) -> int:
     """An upper estimate of the shared memory of a tile: loads in flight and decoded weights."""
     size = OPERAND_BYTES[plan.dot]
     x_stages = stages if device.kind == "cuda" and device.capability >= 90 else stages - 1

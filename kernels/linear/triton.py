@@ -20,6 +20,7 @@ from lath.formats import packing
 from lath.formats.activations import LARGEST_CODE, SMALLEST_ABSMAX, ActivationFormat
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
+from lath.formats.vectors import VectorTensor
 from lath.kernels.linear import triton_activations as rows
 from lath.kernels.linear import triton_gemv as gemv
 from lath.kernels.linear import triton_loops as loops
@@ -47,7 +48,7 @@ class _Rows:
 
 def linear(
     x: Tensor,
-    weight: QTensor,
+    weight: QTensor | VectorTensor,
     bias: Tensor | None,
     activations: ActivationFormat,
     plan: Plan,
@@ -93,7 +94,7 @@ def linear(
         return y
 
 
-def dequantize(weight: QTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor:
+def dequantize(weight: QTensor | VectorTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor:
     """The decoded weight [N, K]: fp32 inside, rounded once to dtype. block_n: rows of a program."""
     outputs, columns = weight.shape
     dense = torch.empty((outputs, columns), dtype=dtype, device=weight.device)
@@ -108,7 +109,9 @@ def dequantize(weight: QTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor
     return dense
 
 
-def _tensors(weight: QTensor, dot: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _tensors(
+    weight: QTensor | VectorTensor, dot: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """codes, scales, zeros, outer, table as the loops take them for a dot."""
     scales, outer, table = weight.scales, weight.outer, weight.codes
     lookup = table_for(weight, dot)
@@ -119,7 +122,7 @@ def _tensors(weight: QTensor, dot: str) -> tuple[Tensor, Tensor, Tensor, Tensor,
 
 def _decode_matmul(
     x: Tensor,
-    weight: QTensor,
+    weight: QTensor | VectorTensor,
     bias: Tensor | None,
     activations: ActivationFormat,
     dtype: torch.dtype,
@@ -143,7 +146,7 @@ def _decode_matmul(
 def _multiply(
     y: Tensor,
     x: _Rows,
-    weight: QTensor,
+    weight: QTensor | VectorTensor,
     bias: Tensor | None,
     settings: Settings,
     plan: Plan,

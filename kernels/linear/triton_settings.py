@@ -15,10 +15,11 @@ import torch
 from lath.formats import packing
 from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
-from lath.formats.codec import Codec
+from lath.formats.codec import PlanesCodec
 from lath.formats.plan import Plan
 from lath.kernels.linear import triton_decode as decode
 from lath.kernels.linear import triton_tables as tables
+from lath.kernels.linear import triton_vectors as vectors
 
 _DOTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _DECODERS: dict[str, Any] = {
@@ -37,6 +38,11 @@ _TABLE_DECODERS = {
     "fp16": tables.table_fp16,
     "bf16": tables.table_bf16,
     "fp32": tables.table_fp32,
+}
+_VECTOR_DECODERS = {
+    "fp16": vectors.vectors_fp16,
+    "bf16": vectors.vectors_bf16,
+    "fp32": vectors.vectors_fp32,
 }
 # A product of an activation code and a weight code (less its zero) is at most 127 * 255.
 MOST_INT32_COLUMNS = (2**31 - 1) // (127 * 255)
@@ -57,7 +63,7 @@ class Settings:
 
 @functools.lru_cache(maxsize=1024)
 def settings_of(
-    codec: Codec,
+    codec: PlanesCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     columns: int,
@@ -96,7 +102,7 @@ def settings_of(
     return Settings(dot, span, step, plan.block_m, natural, sums_outside, kernel)
 
 
-def codec_arguments(codec: Codec, dot: str, centred: bool, columns: int) -> dict[str, Any]:
+def codec_arguments(codec: PlanesCodec, dot: str, centred: bool, columns: int) -> dict[str, Any]:
     """The constexpr arguments that say how a weight is decoded for a dot."""
     found = decode.encoding(codec, dot, centred)
     decoders = _DECODERS
@@ -104,6 +110,7 @@ def codec_arguments(codec: Codec, dot: str, centred: bool, columns: int) -> dict
     if codec.is_table:
         form = tables.form_of(codec, dot)
         decoders = _TABLE_DECODERS if tables.is_looked_up(codec) else _FLOAT_DECODERS
+        decoders = _VECTOR_DECODERS if codec.values == "vectors" else decoders
     outer = {"int8": "row", "e4m3": "all"}.get(codec.scale_dtype, "none")
     if outer == "none" and tables.is_scaled(codec, dot):
         outer = "all"
@@ -120,7 +127,7 @@ def codec_arguments(codec: Codec, dot: str, centred: bool, columns: int) -> dict
     }
 
 
-def _span(codec: Codec, activations: ActivationFormat, columns: int, step: int, dot: str) -> int:
+def _span(codec: PlanesCodec, activations: ActivationFormat, columns: int, step: int, dot: str) -> int:
     """Longest run of columns inside a step with one weight and one activation scale, or 0: all."""
     groups = [g for g in (codec.group, activations.group) if g is not None and g < columns]
     if not groups and dot == "int8" and columns > MOST_INT32_COLUMNS:
@@ -139,7 +146,7 @@ def _depth(dot: str, swap: bool, amd: bool) -> int:
     return packing.BLOCK if swap or amd else 64
 
 
-def _offset(codec: Codec, found: decode.Encoding) -> int | float:
+def _offset(codec: PlanesCodec, found: decode.Encoding) -> int | float:
     """The constant that goes with sums of x: 0 where a symmetric codec is centred already."""
     if codec.zero != "none" or codec.is_table:
         return found.base
@@ -154,19 +161,20 @@ def _activation_group(activations: ActivationFormat, columns: int) -> int:
     return 0 if activations.group is None or activations.group >= columns else activations.group
 
 
-def _weight_group(codec: Codec, columns: int) -> int:
+def _weight_group(codec: PlanesCodec, columns: int) -> int:
     """Columns per scale, 0 if a row has a single one."""
     return 0 if codec.group is None or codec.group >= columns else codec.group
 
 
-def _widths(codec: Codec) -> tuple[int, int, int]:
+def _widths(codec: PlanesCodec) -> tuple[int, int, int, bool]:
     widths = (*codec.plane_widths, 0, 0)
-    return widths[0], widths[1], widths[2]
+    in_halves = 1 in codec.plane_widths and codec.values != "vectors"
+    return widths[0], widths[1], widths[2], in_halves
 
 
 def _check_plan(
     plan: Plan,
-    codec: Codec,
+    codec: PlanesCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     span: int,

@@ -25,8 +25,10 @@ from lath.formats.activations import ActivationFormat
 from lath.formats.families import weight_class
 from lath.formats.packed_weight import PackedWeight, WeightCodec
 from lath.formats.qtensor import QTensor
+from lath.formats.vectors import VectorTensor
 from lath.reference import codecs as reference_codecs
 from lath.reference import linear as reference_linear
+from lath.reference import vectors as reference_vectors
 
 Floats = NDArray[np.float32]
 
@@ -66,6 +68,14 @@ def _decode_planes(weight: QTensor) -> NDArray[np.float64]:
     )  # fmt: skip
 
 
+def _decode_vectors(weight: VectorTensor) -> NDArray[np.float64]:
+    rows, columns = weight.shape
+    return reference_vectors.dequantize(
+        [array(index) for index in weight.unpack_indices()], array(weight.scales, rows),
+        array(weight.books), weight.codec, columns,
+    )  # fmt: skip
+
+
 KINDS: dict[type[PackedWeight], Kind] = {
     QTensor: Kind(
         quantize="lath.kernels.quantize",
@@ -73,6 +83,13 @@ KINDS: dict[type[PackedWeight], Kind] = {
         triton="lath.kernels.linear.triton",
         cpu="lath.kernels.linear.cpu",
         decode=_decode_planes,
+    ),
+    VectorTensor: Kind(
+        quantize="lath.kernels.quantize_vectors",
+        plan="lath.kernels.linear.plan",
+        triton="lath.kernels.linear.triton",
+        cpu="lath.kernels.linear.cpu_vectors",
+        decode=_decode_vectors,
     ),
 }
 
