@@ -210,7 +210,9 @@ class VectorTensor(PackedWeight):
         for entries, index in zip(self.codec.books, self.unpack_indices(), strict=True):
             total = total + self.books[first : first + entries].float()[index]
             first += entries
-        numbers = total.reshape(rows, -1)[:, :columns]
+        numbers = total.reshape(rows, self.codec.num_vectors(columns) * self.codec.vector)[
+            :, :columns
+        ]
         scales = self.scales[:, :rows].float().T
         wide = scales.repeat_interleave(self.codec.group_size(columns), dim=1)[:, :columns]
         return (numbers * wide).to(dtype)
@@ -244,7 +246,9 @@ def pack_indices(indices: Sequence[Tensor], codec: VectorCodec) -> Tensor:
         rows, vectors = index.shape
         pad = (0, -vectors % per_block, 0, -rows % packing.PANEL)
         padded = torch.nn.functional.pad(index.long(), pad)
-        axes = padded.reshape(padded.shape[0] // packing.PANEL, packing.PANEL, -1, per_block)
+        axes = padded.reshape(
+            padded.shape[0] // packing.PANEL, packing.PANEL, padded.shape[1] // per_block, per_block
+        )
         axes = axes.permute(0, 2, 1, 3)
         if bits == 4:
             fields = axes[..., 0::2] | axes[..., 1::2] << 4

@@ -55,7 +55,7 @@ def quantize(
         index = nearest(left, near, book.float())
         left = left - book.float()[index]
         books.append(book)
-        indices.append(index.reshape(rows, -1))
+        indices.append(index.reshape(rows, codec.num_vectors(columns)))
     padded = torch.nn.functional.pad(scales, (0, -rows % packing.PANEL))
     return VectorTensor(
         codec, (rows, columns), pack_indices(indices, codec), padded, torch.cat(books)

@@ -71,7 +71,7 @@ def quantize(
         index = nearest(left, near, book.astype(np.float64))
         left = left - book.astype(np.float64)[index]
         books.append(book)
-        indices.append(index.reshape(rows, -1))
+        indices.append(index.reshape(rows, codec.num_vectors(columns)))
     return Quantised(indices, scales, np.concatenate(books))
 
 
@@ -114,7 +114,7 @@ def vectors_of(values: Doubles, codec: VectorCodec) -> Doubles:
     rows, columns = values.shape
     padded = np.zeros((rows, codec.num_vectors(columns) * codec.vector))
     padded[:, :columns] = values
-    return padded.reshape(rows, -1, codec.vector)
+    return padded.reshape(rows, codec.num_vectors(columns), codec.vector)
 
 
 def learn_book(vectors: Doubles, mass: Doubles, entries: int, rng: np.random.Generator) -> Doubles:
@@ -159,7 +159,7 @@ def dequantize(
     for entries, index in zip(codec.books, indices, strict=True):
         total = total + books[first : first + entries].astype(np.float64)[index]
         first += entries
-    numbers = total.reshape(len(total), -1)[:, :columns]
+    numbers = total.reshape(len(total), codec.num_vectors(columns) * codec.vector)[:, :columns]
     group = np.arange(columns) // codec.group_size(columns)
     decoded: Doubles = numbers * scales.astype(np.float64).T[:, group]
     return decoded

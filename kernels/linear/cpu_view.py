@@ -22,7 +22,7 @@ from torch import Tensor
 from lath.formats import packing
 from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
-from lath.formats.codec import GROUP_MULTIPLE, Codec
+from lath.formats.codec import GROUP_MULTIPLE, Codec, PlanesCodec
 from lath.formats.qtensor import QTensor
 from lath.kernels.linear.cpu_record import VECTOR_BYTES, ByteScale, Record, whole_entries
 from lath.kernels.simd.compile import driver
@@ -73,7 +73,7 @@ class CpuView:
         return self.groups * self.records.shape[2]
 
 
-def view_group(columns: int, codec: Codec, activations: ActivationFormat) -> int:
+def view_group(columns: int, codec: PlanesCodec, activations: ActivationFormat) -> int:
     """Columns of one record: a multiple of 16 that divides both groups, short of overflow."""
     groups = [g for g in (codec.group, activations.group) if g is not None and g < columns]
     if groups:

@@ -35,6 +35,10 @@ CPU_TILES = {
     ("float", True): ((1, 1), (4, 1), (8, 1)),
     ("float", False): ((1, 1), (4, 1)),
 }
+# Tokens of a register tile of four rows of vectors: accumulators, four rows of decoded weights.
+CPU_VECTOR_TOKENS = {True: (1, 2, 4), False: (1, 2)}
+# Tokens from which decoding a piece of a panel into memory beats fetching entries for each tile.
+CPU_VECTOR_STAGED = 8
 # Up to this many tokens products are summed directly where no tensor core takes the dot (GPU). With
 # one, a dot needs fewer instructions per weight even for one token (bench/results/).
 GEMV_TOKENS = 4
@@ -112,6 +116,8 @@ def _plan_cpu(
     activations: ActivationFormat,
     device: DeviceDescription,
 ) -> Plan:
+    if codec.values == "vectors":
+        return _plan_cpu_vectors(draft, m, activations, device)
     stored = next(bits for bits in (2, 4, 8) if bits >= codec.bits)
     reasons = [f"{device.architecture}, {device.threads} thread(s)"]
     if stored != codec.bits:
@@ -139,6 +145,31 @@ def _plan_cpu(
         block_m=tokens,
         block_n=panels * packing.PANEL,
     )
+
+
+def _plan_cpu_vectors(
+    draft: Plan, m: int, activations: ActivationFormat, device: DeviceDescription
+) -> Plan:
+    tokens = cpu_vector_tokens(m, device.architecture)
+    what = "float" if activations.kind == "float" else "rounded"
+    why = (
+        f"{device.architecture}, {device.threads} thread(s); {what} activations as fp32: entries "
+        f"are fetched and widened once for {tokens} token(s)"
+    )
+    if m >= CPU_VECTOR_STAGED:
+        why = why.replace(
+            f"once for {tokens} token(s)", "once, a piece of sixteen rows at a time, for all tokens"
+        )
+    return replace(
+        draft, dataflow="gemv" if m <= 1 else "tiled", dot="fp32", reason=why,
+        threads=device.threads, block_m=tokens, block_n=packing.PANEL,
+    )  # fmt: skip
+
+
+def cpu_vector_tokens(tokens: int, architecture: str) -> int:
+    """Tokens of the register tile of a CPU kernel over vector codebooks."""
+    tiles = CPU_VECTOR_TOKENS[architecture == "avx512_vnni"]
+    return next((tile for tile in tiles if tile >= tokens), tiles[-1])
 
 
 def cpu_tile(kind: str, tokens: int, panel_bytes: int, architecture: str) -> tuple[int, int]:

@@ -127,7 +127,9 @@ def codec_arguments(codec: PlanesCodec, dot: str, centred: bool, columns: int) -
     }
 
 
-def _span(codec: PlanesCodec, activations: ActivationFormat, columns: int, step: int, dot: str) -> int:
+def _span(
+    codec: PlanesCodec, activations: ActivationFormat, columns: int, step: int, dot: str
+) -> int:
     """Longest run of columns inside a step with one weight and one activation scale, or 0: all."""
     groups = [g for g in (codec.group, activations.group) if g is not None and g < columns]
     if not groups and dot == "int8" and columns > MOST_INT32_COLUMNS:

@@ -22,7 +22,7 @@ def _entries(
     VECTOR: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The entries of a run out of one book: fp16 [rows, 16]. WIDTH: bits per weight of its plane."""
+    """The entries of a run in one book: fp16 [rows, 16]. WIDTH: bits per weight of its plane."""
     COUNT: tl.constexpr = 16 // VECTOR
     BITS: tl.constexpr = VECTOR * WIDTH
     bit = (RUN * COUNT + tl.arange(0, COUNT)) * BITS

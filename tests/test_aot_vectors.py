@@ -1,0 +1,68 @@
+"""Vector codebooks: what `plan_linear` picks for them, compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import pytest
+from test_aot_linear import ARCHITECTURES, check, record
+
+from cases import DTYPES, plan_of
+from lath.formats.activations import activation_format
+from lath.formats.device import known_device
+from lath.formats.families import weight_codec
+from lath.kernels.linear.plan import plan_linear
+
+# Codec, dtype, activations, K, bias.
+COVER = [
+    "vq8-256 fp16 float 2048 True",
+    "vq8-256-g128 bf16 float 2000 False",
+    "vq8-65536 fp16 float 2048 False",
+    "vq8-65536+256 bf16 float 2048 False",
+    "vq4-256-g64 fp16 int8-g64 2048 False",
+    "vq2-16 bf16 float 2048 False",
+    "vq16-65536 fp16 float 2048 False",
+    "vq4-16 fp16 int8 2048 True",
+    "vq2-256 fp16 float 2048 False",
+]
+MATRIX = [
+    pytest.param(
+        text, tokens, architecture, id=f"{architecture} M{tokens} {text}",
+        marks=[] if i == j and (i % 2 == 0) == (tokens == 1) else [pytest.mark.slow],
+    )
+    for i, text in enumerate(COVER)
+    for tokens in (1, 16)
+    for j, architecture in enumerate(ARCHITECTURES)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "tokens", "architecture"), MATRIX)
+def test_the_planner_picks_what_compiles(text: str, tokens: int, architecture: str) -> None:
+    """No spill at all, and the dot that the codec and the activations ask for."""
+    codec, dtype, activations, columns, _ = text.split()
+    plan = plan_linear(
+        tokens, 4096, int(columns), weight_codec(codec), activation_format(activations),  # type: ignore[arg-type]
+        DTYPES[dtype], known_device(architecture), "triton",
+    )  # fmt: skip
+    for found in record(text, plan, architecture):
+        check(found, plan.dot)
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        ("vq8-256 fp16 float 2048 False", "gemv fp32 1x64x128 k1 w4"),
+        ("vq8-65536+256 bf16 float 2048 False", "decode_matmul bf16 16x64x128 k1 w4"),
+        ("vq8-256-g128 fp16 float 2048 False", "tiled fp16 64x64x128 k1 w8"),
+        ("vq4-256 fp32 float 2000 False", "flat fp32 16x32x128 k1 w8"),
+    ],
+)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=[] if name == "sm_90" else [pytest.mark.slow])
+        for name in ARCHITECTURES
+    ],
+)
+def test_other_dataflows_compile(architecture: str, text: str, chosen: str) -> None:
+    plan = plan_of(chosen)
+    for found in record(text, plan, architecture):
+        check(found, plan.dot)
