@@ -17,7 +17,7 @@ import oracle
 from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.vectors import VectorTensor
 from lath.integration.linear import PackedLinear
-from lath.kernels.linear import cpu_vectors
+from lath.kernels.linear import cpu_vector_loops, cpu_vectors
 from lath.kernels.simd import emitter, host_isa, isa
 from lath.kernels.simd.compile import compile_kernel
 
@@ -135,13 +135,13 @@ def test_a_wrong_kernel_is_refused(
     shape: tuple[int, ...], staged: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control of the check at first use: columns that change places must not pass."""
-    honest = cpu_vectors._Book.numbers
+    honest = cpu_vector_loops._Book.numbers
 
     def wrong(self, r, step):  # type: ignore[no-untyped-def]
         value = honest(self, r, step)
         return self.e.shuffle(value, value, [1, 0, *range(2, 16)])
 
-    monkeypatch.setattr(cpu_vectors._Book, "numbers", wrong)
+    monkeypatch.setattr(cpu_vector_loops._Book, "numbers", wrong)
     monkeypatch.setattr("lath.kernels.simd.compile.callback", numba.cfunc)
     monkeypatch.setattr(cpu_vectors, "compile_kernel", compile_kernel.__wrapped__)
     own = cpu_vectors._Shape(*shape)
