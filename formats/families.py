@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lath.formats.codec import GRAMMAR_TABLE as PLANES_GRAMMAR
 from lath.formats.codec import Codec
+from lath.formats.lattice import LATTICE_CLAIMS, LATTICE_GRAMMAR, LatticeCodec, LatticeTensor
 from lath.formats.packed_weight import PackedWeight, WeightCodec, read_metadata
 from lath.formats.qtensor import QTensor
 from lath.formats.vectors import VECTOR_CLAIMS, VECTOR_GRAMMAR, VectorCodec, VectorTensor
@@ -33,6 +34,7 @@ class Family:
 # The last one claims all texts that are left, and names what is accepted.
 FAMILIES: tuple[Family, ...] = (
     Family(VectorCodec, VectorTensor, VECTOR_CLAIMS, VECTOR_GRAMMAR),
+    Family(LatticeCodec, LatticeTensor, LATTICE_CLAIMS, LATTICE_GRAMMAR),
     Family(Codec, QTensor, r".*", PLANES_GRAMMAR),
 )
 

@@ -1,15 +1,19 @@
-"""Vector codebooks: what `plan_linear` picks for them, compiled for GPUs that are not here."""
+"""Vector codebooks and lattices: what is planned for them, compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from test_aot_linear import ARCHITECTURES, check, record
 
 from cases import DTYPES, plan_of
 from lath.formats.activations import activation_format
 from lath.formats.device import known_device
 from lath.formats.families import weight_codec
+from lath.formats.lattice import LatticeCodec, LatticeTensor
+from lath.kernels.linear import lattice
 from lath.kernels.linear.plan import plan_linear
+from tools.fake_gpu import fake_gpu
 
 # Codec, dtype, activations, K, bias.
 COVER = [
@@ -65,4 +69,28 @@ def test_the_planner_picks_what_compiles(text: str, tokens: int, architecture: s
 def test_other_dataflows_compile(architecture: str, text: str, chosen: str) -> None:
     plan = plan_of(chosen)
     for found in record(text, plan, architecture):
+        check(found, plan.dot)
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=[] if name in ("sm_90", "gfx942") else [pytest.mark.slow])
+        for name in ARCHITECTURES
+    ],
+)
+def test_what_a_lattice_launches_compiles(architecture: str, activations: str) -> None:
+    """The loops of its whole numbers, with the dot that the plan names: rounded x G in fp16."""
+    codec, fmt = LatticeCodec.parse("lattice2-d8-g128"), activation_format(activations)
+    weight = LatticeTensor.empty(codec, (1024, 2048), "cpu")
+    for tensor in weight.tensors.values():
+        tensor.zero_()
+    device = known_device(architecture)
+    plan = lattice.plan_linear(16, 1024, 2048, codec, fmt, torch.float16, device, "triton")
+    with fake_gpu(architecture) as recording:
+        lattice.linear(torch.zeros(16, 2048).half(), weight, None, fmt, plan)
+    assert plan.dot == ("fp16" if activations == "float" else "int8")
+    assert {found.name for found in recording.specialisations()} >= {"matmul_kernel"}
+    for found in recording.specialisations():
         check(found, plan.dot)

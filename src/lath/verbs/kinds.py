@@ -23,10 +23,12 @@ from torch import Tensor
 
 from lath.formats.activations import ActivationFormat
 from lath.formats.families import weight_class
+from lath.formats.lattice import LatticeTensor
 from lath.formats.packed_weight import PackedWeight, WeightCodec
 from lath.formats.qtensor import QTensor
 from lath.formats.vectors import VectorTensor
 from lath.reference import codecs as reference_codecs
+from lath.reference import lattice as reference_lattice
 from lath.reference import linear as reference_linear
 from lath.reference import vectors as reference_vectors
 
@@ -55,6 +57,17 @@ class Kind:
         return reference_linear.multiply(x, self.decode(weight), bias, activations)
 
 
+class LatticeKind(Kind):
+    """A kind whose activations are transformed before a format rounds them."""
+
+    def reference(
+        self, x: Floats, weight: PackedWeight, bias: Floats | None, activations: ActivationFormat
+    ) -> NDArray[np.float64]:
+        assert isinstance(weight, LatticeTensor)
+        turned = reference_lattice.transform(x, array(weight.generators), weight.codec)
+        return reference_linear.multiply(turned, _decode_planes(weight.points), bias, activations)
+
+
 def array(tensor: Tensor | None, rows: int | None = None) -> Any:
     """A tensor in NumPy, its last axis cut to `rows` where padding follows."""
     return None if tensor is None else tensor[..., :rows].cpu().numpy()
@@ -76,6 +89,14 @@ def _decode_vectors(weight: VectorTensor) -> NDArray[np.float64]:
     )  # fmt: skip
 
 
+def _decode_lattice(weight: LatticeTensor) -> NDArray[np.float64]:
+    rows, columns = weight.shape
+    points = array(weight.points.unpack_codes()).astype(np.int64) - (1 << (weight.codec.bits - 1))
+    return reference_lattice.dequantize(
+        points, array(weight.scales, rows), array(weight.generators), weight.codec, columns
+    )
+
+
 KINDS: dict[type[PackedWeight], Kind] = {
     QTensor: Kind(
         quantize="lath.kernels.quantize",
@@ -90,6 +111,13 @@ KINDS: dict[type[PackedWeight], Kind] = {
         triton="lath.kernels.linear.triton",
         cpu="lath.kernels.linear.cpu_vectors",
         decode=_decode_vectors,
+    ),
+    LatticeTensor: LatticeKind(
+        quantize="lath.kernels.quantize_lattice",
+        plan="lath.kernels.linear.lattice",
+        triton="lath.kernels.linear.lattice",
+        cpu="lath.kernels.linear.lattice",
+        decode=_decode_lattice,
     ),
 }
 
