@@ -7,12 +7,13 @@ far each codec is from what one core can read,
 
     python bench/bench_linear.py [--tokens 1,8,128] [--codecs mxfp4/int8,nf4-g64/float] [--rounds 9]
 
-which writes bench/results/codecs_cpu.md and codecs_cpu.json.
+which writes bench/results/codecs_cpu.md and codecs_cpu.json (--name: other files). Books of vector
+codebooks hold random numbers here: to fit them takes longer than all the rest, and no time depends
+on them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import sys
 import time
@@ -31,10 +32,12 @@ if __name__ == "__main__":
 import cases
 import lath
 from lath.formats.activations import ActivationFormat
+from lath.formats.families import weight_codec
+from lath.formats.vectors import VectorCodec, VectorTensor
 from lath.integration.benchmark import COLD_BYTES, machine_facts
-from lath.kernels.linear import cpu
 from lath.kernels.simd import isa
 from lath.kernels.simd.compile import compile_kernel
+from lath.verbs.kinds import kind_of
 
 torch.set_num_threads(1)
 
@@ -42,6 +45,10 @@ TABLE_CODECS = (
     "ternary/int8", "int4-g128/int8-g128", "int8-g128/int8-g128", "fp4-g64/int8-g64", "mxfp4/int8",
     "mxfp4/int8-g32", "nvfp4/int8", "mxfp6/int8", "nf4-g64/int8-g64", "nf4-g64/float",
     "mxfp4/float", "e4m3/float", "e4m3/int8",
+)  # fmt: skip
+VECTOR_CODECS = (
+    "vq8-256/float", "vq8-65536/float", "vq8-65536+256/float", "vq4-256-g128/float", "vq2-16/float",
+    "vq2-256/float", "vq8-256/int8", "lattice2-d8/int8", "lattice4-d8-g128/int8-g128",
 )  # fmt: skip
 # Blocks of calls in turn: long against the clock, short against what else the machine does.
 BLOCK_SECONDS = 0.03
@@ -91,14 +98,28 @@ def read_call(nbytes: int) -> tuple[Callable[[int], object], int]:
 def lath_call(name: str, m: int, k: int, n: int) -> tuple[Callable[[int], object], int]:
     """The layer "codec/activations" over enough copies of its view to be cold."""
     codec, activations = name.split("/")
-    packed = lath.quantize(torch.randn(n, k) / k**0.5, codec)
-    first = cpu.prepare(packed, None, ActivationFormat.parse(activations))
-    view, layers = first._view, [first]
-    while len(layers) * view.nbytes < COLD_BYTES:
-        copy = dataclasses.replace(view, records=view.records.clone())
-        layers.append(cpu.CpuLinear(copy, first._kind, ActivationFormat.parse(activations)))
+    packed = packed_weight(codec, k, n)
+    prepare = kind_of(packed).function("cpu", "prepare")
+    weights, layers = [packed], [prepare(packed, None, ActivationFormat.parse(activations))]
+    nbytes = packed.view_nbytes
+    while len(layers) * nbytes < COLD_BYTES:
+        tensors = {name: tensor.clone() for name, tensor in packed.tensors.items()}
+        weights.append(packed.from_tensors(packed.codec, packed.shape, tensors))
+        layers.append(prepare(weights[-1], None, ActivationFormat.parse(activations)))
     x = torch.randn(m, k).bfloat16()
-    return (lambda i: layers[i % len(layers)](x)), view.nbytes
+    return (lambda i: layers[i % len(layers)](x)), nbytes
+
+
+def packed_weight(text: str, k: int, n: int) -> lath.PackedWeight:
+    """A weight [n, k], of normal numbers; of vector codebooks any indices and entries."""
+    codec = weight_codec(text)
+    if not isinstance(codec, VectorCodec):
+        return lath.quantize(torch.randn(n, k) / k**0.5, codec)
+    packed = VectorTensor.empty(codec, (n, k), "cpu")
+    packed.codes.copy_(torch.randint(-(2**31), 2**31, packed.codes.shape))
+    packed.scales.fill_(k**-0.5)
+    packed.books.normal_()
+    return packed
 
 
 def torch_call(m: int, k: int, n: int) -> tuple[Callable[[int], object], int]:
@@ -177,7 +198,8 @@ def main() -> None:
     parser = report.parser_of(__doc__)
     parser.add_argument("--shape", default="2560x6912", help="K x N")
     parser.add_argument("--tokens", default="1,8,128")
-    parser.add_argument("--codecs", default=",".join(TABLE_CODECS))
+    parser.add_argument("--codecs", default=",".join((*TABLE_CODECS, *VECTOR_CODECS)))
+    parser.add_argument("--name", default="codecs_cpu", help="of the files that are written")
     options = report.parsed(parser)
     if options.threads != 1:
         parser.error(f"--threads must be 1: CPU time is that of one thread, got {options.threads}")
@@ -187,7 +209,7 @@ def main() -> None:
         rows += rows_of(options.codecs.split(","), m, k, n, options.rounds)
     command = report.command_of("bench_linear.py")
     report.save(
-        options, "codecs_cpu", as_markdown(rows, options.shape, command), command, rows=rows
+        options, options.name, as_markdown(rows, options.shape, command), command, rows=rows
     )
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 Family = Literal[
     "8-bit attention", "key-value cache", "decoding", "sparse selection", "eviction",
-    "ragged batches", "trees",
+    "ragged batches", "trees", "low-bit weights",
 ]  # fmt: skip
 
 
@@ -248,6 +248,32 @@ SYSTEMS = (
             "test_decode_attention.py::test_ragged_is_a_loop",
             "test_paged_kv.py::test_crop_lists_and_short_sequences",
         ),
+    ),
+    System(
+        "VPTQ",
+        "low-bit weights",
+        '`quantize(weight, "vq8-65536+256")`, `linear`, `patch(model, weights="vq8-256")`',
+        (
+            "test_vectors.py::test_weighted_k_means_beats_scalar_codes_at_equal_bits",
+            "test_vectors.py::test_importance_moves_the_error_where_it_counts_less",
+            "test_triton_vectors.py::test_parity",
+            "test_cpu_vectors.py::test_bounds",
+        ),
+        "vectors lie along the inputs; importance is the diagonal of the Hessian, given to "
+        "`lath.kernels.quantize_vectors`; no outlier book, no error feedback between columns",
+    ),
+    System(
+        "GLVQ",
+        "low-bit weights",
+        '`quantize(weight, "lattice2-d8-g128")`, `linear`: x G over the whole numbers z',
+        (
+            "test_lattice.py::test_a_point_of_the_lattice_is_its_own",
+            "test_lattice.py::test_a_lattice_beats_scalar_codes_at_equal_bits",
+            "test_lattice.py::test_singular_lattices_are_refused",
+            "test_lattice.py::test_cpu_parity",
+        ),
+        "Babai's nearest plane, generators by alternating least squares; no companding, no mixed "
+        "bits of groups, no calibration",
     ),
     _tree("Medusa", "heads are the caller's"),
     _tree("Sequoia", "the shape of the tree and its verification are the caller's"),

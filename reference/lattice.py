@@ -84,7 +84,8 @@ def learn_generator(vectors: Doubles, codec: LatticeCodec) -> Doubles:
     # Cholesky of the matrix turned upside down gives the upper factor: the last coordinate is
     # rounded by itself, and each one before it given those behind.
     upper = np.linalg.cholesky(covariance[::-1, ::-1])[::-1, ::-1]
-    trial = best = STEPS[codec.bits] * upper
+    trial = np.asarray(STEPS[codec.bits] * upper, np.float64)
+    best = trial
     least = np.inf
     for _ in range(ROUNDS):
         z = babai(vectors, trial, codec.bits).astype(np.float64)
@@ -94,7 +95,7 @@ def learn_generator(vectors: Doubles, codec: LatticeCodec) -> Doubles:
         squares = z.T @ z
         if np.linalg.cond(squares) > MOST_CONDITION**2:
             break  # some coordinate is (nearly) always 0: nothing is known of its direction
-        trial = np.linalg.solve(squares, z.T @ vectors).T
+        trial = np.asarray(np.linalg.solve(squares, z.T @ vectors).T, np.float64)
         if np.linalg.cond(trial) > MOST_CONDITION / 2:
             break
     return best
