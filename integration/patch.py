@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.families import weight_class, weight_codec
 from lath.formats.packed_weight import PackedWeight, WeightCodec
+from lath.formats.vectors import VectorCodec
 from lath.integration.find import Found, check_selection, find_linears
 from lath.integration.linear import PackedLinear
 from lath.integration.patch_attention import AttentionPatch, attention_options
@@ -87,9 +88,9 @@ def patch(
     whatever its name. skip=() packs that too; a head that is tied to the embedding is untied first.
     only: patterns of the layers to pack, so that a second call gives others another codec; None
     packs all. activations: "float", "int8", "int8-gG" or "auto": int8 with the weight's group on a
-    CPU, float elsewhere. backend: as for `lath.linear`. search: choose each group's range by
-    squared error, slower. dry_run: only report. progress: show a bar; None shows it on a terminal
-    when there is much to do.
+    CPU (but float for vector codebooks), float elsewhere. backend: as for `lath.linear`. search:
+    choose each group's range by squared error, slower. dry_run: only report. progress: show a bar;
+    None shows it on a terminal when there is much to do.
 
     select, with kv: which pages or tokens of the cache a step of decoding reads, "quest:1024" or
     any `lath.Selection`; None: all. The first piece of a prompt is attended as without it; later
@@ -140,8 +141,10 @@ def patch(
 
 
 def auto_activations(codec: WeightCodec, on_cpu: bool) -> ActivationFormat:
-    """int8 on a CPU, where the integer dot is what makes it fast, grouped as the weight is."""
-    return ActivationFormat("int8", codec.group) if on_cpu else ActivationFormat()
+    """int8 on a CPU, where the integer dot is what makes it fast, grouped as the weight is; vectors
+    of a codebook are multiplied as fp32 there, which rounding would not make faster."""
+    rounded = on_cpu and not isinstance(codec, VectorCodec)
+    return ActivationFormat("int8", codec.group) if rounded else ActivationFormat()
 
 
 def _parse_options(
