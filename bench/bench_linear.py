@@ -7,9 +7,9 @@ far each codec is from what one core can read,
 
     python bench/bench_linear.py [--tokens 1,8,128] [--codecs mxfp4/int8,nf4-g64/float] [--rounds 9]
 
-which writes bench/results/codecs_cpu.md and codecs_cpu.json (--name: other files). Books of vector
-codebooks hold random numbers here: to fit them takes longer than all the rest, and no time depends
-on them.
+which writes bench/results/codecs_cpu.md and codecs_cpu.json (--name: other files). Vector
+codebooks and lattices hold random numbers here: to fit them takes longer than all the rest, and no
+time depends on them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ if __name__ == "__main__":
 import cases
 import lath
 from lath.formats.activations import ActivationFormat
-from lath.formats.families import weight_codec
-from lath.formats.vectors import VectorCodec, VectorTensor
+from lath.formats.families import weight_class, weight_codec
+from lath.formats.lattice import LatticeCodec
+from lath.formats.vectors import VectorCodec
 from lath.integration.benchmark import COLD_BYTES, machine_facts
 from lath.kernels.simd import isa
 from lath.kernels.simd.compile import compile_kernel
@@ -111,14 +112,16 @@ def lath_call(name: str, m: int, k: int, n: int) -> tuple[Callable[[int], object
 
 
 def packed_weight(text: str, k: int, n: int) -> lath.PackedWeight:
-    """A weight [n, k], of normal numbers; of vector codebooks any indices and entries."""
+    """A weight [n, k], of normal numbers; of vector codebooks and lattices any that are valid."""
     codec = weight_codec(text)
-    if not isinstance(codec, VectorCodec):
+    if not isinstance(codec, (VectorCodec, LatticeCodec)):
         return lath.quantize(torch.randn(n, k) / k**0.5, codec)
-    packed = VectorTensor.empty(codec, (n, k), "cpu")
-    packed.codes.copy_(torch.randint(-(2**31), 2**31, packed.codes.shape))
-    packed.scales.fill_(k**-0.5)
-    packed.books.normal_()
+    packed = weight_class(codec).empty(codec, (n, k), "cpu")
+    for name, tensor in packed.tensors.items():
+        if name == "codes":
+            tensor.copy_(torch.randint(-(2**31), 2**31, tensor.shape))
+        else:
+            tensor.normal_().abs_().mul_(k**-0.5)
     return packed
 
 
