@@ -22,7 +22,7 @@ from lath.formats.codec import GROUP_MULTIPLE, Codec
 from lath.formats.packed_weight import PackedWeight, check_names
 from lath.formats.qtensor import QTensor
 
-LATTICE_CLAIMS = r"lattice.*"
+LATTICE_CLAIMS = r"lattice[^+]*"
 LATTICE_GRAMMAR = {
     "lattice{2..8}-d{2|4|8|16|32}[-gG]": "2 to 8 bits a coordinate in a learned lattice of 2 to 32 "
     "dimensions, one generator and fp16 row scales for each run of G columns (GLVQ)",

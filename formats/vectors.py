@@ -26,7 +26,8 @@ from lath.formats.codec import GROUP_MULTIPLE, ScaleDtype, Zero
 from lath.formats.packed_weight import PackedWeight, check_layout, check_names
 from lath.formats.values import Values
 
-VECTOR_CLAIMS = r"vq.*"
+# A plus sign before anything but a number is none of ours.
+VECTOR_CLAIMS = r"vq[^+]*(\+\d[^+]*)?"
 VECTOR_GRAMMAR = {
     "vq{2|4|8|16}-E[+R][-gG]": "vectors of 2, 4, 8 or 16 weights, each an entry of a book of E "
     "(16, 256 or 65536) and one of a residual book of R, times an fp16 scale (VPTQ); log2(E) is 1, "

@@ -12,7 +12,8 @@ from cases_vectors import answer, decode, make_weight
 from torch import nn
 
 import lath
-from lath.formats.families import GRAMMAR_TABLE, weight_codec
+from lath.formats.families import GRAMMAR_TABLE, family_of_text, weight_codec
+from lath.formats.lattice import LatticeTensor
 from lath.formats.vectors import VECTOR_GRAMMAR, VectorCodec, VectorTensor, pack_indices
 from lath.integration.linear import PackedLinear
 from lath.kernels import quantize_vectors
@@ -57,6 +58,14 @@ def test_text_forms_round_trip(text: str) -> None:
 def test_text_forms_that_are_none(text: str, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         weight_codec(text)
+
+
+def test_other_sums_are_not_claimed() -> None:
+    """What is added to a weight of vectors by another kind is that kind's text."""
+    for text in ("vq8-256+out1%", "vq8-65536+256+out1%", "lattice2-d8+out1%"):
+        assert family_of_text(text).weight not in (VectorTensor, LatticeTensor)
+    for text in (*FORMS, "vq8-256+16", "vq"):
+        assert family_of_text(text).weight is VectorTensor
 
 
 @pytest.mark.parametrize("text", FORMS)
