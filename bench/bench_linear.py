@@ -10,6 +10,8 @@ far each codec is from what one core can read,
 which writes bench/results/codecs_cpu.md and codecs_cpu.json; with `--rows activations` it takes the
 activation formats and the codecs that go with them instead (activations_cpu). --name: of other
 files; sums_cpu holds sums of packed weights.
+Vector codebooks and lattices hold random numbers here: to fit them takes longer than all the rest,
+and no time depends on them.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ if __name__ == "__main__":
 import cases
 import lath
 from lath.formats.activations import ActivationFormat
+from lath.formats.families import weight_class, weight_codec
+from lath.formats.lattice import LatticeCodec
+from lath.formats.vectors import VectorCodec
 from lath.integration.benchmark import COLD_BYTES, machine_facts
 from lath.kernels.simd import isa
 from lath.kernels.simd.compile import compile_kernel
@@ -45,13 +50,17 @@ TABLE_CODECS = (
     "mxfp4/float", "e4m3/float", "e4m3/int8", "sparse50-int8/int8", "sparse80-int4-g64/int8-g64",
     "sparse50-bf16/float",
 )  # fmt: skip
+VECTOR_CODECS = (
+    "vq8-256/float", "vq8-65536/float", "vq8-65536+256/float", "vq4-256-g128/float", "vq2-16/float",
+    "vq2-256/float", "vq8-256/int8", "lattice2-d8/int8", "lattice4-d8-g128/int8-g128",
+)  # fmt: skip
 # FlexQ, W8A8, DGQ beside the same codes with a sum for each group, FireQ, E4M3, views of one store.
 ACTIVATION_CODECS = (
     "int6-g128/int6-g128", "int8/int8", "int4-g128/int8-g128", "int4-g128-s8/int8-g128",
     "int4-g128-s8/int8", "int4-g32-s8/int8-g32", "int4-g32-s8/int8", "int4-g128-fp8/fp8",
     "e4m3/fp8", "int8-g64-nested/int8-g64", "int4-g64-nested/int8-g64", "int2-g64-nested/int8-g64",
 )  # fmt: skip
-ROWS = {"codecs": TABLE_CODECS, "activations": ACTIVATION_CODECS}
+ROWS = {"codecs": TABLE_CODECS, "activations": ACTIVATION_CODECS, "vectors": VECTOR_CODECS}
 # Blocks of calls in turn: long against the clock, short against what else the machine does.
 BLOCK_SECONDS = 0.03
 
@@ -100,7 +109,7 @@ def read_call(nbytes: int) -> tuple[Callable[[int], object], int]:
 def lath_call(name: str, m: int, k: int, n: int) -> tuple[Callable[[int], object], int]:
     """The layer "codec/activations" over enough copies of its view to be cold."""
     codec, activations = name.split("/")
-    packed = lath.quantize(torch.randn(n, k) / k**0.5, codec)
+    packed = packed_weight(codec, k, n)
     prepare = kind_of(packed).function("cpu", "prepare")
     x = torch.randn(m, k).bfloat16()
     layers: list[Callable[[torch.Tensor], object]] = []
@@ -111,6 +120,20 @@ def lath_call(name: str, m: int, k: int, n: int) -> tuple[Callable[[int], object
         layers.append(prepare(weights[-1], None, ActivationFormat.parse(activations)))
         layers[-1](x)
     return (lambda i: layers[i % len(weights)](x)), weights[0].view_nbytes
+
+
+def packed_weight(text: str, k: int, n: int) -> lath.PackedWeight:
+    """A weight [n, k], of normal numbers; of vector codebooks and lattices any that are valid."""
+    codec = weight_codec(text)
+    if not isinstance(codec, (VectorCodec, LatticeCodec)):
+        return lath.quantize(torch.randn(n, k) / k**0.5, codec)
+    packed = weight_class(codec).empty(codec, (n, k), "cpu")
+    for name, tensor in packed.tensors.items():
+        if name == "codes":
+            tensor.copy_(torch.randint(-(2**31), 2**31, tensor.shape))
+        else:
+            tensor.normal_().abs_().mul_(k**-0.5)
+    return packed
 
 
 def torch_call(m: int, k: int, n: int) -> tuple[Callable[[int], object], int]:

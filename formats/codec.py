@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 from lath.formats import values as value_tables
 from lath.formats.values import Values
@@ -78,6 +78,30 @@ _PLANE_WIDTHS: dict[int, tuple[int, ...]] = {
 }  # fmt: skip
 # The planes of 4 and 2 upper bits are weights of their own.
 _NESTED_WIDTHS: dict[int, tuple[int, ...]] = {2: (2,), 4: (2, 2), 8: (4, 2, 2)}
+
+
+class PlanesCodec(Protocol):
+    """What the loops over planes of codes, and their plan, ask of a codec. `plane_widths`: bits per
+    weight; the rest as in `Codec`."""
+
+    @property
+    def bits(self) -> int: ...
+    @property
+    def group(self) -> int | None: ...
+    @property
+    def zero(self) -> Zero: ...
+    @property
+    def zero_code(self) -> float: ...
+    @property
+    def scale_dtype(self) -> ScaleDtype: ...
+    @property
+    def values(self) -> Values: ...
+    @property
+    def is_table(self) -> bool: ...
+    @property
+    def plane_widths(self) -> tuple[int, ...]: ...
+    def group_size(self, in_features: int) -> int: ...
+    def num_groups(self, in_features: int) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lath.formats.codec import GRAMMAR_TABLE as PLANES_GRAMMAR
 from lath.formats.codec import Codec
+from lath.formats.lattice import LATTICE_CLAIMS, LATTICE_GRAMMAR, LatticeCodec, LatticeTensor
 from lath.formats.packed_weight import PackedWeight, WeightCodec, read_metadata
 from lath.formats.qtensor import QTensor
 from lath.formats.sparse import GRAMMAR_TABLE as SPARSE_GRAMMAR
@@ -21,6 +22,7 @@ from lath.formats.sum_codec import CLAIMS as SUM_CLAIMS
 from lath.formats.sum_codec import GRAMMAR_TABLE as SUM_GRAMMAR
 from lath.formats.sum_codec import SumCodec
 from lath.formats.sum_tensor import SumTensor
+from lath.formats.vectors import VECTOR_CLAIMS, VECTOR_GRAMMAR, VectorCodec, VectorTensor
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Family:
 FAMILIES: tuple[Family, ...] = (
     Family(SumCodec, SumTensor, SUM_CLAIMS, SUM_GRAMMAR),
     Family(SparseCodec, SparseTensor, r"sparse.*", SPARSE_GRAMMAR),
+    Family(VectorCodec, VectorTensor, VECTOR_CLAIMS, VECTOR_GRAMMAR),
+    Family(LatticeCodec, LatticeTensor, LATTICE_CLAIMS, LATTICE_GRAMMAR),
     Family(Codec, QTensor, r".*", PLANES_GRAMMAR),
 )
 

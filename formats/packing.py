@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lath.formats.codec import Codec
+from lath.formats.codec import Codec, PlanesCodec
 
 PANEL = 16  # rows side by side: one 512-bit register of words on a CPU, one MMA row tile on a GPU
 BLOCK = 128  # columns that make a whole number of words for every plane width
@@ -26,7 +26,7 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def plane_shapes(codec: Codec, shape: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+def plane_shapes(codec: PlanesCodec, shape: tuple[int, int]) -> list[tuple[int, int, int, int]]:
     """Shape `[N/16, K/128, 16, 4w]` of each int32 plane of a weight of logical `shape` [N, K]."""
     panels, blocks = -(-shape[0] // PANEL), -(-shape[1] // BLOCK)
     return [(panels, blocks, PANEL, 4 * width) for width in codec.plane_widths]
@@ -50,7 +50,7 @@ def pack(codes: Tensor, codec: Codec) -> Tensor:
     return torch.cat(planes)
 
 
-def split_planes(packed: Tensor, codec: Codec, shape: tuple[int, int]) -> list[Tensor]:
+def split_planes(packed: Tensor, codec: PlanesCodec, shape: tuple[int, int]) -> list[Tensor]:
     """Views of the planes inside the flat packed tensor."""
     planes, start = [], 0
     for dims in plane_shapes(codec, shape):

@@ -376,6 +376,32 @@ SYSTEMS = (
         ),
         "ranks are simulated in one process; processes and all-reduce are the caller's",
     ),
+    System(
+        "VPTQ",
+        "low-bit linear",
+        '`quantize(weight, "vq8-65536+256")`, `linear`, `patch(model, weights="vq8-256")`',
+        (
+            "test_vectors.py::test_weighted_k_means_beats_scalar_codes_at_equal_bits",
+            "test_vectors.py::test_importance_moves_the_error_where_it_counts_less",
+            "test_triton_vectors.py::test_parity",
+            "test_cpu_vectors.py::test_bounds",
+        ),
+        "vectors lie along the inputs; importance is the diagonal of the Hessian, given to "
+        "`lath.kernels.quantize_vectors`; no outlier book, no error feedback between columns",
+    ),
+    System(
+        "GLVQ",
+        "low-bit linear",
+        '`quantize(weight, "lattice2-d8-g128")`, `linear`: x G over the whole numbers z',
+        (
+            "test_lattice.py::test_a_point_of_the_lattice_is_its_own",
+            "test_lattice.py::test_a_lattice_beats_scalar_codes_at_equal_bits",
+            "test_lattice.py::test_singular_lattices_are_refused",
+            "test_lattice.py::test_cpu_parity",
+        ),
+        "Babai's nearest plane, generators by alternating least squares; no companding, no mixed "
+        "bits of groups, no calibration",
+    ),
     _tree("Medusa", "heads are the caller's"),
     _tree("Sequoia", "the shape of the tree and its verification are the caller's"),
     _tree("ProPD", "dropping nodes between layers is the caller's"),

@@ -7,6 +7,7 @@
     fp4         E2M1 of the OCP microscaling formats: 0, ½, 1, 1½, 2, 3, 4, 6 and their negatives
     e2m3, e3m2  6-bit floats of the same; e4m3, e5m2: 8-bit floats (E4M3 without infinities)
     learned     a table of the weight's own (`QTensor.table`)
+    vectors     runs of the entries of a book (`lath.formats.vectors`)
 
 Entries are exact in fp32. A code of a float is its bit pattern: sign, exponent, mantissa.
 """
@@ -19,6 +20,7 @@ from typing import Literal
 
 Values = Literal[
     "integer", "nested", "ternary", "nf4", "fp4", "e2m3", "e3m2", "e4m3", "e5m2", "learned",
+    "vectors",
 ]  # fmt: skip
 
 # Of the published 16, each the fp32 number nearest to a quantile of N(0, 1) over the largest.
@@ -39,8 +41,8 @@ UNITS: dict[str, float] = {"ternary": 1.0, "fp4": 0.5, "e2m3": 0.125}
 
 @functools.cache
 def table(values: Values) -> tuple[float, ...]:
-    """The number of each code; NaN for codes that stand for none. ValueError for "integer" and
-    "learned", which have no table of their own."""
+    """The number of each code; NaN for codes that stand for none. ValueError for "integer",
+    "learned" and "vectors", which have no table of their own."""
     if values == "ternary":
         return (-1.0, 0.0, 1.0, math.nan)
     if values == "nf4":

@@ -21,6 +21,7 @@ from lath.formats.families import weight_class, weight_codec
 from lath.formats.packed_weight import PackedWeight, WeightCodec
 from lath.formats.quantizer import RTN, Quantizer
 from lath.formats.quantizer import quantizer as parse_quantizer
+from lath.formats.vectors import VectorCodec
 from lath.integration.calibrate_layer import relative_error
 from lath.integration.calibration import (
     Calibrated,
@@ -104,8 +105,8 @@ def patch(
     whatever its name. skip=() packs that too; a head that is tied to the embedding is untied first.
     only: patterns of the layers to pack, so that a second call gives others another codec; None
     packs all. activations: as for `lath.linear`, or "auto": int8 with the weight's group on a
-    CPU, float elsewhere. backend: as for `lath.linear`. search: choose each group's range by
-    squared error, slower. importance: by the name of each layer, as for `lath.quantize`;
+    CPU (but float for vector codebooks), float elsewhere. backend: as for `lath.linear`. search:
+    choose each group's range by squared error, slower. importance: by the name of each layer, as for `lath.quantize`;
     `lath.mean_square_inputs` records it. dry_run: only report. progress: show a bar; None shows it
     on a terminal when there is much to do.
 
@@ -176,8 +177,10 @@ def patch(
 
 
 def auto_activations(codec: WeightCodec, on_cpu: bool) -> ActivationFormat:
-    """int8 on a CPU, where the integer dot is what makes it fast, grouped as the weight is."""
-    return ActivationFormat("int8", codec.group) if on_cpu else ActivationFormat()
+    """int8 on a CPU, where the integer dot is what makes it fast, grouped as the weight is; vectors
+    of a codebook are multiplied as fp32 there, which rounding would not make faster."""
+    rounded = on_cpu and not isinstance(codec, VectorCodec)
+    return ActivationFormat("int8", codec.group) if rounded else ActivationFormat()
 
 
 def _parse_options(

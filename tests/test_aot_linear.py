@@ -15,8 +15,8 @@ from cases import DTYPES, plan_of
 from lath.formats.activations import activation_format
 from lath.formats.codec import codec as parse_codec
 from lath.formats.device import known_device
+from lath.formats.families import weight_class, weight_codec
 from lath.formats.plan import Plan
-from lath.formats.qtensor import QTensor
 from lath.kernels.linear import triton as launcher
 from lath.kernels.linear.plan import plan_linear
 from tools.fake_gpu import Specialisation, compile_recorded, fake_gpu
@@ -97,7 +97,8 @@ COVER = {
 def record(text: str, chosen: Plan, architecture: str) -> list[Specialisation]:
     """What the launcher would compile for a case under a plan."""
     codec, dtype, activations, columns, bias = text.split()
-    weight = QTensor.empty(parse_codec(codec), (ROWS, int(columns)), device="cpu")
+    parsed = weight_codec(codec)
+    weight = weight_class(parsed).empty(parsed, (ROWS, int(columns)), device="cpu")
     for tensor in weight.tensors.values():
         tensor.zero_()
     tokens = max(chosen.block_m, 1)  # a plan to decode has no tile of tokens

@@ -111,13 +111,17 @@ class CpuLinear:
     ) -> tuple[int, NDArray[np.int64]]:
         if dtype not in FLOAT_KINDS:
             raise TypeError(f"x must be float32, float16 or bfloat16, got {dtype}")
-        tile = tile_of(self._kind, tokens, self._view.panel_bytes)
-        block = linear_block(
-            self._view, self._kind, self._shared, self._largest, FLOAT_KINDS[dtype], tile,
-            FLOAT_KINDS[y_dtype], tokens > tile[0],
-        )  # fmt: skip
+        block = self._block(FLOAT_KINDS[dtype], FLOAT_KINDS[y_dtype], tokens)
         launch = self._launches[dtype, y_dtype, min(tokens, 9)] = (block.ctypes.data, block)
         return launch
+
+    def _block(self, x_type: int, y_type: int, tokens: int) -> NDArray[np.int64]:
+        """The argument block of a call with so many tokens."""
+        tile = tile_of(self._kind, tokens, self._view.panel_bytes)
+        return linear_block(
+            self._view, self._kind, self._shared, self._largest, x_type, tile, y_type,
+            tokens > tile[0],
+        )  # fmt: skip
 
 
 def prepare(
@@ -150,7 +154,7 @@ def linear(
     out: fp32 [M, N], contiguous; filled and returned in place of a new tensor.
     """
     layer = weight.view(
-        f"cpu-linear-{activations.kind}-{activations.group}",
+        f"cpu-linear-{activations}",
         lambda: prepare(weight, None, activations),
     )
     return layer(x, bias, out)

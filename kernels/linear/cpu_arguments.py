@@ -27,10 +27,12 @@ FIELDS = (
     "unit",  # panels that a thread takes at a time
     "item",  # bytes of one prepared activation
     "y_type",  # FP32, FP16 or BF16
-    "table",  # address of fp32 [16] or [256], for codes that stand for its entries
-    "outer",  # address of the fp32 scale of E4M3 scales, or of those of the rows
+    "table",  # address of fp32 [16] or [256], for codes that stand for its entries, or of a book
+    "outer",  # address of the fp32 scale of E4M3 scales, of those of the rows, or all of vectors
     "starts",  # address of int64 [panels]: the byte of `records` where a sparse panel begins
     "expanded",  # bytes that a thread needs to expand the panels of a tile
+    "residual_records",  # address of indices into a second book (cpu_vectors.py)
+    "residual_table",  # address of that book
     # set for each call
     "x",  # address
     "x_stride",  # bytes from a token to the next

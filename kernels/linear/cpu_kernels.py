@@ -33,7 +33,7 @@ from lath.kernels.simd.emitter import BF16, FP16, FP32
 from lath.kernels.simd.isa import host_isa
 
 # What prepares x, and options of its emission behind the type of x.
-_PREPARATION: dict[Kind, tuple[Any, tuple[str, ...]]] = {
+PREPARATION: dict[Kind, tuple[Any, tuple[str, ...]]] = {
     "int8": (emit_quantize, ()), "float": (emit_widen, ()), "rounded": (emit_round, ()),
     "e4m3": (emit_round, ("e4m3",)), "e5m2": (emit_round, ("e5m2",)),
 }  # fmt: skip
@@ -78,7 +78,7 @@ def _block(
     expand: bool,
 ) -> NDArray[np.int64]:
     options, rest = view.record.options
-    emission, how = _PREPARATION[kind]
+    emission, how = PREPARATION[kind]
     prepare = compile_kernel(emission, x_type, *how)
     if kind == "int8":
         kernel = compile_kernel(emit_tile, *options, *tile, *rest, *([True] if expand else []))

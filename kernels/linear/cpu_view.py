@@ -23,7 +23,7 @@ from torch import Tensor
 from lath.formats import packing
 from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
-from lath.formats.codec import GROUP_MULTIPLE, Codec
+from lath.formats.codec import GROUP_MULTIPLE, Codec, PlanesCodec
 from lath.formats.qtensor import QTensor
 from lath.formats.sparse import SparseCodec
 from lath.kernels.linear.cpu_record import (
@@ -101,7 +101,9 @@ def _multiplied_out(weight: QTensor) -> QTensor:
     return QTensor(codec, weight.shape, packing.pack(numbers, codec), weight.outer[None])
 
 
-def view_group(columns: int, codec: Codec | SparseCodec, activations: ActivationFormat) -> int:
+def view_group(
+    columns: int, codec: PlanesCodec | SparseCodec, activations: ActivationFormat
+) -> int:
     """Columns of one record: a multiple of 16 that divides both groups, short of overflow."""
     groups = [g for g in (codec.group, activations.group) if g is not None and g < columns]
     if groups:
@@ -111,7 +113,7 @@ def view_group(columns: int, codec: Codec | SparseCodec, activations: Activation
     return packing.round_up(max(1, -(-columns // pieces)), GROUP_MULTIPLE)
 
 
-def kind_of(codec: Codec | SparseCodec, activations: ActivationFormat) -> Kind:
+def kind_of(codec: PlanesCodec | SparseCodec, activations: ActivationFormat) -> Kind:
     """What multiplies a weight of a codec with x in an activation format."""
     if activations.kind == "float":
         return "float"

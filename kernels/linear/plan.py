@@ -17,14 +17,14 @@ import torch
 from lath.formats import packing
 from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
-from lath.formats.codec import Codec
+from lath.formats.codec import PlanesCodec
 from lath.formats.device import DeviceDescription, has_e4m3, known_device
 from lath.formats.plan import Backend, Dataflow, Plan
 from lath.formats.sparse import SparseCodec
 
 OPERAND_BYTES = {"int8": 1, "e4m3": 1, "fp16": 2, "bf16": 2, "fp32": 4}
 # Entries that a GPU's decoder reads from memory (kernels/linear/triton_tables.py).
-LOOKED_UP = ("nf4", "learned")
+LOOKED_UP = ("nf4", "learned", "vectors")
 SCALE_BYTES = {"fp16": 2, "fp32": 4, "int8": 1, "e8m0": 1, "e4m3": 1, "fp8": 1}
 # A product of an activation code and a weight code (less its zero) is at most 127 * 255.
 MOST_INT32_COLUMNS = (2**31 - 1) // (127 * 255)
@@ -39,6 +39,10 @@ CPU_TILES = {
     ("float", True): ((1, 1), (4, 1), (8, 1)),
     ("float", False): ((1, 1), (4, 1)),
 }
+# Tokens of a register tile of four rows of vectors: accumulators, four rows of decoded weights.
+CPU_VECTOR_TOKENS = {True: (1, 2, 4), False: (1, 2)}
+# Tokens from which decoding a piece of a panel into memory beats fetching entries for each tile.
+CPU_VECTOR_STAGED = 8
 # Up to this many tokens products are summed directly where no tensor core takes the dot (GPU). With
 # one, a dot needs fewer instructions per weight even for one token (bench/results/).
 GEMV_TOKENS = 4
@@ -57,7 +61,7 @@ def plan_linear(
     m: int,
     n: int,
     k: int,
-    codec: Codec,
+    codec: PlanesCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     device: DeviceDescription,
@@ -83,7 +87,7 @@ def plan_linear(
     return plan_gpu(draft, m, n, k, codec, activations, dtype, device, _tile)
 
 
-def weight_bytes(n: int, k: int, codec: Codec) -> int:
+def weight_bytes(n: int, k: int, codec: PlanesCodec) -> int:
     """Bytes of a packed weight [n, k]: codes, both levels of scales, zeros, padding included.
 
     Not of a learned table, which is no part of what a longer weight has more of.
@@ -104,18 +108,18 @@ def bytes_moved(
     return weight + x + m * n * size
 
 
-def holds_integers(codec: Codec | SparseCodec) -> bool:
+def holds_integers(codec: PlanesCodec | SparseCodec) -> bool:
     """Whether the numbers of a codec are whole numbers of 8 bits times the scale of their group."""
     whole = not codec.is_table or codec.values in value_tables.UNITS
     return whole and codec.scale_dtype != "fp8"
 
 
-def held_in(codec: Codec | SparseCodec) -> str:
+def held_in(codec: PlanesCodec | SparseCodec) -> str:
     """The type of a dot with rounded activations that holds the numbers of a codec as well."""
     return "bf16" if codec.values == "bf16" else "fp16"
 
 
-def folds_scales(k: int, codec: Codec | SparseCodec, activations: ActivationFormat) -> bool:
+def folds_scales(k: int, codec: PlanesCodec | SparseCodec, activations: ActivationFormat) -> bool:
     """Whether codes are multiplied by the 8-bit scales of their groups before the dot, so that one
     dot sums all of K: always where the products are rounded (FireQ), and for int8 dots where
     integers of 8 bits hold them (DGQ) and a token has one scale."""
@@ -127,7 +131,9 @@ def folds_scales(k: int, codec: Codec | SparseCodec, activations: ActivationForm
     return fits and activations.is_integer and one_scale and all(g % 32 == 0 for g in groups)
 
 
-def multiplies_float8(k: int, codec: Codec | SparseCodec, activations: ActivationFormat) -> bool:
+def multiplies_float8(
+    k: int, codec: PlanesCodec | SparseCodec, activations: ActivationFormat
+) -> bool:
     """Whether a dot of 8-bit floats takes x and the weight as they are stored or decoded."""
     if activations.values != "e4m3":
         return False
@@ -135,7 +141,7 @@ def multiplies_float8(k: int, codec: Codec | SparseCodec, activations: Activatio
     return of_weight and common_group(k, codec, activations) % 32 == 0
 
 
-def common_group(k: int, codec: Codec | SparseCodec, activations: ActivationFormat) -> int:
+def common_group(k: int, codec: PlanesCodec | SparseCodec, activations: ActivationFormat) -> int:
     """Longest run along K that has one weight scale and one activation scale outside the dot."""
     own = None if folds_scales(k, codec, activations) else codec.group
     groups = [g for g in (own, activations.group) if g is not None and g < k]
@@ -146,11 +152,13 @@ def plan_cpu(
     draft: Plan,
     m: int,
     k: int,
-    codec: Codec,
+    codec: PlanesCodec,
     activations: ActivationFormat,
     device: DeviceDescription,
 ) -> Plan:
     """The dataflow and the register tile of a CPU."""
+    if codec.values == "vectors":
+        return _plan_cpu_vectors(draft, m, activations, device)
     needed = 8 if codec.scale_dtype == "fp8" else codec.bits
     stored = next(bits for bits in (2, 4, 8) if bits >= needed)
     reasons = [f"{device.architecture}, {device.threads} thread(s)"]
@@ -182,6 +190,31 @@ def plan_cpu(
     )
 
 
+def _plan_cpu_vectors(
+    draft: Plan, m: int, activations: ActivationFormat, device: DeviceDescription
+) -> Plan:
+    tokens = cpu_vector_tokens(m, device.architecture)
+    what = "float" if activations.kind == "float" else "rounded"
+    why = (
+        f"{device.architecture}, {device.threads} thread(s); {what} activations as fp32: entries "
+        f"are fetched and widened once for {tokens} token(s)"
+    )
+    if m >= CPU_VECTOR_STAGED:
+        why = why.replace(
+            f"once for {tokens} token(s)", "once, a piece of sixteen rows at a time, for all tokens"
+        )
+    return replace(
+        draft, dataflow="gemv" if m <= 1 else "tiled", dot="fp32", reason=why,
+        threads=device.threads, block_m=tokens, block_n=packing.PANEL,
+    )  # fmt: skip
+
+
+def cpu_vector_tokens(tokens: int, architecture: str) -> int:
+    """Tokens of the register tile of a CPU kernel over vector codebooks."""
+    tiles = CPU_VECTOR_TOKENS[architecture == "avx512_vnni"]
+    return next((tile for tile in tiles if tile >= tokens), tiles[-1])
+
+
 def cpu_tile(kind: str, tokens: int, panel_bytes: int, architecture: str) -> tuple[int, int]:
     """(tokens, panels of 16 rows) of the register tile of a CPU kernel.
 
@@ -200,7 +233,7 @@ def plan_gpu(
     m: int,
     n: int,
     k: int,
-    codec: Codec | SparseCodec,
+    codec: PlanesCodec | SparseCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     device: DeviceDescription,
@@ -236,7 +269,7 @@ def plan_gpu(
 
 def _dot_type(
     k: int,
-    codec: Codec | SparseCodec,
+    codec: PlanesCodec | SparseCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     device: DeviceDescription,
@@ -287,7 +320,7 @@ def _tile(
     m: int,
     n: int,
     k: int,
-    codec: Codec,
+    codec: PlanesCodec,
     activations: ActivationFormat,
     dot: str,
     device: DeviceDescription,
@@ -347,7 +380,7 @@ def _tile(
     return replace(draft, stages=stages)
 
 
-def shared_bytes(plan: Plan, stages: int, codec: Codec, device: DeviceDescription) -> int:
+def shared_bytes(plan: Plan, stages: int, codec: PlanesCodec, device: DeviceDescription) -> int:
     """An upper estimate of the shared memory of a tile: loads in flight and decoded weights."""
     size = OPERAND_BYTES[plan.dot]
     x_stages = stages if device.kind == "cuda" and device.capability >= 90 else stages - 1

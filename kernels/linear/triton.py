@@ -21,6 +21,7 @@ from lath.formats.activations import SMALLEST_ABSMAX, ActivationFormat
 from lath.formats.plan import Plan
 from lath.formats.qtensor import QTensor
 from lath.formats.sparse import SparseTensor
+from lath.formats.vectors import VectorTensor
 from lath.kernels.linear import triton_activations as rows
 from lath.kernels.linear import triton_gemv as gemv
 from lath.kernels.linear import triton_loops as loops
@@ -53,7 +54,7 @@ class _Rows:
 
 def linear(
     x: Tensor,
-    weight: QTensor | SparseTensor,
+    weight: QTensor | SparseTensor | VectorTensor,
     bias: Tensor | None,
     activations: ActivationFormat,
     plan: Plan,
@@ -105,7 +106,9 @@ def reduce(pieces: Tensor, bias: Tensor | None, y: Tensor) -> None:
         )  # fmt: skip
 
 
-def dequantize(weight: QTensor | SparseTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor:
+def dequantize(
+    weight: QTensor | SparseTensor | VectorTensor, dtype: torch.dtype, block_n: int = 64
+) -> Tensor:
     """The decoded weight [N, K]: fp32 inside, rounded once to dtype. block_n: rows of a program."""
     outputs, columns = weight.shape
     dense = torch.empty((outputs, columns), dtype=dtype, device=weight.device)
@@ -123,7 +126,7 @@ def dequantize(weight: QTensor | SparseTensor, dtype: torch.dtype, block_n: int 
 
 
 def _tensors(
-    weight: QTensor | SparseTensor, dot: str, folded: bool
+    weight: QTensor | SparseTensor | VectorTensor, dot: str, folded: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """codes, scales, zeros, outer, table as the loops take them for a dot. folded: the decoder
     takes the scales of the groups, as its table, and the loop those of the rows."""
@@ -142,7 +145,7 @@ def _tensors(
 
 def _decode_matmul(
     x: Tensor,
-    weight: QTensor | SparseTensor,
+    weight: QTensor | SparseTensor | VectorTensor,
     bias: Tensor | None,
     activations: ActivationFormat,
     dtype: torch.dtype,
@@ -171,7 +174,7 @@ def multiply_dense(x: Tensor, dense: Tensor, bias: Tensor | None, dtype: torch.d
 def _multiply(
     y: Tensor,
     x: _Rows,
-    weight: QTensor | SparseTensor,
+    weight: QTensor | SparseTensor | VectorTensor,
     bias: Tensor | None,
     settings: Settings,
     plan: Plan,

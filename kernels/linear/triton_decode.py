@@ -1,8 +1,9 @@
 """The tile decoder of whole numbers: words of packed planes to numbers that a dot multiplies.
 
 Codes that stand for the entries of a table have theirs in `triton_tables`. A decoder is put
-together from constexpr parameters (WIDTHS: bits of the three planes, 0 for an absent one; FORM:
-what else it must know of the codec, here the number to subtract) and handed to the loops as a
+together from constexpr parameters (WIDTHS: bits of the three planes, 0 for an absent one, then
+whether one of them is a 1-bit plane of codes; FORM: what else it must know of the codec, here the
+number to subtract) and handed to the loops as a
 constexpr function. Its unit is a *run*: 16 columns of a row for floats, 32 for int8. A code is cut
 out of a word with a shift by a constant and a mask, for two or four codes at once, and the planes
 of a split code are OR-ed; no code moves between lanes. Runs are then put side by side, which only
@@ -27,7 +28,7 @@ import triton
 import triton.language as tl
 
 from lath.formats import values as value_tables
-from lath.formats.codec import Codec
+from lath.formats.codec import PlanesCodec
 
 # Copies of one 16-bit (8-bit) pattern in a word.
 HALVES = tl.constexpr(0x00010001)
@@ -52,7 +53,7 @@ class Encoding:
     exponent: int | None = None
 
 
-def encoding(codec: Codec, dot: str, centred: bool = True, in_place: bool = True) -> Encoding:
+def encoding(codec: PlanesCodec, dot: str, centred: bool = True, in_place: bool = True) -> Encoding:
     """The encoding of `codec` for a dot in "fp16", "bf16", "fp32" or "int8".
 
     centred: let the decoder subtract the zero of a symmetric codec where D is a float. in_place:
@@ -170,7 +171,7 @@ def eight_words(
     """
     FIRST: tl.constexpr = 8 * (RUN // 2)
     BIT: tl.constexpr = 8 * (RUN % 2) + 16 * HALF
-    if WIDTHS[0] == 1 or WIDTHS[1] == 1 or WIDTHS[2] == 1:
+    if WIDTHS[3]:
         # A row has four words in a 1-bit plane: two slots of each make up the eight pairs. They
         # stay beside each other, where the thread that loaded the word needs them.
         left = _planes(planes, rows, FIRST, 4, BIT, TO, LANES, WIDTHS)
@@ -183,7 +184,7 @@ def eight_words(
 @triton.jit
 def quarter_words(planes, rows, RUN: tl.constexpr, WIDTHS: tl.constexpr):
     """Codes of a run of 32 columns, four in each of eight words, ordered as in `decode_int8`."""
-    if WIDTHS[0] == 1 or WIDTHS[1] == 1 or WIDTHS[2] == 1:
+    if WIDTHS[3]:
         left = _planes(planes, rows, 8 * RUN, 4, 0, 0, QUARTERS, WIDTHS)
         right = _planes(planes, rows, 8 * RUN + 4, 4, 0, 0, QUARTERS, WIDTHS)
         return _side_by_side(left, right)
@@ -195,7 +196,7 @@ def quarter_words(planes, rows, RUN: tl.constexpr, WIDTHS: tl.constexpr):
 def column_order(COUNT: tl.constexpr, WIDTHS: tl.constexpr):
     """int32 [COUNT]: the column at each position of COUNT 16-bit numbers that were decoded."""
     position = tl.arange(0, COUNT)
-    if WIDTHS[0] == 1 or WIDTHS[1] == 1 or WIDTHS[2] == 1:
+    if WIDTHS[3]:
         inside = (position // 2) % 2 * 8 + (position // 4) % 4 * 2 + position % 2
         return position // 16 * 16 + inside
     else:

@@ -116,7 +116,7 @@ def _numbers_in_place(
 ):
     """Run RUN (16 columns) of a block: TYPE [rows, 16], ordered by `column_order`."""
     FIRST: tl.constexpr = 8 * (RUN // 2)
-    if WIDTHS[0] == 1 or WIDTHS[1] == 1 or WIDTHS[2] == 1:
+    if WIDTHS[3]:
         left = _numbers_of_words(planes, rows, FIRST, 4, RUN % 2, FORM, WIDTHS, TYPE, PACKED)
         right = _numbers_of_words(planes, rows, FIRST + 4, 4, RUN % 2, FORM, WIDTHS, TYPE, PACKED)
         if PACKED:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from lath.formats import packing
-from lath.formats.codec import Codec
+from lath.formats.codec import PlanesCodec
 from lath.kernels.linear.triton_decode import (
     HALVES,
     QUARTERS,
@@ -34,7 +34,7 @@ from lath.kernels.linear.triton_tables import e4m3_to_fp32
 Form = tuple[int | str, ...]
 
 
-def form_of(codec: Codec, dot: str, columns: int) -> Form:
+def form_of(codec: PlanesCodec, dot: str, columns: int) -> Form:
     """FORM of the decoder of a codec for a dot; -1 stands for zero points of the groups."""
     group = 0 if codec.group is None or codec.group >= columns else codec.group
     zero = -1 if codec.zero == "integer" else int(codec.zero_code)

@@ -14,7 +14,7 @@ import torch
 
 from lath.formats import packing
 from lath.formats.activations import ActivationFormat
-from lath.formats.codec import Codec
+from lath.formats.codec import PlanesCodec
 from lath.formats.device import has_e4m3
 from lath.formats.plan import Plan
 from lath.formats.sparse import SparseCodec
@@ -23,6 +23,7 @@ from lath.kernels.linear import triton_in_place as in_place
 from lath.kernels.linear import triton_scaled as scaled
 from lath.kernels.linear import triton_sparse as sparse
 from lath.kernels.linear import triton_tables as tables
+from lath.kernels.linear import triton_vectors as vectors
 from lath.kernels.linear.plan import (
     MOST_INT32_COLUMNS,
     folds_scales,
@@ -66,6 +67,11 @@ _SPARSE_DECODERS = {
     "fp32": sparse.kept_fp32,
     "int8": sparse.kept_int8,
 }
+_VECTOR_DECODERS = {
+    "fp16": vectors.vectors_fp16,
+    "bf16": vectors.vectors_bf16,
+    "fp32": vectors.vectors_fp32,
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Settings:
 
 @functools.lru_cache(maxsize=1024)
 def settings_of(
-    codec: Codec | SparseCodec,
+    codec: PlanesCodec | SparseCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     columns: int,
@@ -126,7 +132,7 @@ def settings_of(
 
 
 def is_folded(
-    codec: Codec | SparseCodec, activations: ActivationFormat, columns: int, dot: str
+    codec: PlanesCodec | SparseCodec, activations: ActivationFormat, columns: int, dot: str
 ) -> bool:
     """Whether the decoder for a dot multiplies codes by the scales of their groups."""
     if codec.scale_dtype == "fp8":
@@ -135,7 +141,12 @@ def is_folded(
 
 
 def codec_arguments(
-    codec: Codec | SparseCodec, dot: str, centred: bool, columns: int, folded: bool, target: str
+    codec: PlanesCodec | SparseCodec,
+    dot: str,
+    centred: bool,
+    columns: int,
+    folded: bool,
+    target: str,
 ) -> dict[str, Any]:
     """The constexpr arguments that say how a weight is decoded for a dot on a target."""
     if isinstance(codec, SparseCodec):
@@ -159,6 +170,7 @@ def codec_arguments(
     if codec.is_table:
         form = tables.form_of(codec, dot) if dot != "e4m3" else 0.0
         decoders = _TABLE_DECODERS if tables.is_looked_up(codec) else _FLOAT_DECODERS
+        decoders = _VECTOR_DECODERS if codec.values == "vectors" else decoders
     outer = {"int8": "row", "e4m3": "all"}.get(codec.scale_dtype, "none")
     if outer == "none" and tables.is_scaled(codec, dot):
         outer = "all"
@@ -181,7 +193,7 @@ def _sparse_arguments(codec: SparseCodec, dot: str, columns: int) -> dict[str, A
     return {
         "LOCATE": sparse.locate_kept,
         "DECODE": _SPARSE_DECODERS[dot],
-        "WIDTHS": (codec.bits, 0, 0),
+        "WIDTHS": (codec.bits, 0, 0, False),
         "FORM": 0.0,
         "UNIT": 1,
         "OFFSET": 0,
@@ -193,7 +205,7 @@ def _sparse_arguments(codec: SparseCodec, dot: str, columns: int) -> dict[str, A
 
 
 def _span(
-    codec: Codec | SparseCodec,
+    codec: PlanesCodec | SparseCodec,
     activations: ActivationFormat,
     columns: int,
     step: int,
@@ -220,7 +232,7 @@ def _depth(dot: str, plan: Plan, amd: bool) -> int:
     return packing.BLOCK if amd or (plan.swap and plan.warps >= 4) else 64
 
 
-def _offset(codec: Codec, found: decode.Encoding) -> int | float:
+def _offset(codec: PlanesCodec, found: decode.Encoding) -> int | float:
     """The constant that goes with sums of x: 0 where a symmetric codec is centred already."""
     if codec.zero != "none" or codec.is_table:
         return found.base
@@ -235,19 +247,20 @@ def _activation_group(activations: ActivationFormat, columns: int) -> int:
     return 0 if activations.group is None or activations.group >= columns else activations.group
 
 
-def _weight_group(codec: Codec | SparseCodec, columns: int) -> int:
+def _weight_group(codec: PlanesCodec | SparseCodec, columns: int) -> int:
     """Columns per scale, 0 if a row has a single one."""
     return 0 if codec.group is None or codec.group >= columns else codec.group
 
 
-def _widths(codec: Codec) -> tuple[int, int, int]:
+def _widths(codec: PlanesCodec) -> tuple[int, int, int, bool]:
     widths = (*codec.plane_widths, 0, 0)
-    return widths[0], widths[1], widths[2]
+    in_halves = 1 in codec.plane_widths and codec.values != "vectors"
+    return widths[0], widths[1], widths[2], in_halves
 
 
 def _check_plan(
     plan: Plan,
-    codec: Codec | SparseCodec,
+    codec: PlanesCodec | SparseCodec,
     activations: ActivationFormat,
     dtype: torch.dtype,
     columns: int,

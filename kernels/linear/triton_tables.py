@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lath.formats import values as value_tables
-from lath.formats.codec import Codec
+from lath.formats.codec import PlanesCodec
 from lath.formats.qtensor import QTensor
+from lath.formats.vectors import VectorCodec, VectorTensor
 from lath.kernels.linear.plan import LOOKED_UP
 from lath.kernels.linear.triton_decode import (
     HALVES,
@@ -64,8 +65,10 @@ class Lookup:
         return self.entries.nbytes + (0 if self.outer is None else self.outer.nbytes)
 
 
-def form_of(codec: Codec, dot: str) -> Form:
+def form_of(codec: PlanesCodec, dot: str) -> Form:
     """FORM of the decoder of a codec with a table, for a dot in "fp16", "bf16", "fp32", "int8"."""
+    if isinstance(codec, VectorCodec):
+        return (codec.vector, codec.entries)
     if codec.values not in value_tables.FLOATS:
         return 0.0
     exponent, mantissa = value_tables.FLOATS[codec.values]
@@ -75,18 +78,20 @@ def form_of(codec: Codec, dot: str) -> Form:
     return (exponent, mantissa, 2.0**bias, _NO_NUMBERS.get(codec.values, 0))
 
 
-def is_looked_up(codec: Codec) -> bool:
+def is_looked_up(codec: PlanesCodec) -> bool:
     """Whether the entries of a codec are read from memory."""
     return codec.values in LOOKED_UP
 
 
-def is_scaled(codec: Codec, dot: str) -> bool:
+def is_scaled(codec: PlanesCodec, dot: str) -> bool:
     """Whether its table is stored times a power of two, which an outer scale then undoes."""
     return codec.values == "learned" and dot in ("fp16", "bf16")
 
 
-def table_for(weight: QTensor, dot: str) -> Lookup | None:
+def table_for(weight: QTensor | VectorTensor, dot: str) -> Lookup | None:
     """What a decoder of `weight` looks up, made on first use and kept; None if it looks up none."""
+    if isinstance(weight, VectorTensor):
+        return Lookup(weight.books, None)
     if not is_looked_up(weight.codec):
         return None
     if weight.codec.values == "nf4":

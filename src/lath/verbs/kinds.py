@@ -23,15 +23,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lath.formats.activations import ActivationFormat
+from lath.formats.lattice import LatticeTensor
 from lath.formats.outliers import Outliers
 from lath.formats.packed_weight import PackedWeight, WeightCodec
 from lath.formats.qtensor import QTensor
 from lath.formats.sparse import SparseTensor
 from lath.formats.sum_tensor import SumTensor, class_of
+from lath.formats.vectors import VectorTensor
 from lath.reference import codecs as reference_codecs
+from lath.reference import lattice as reference_lattice
 from lath.reference import linear as reference_linear
 from lath.reference import sparse as reference_sparse
 from lath.reference import sums as reference_sums
+from lath.reference import vectors as reference_vectors
 
 Floats = NDArray[np.float32]
 
@@ -60,6 +64,17 @@ class Kind:
         if self.multiply is not None:
             return self.multiply(x, weight, bias, activations)
         return reference_linear.multiply(x, self.decode(weight), bias, activations)
+
+
+class LatticeKind(Kind):
+    """A kind whose activations are transformed before a format rounds them."""
+
+    def reference(
+        self, x: Floats, weight: PackedWeight, bias: Floats | None, activations: ActivationFormat
+    ) -> NDArray[np.float64]:
+        assert isinstance(weight, LatticeTensor)
+        turned = reference_lattice.transform(x, array(weight.generators), weight.codec)
+        return reference_linear.multiply(turned, _decode_planes(weight.points), bias, activations)
 
 
 def array(tensor: Tensor | None, rows: int | None = None) -> Any:
@@ -116,6 +131,22 @@ def _decode_sparse(weight: SparseTensor) -> NDArray[np.float64]:
     return reference_sparse.dequantize(sparse, weight.codec, weight.shape)
 
 
+def _decode_vectors(weight: VectorTensor) -> NDArray[np.float64]:
+    rows, columns = weight.shape
+    return reference_vectors.dequantize(
+        [array(index) for index in weight.unpack_indices()], array(weight.scales, rows),
+        array(weight.books), weight.codec, columns,
+    )  # fmt: skip
+
+
+def _decode_lattice(weight: LatticeTensor) -> NDArray[np.float64]:
+    rows, columns = weight.shape
+    points = array(weight.points.unpack_codes()).astype(np.int64) - (1 << (weight.codec.bits - 1))
+    return reference_lattice.dequantize(
+        points, array(weight.scales, rows), array(weight.generators), weight.codec, columns
+    )
+
+
 KINDS: dict[type[PackedWeight], Kind] = {
     QTensor: Kind(
         quantize="lath.kernels.quantize",
@@ -146,6 +177,20 @@ KINDS: dict[type[PackedWeight], Kind] = {
         triton="lath.kernels.linear.triton",
         cpu="lath.kernels.linear.cpu",
         decode=_decode_sparse,
+    ),
+    VectorTensor: Kind(
+        quantize="lath.kernels.quantize_vectors",
+        plan="lath.kernels.linear.plan",
+        triton="lath.kernels.linear.triton",
+        cpu="lath.kernels.linear.cpu_vectors",
+        decode=_decode_vectors,
+    ),
+    LatticeTensor: LatticeKind(
+        quantize="lath.kernels.quantize_lattice",
+        plan="lath.kernels.linear.lattice",
+        triton="lath.kernels.linear.lattice",
+        cpu="lath.kernels.linear.lattice",
+        decode=_decode_lattice,
     ),
 }
 
