@@ -39,7 +39,8 @@ from lath.kernels.simd.compile import compile_kernel
 torch.set_num_threads(1)
 
 TABLE_CODECS = (
-    "ternary/int8", "int4-g128/int8-g128", "int8-g128/int8-g128", "fp4-g64/int8-g64", "mxfp4/int8",
+    "ternary/int8", "ternary-1.6/int8", "int4-g128/int8-g128", "int8-g128/int8-g128",
+    "fp4-g64/int8-g64", "mxfp4/int8",
     "mxfp4/int8-g32", "nvfp4/int8", "mxfp6/int8", "nf4-g64/int8-g64", "nf4-g64/float",
     "mxfp4/float", "e4m3/float", "e4m3/int8",
 )  # fmt: skip

@@ -85,7 +85,7 @@ class QTensor:
 
     @property
     def planes(self) -> list[Tensor]:
-        """int32 views `[N16/16, ceil(K/128), 16, 4w]`, the lowest bits of the code first."""
+        """int32 views `[N16/16, K/block, 16, 4w]`, the lowest bits of the code first."""
         return packing.split_planes(self.codes, self.codec, self.shape)
 
     @property
@@ -242,7 +242,7 @@ def _layout(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """Shape and dtype of each tensor; dtype None of those that the codec has not."""
     rows, columns = shape
-    count = sum(a * b * c * d for a, b, c, d in packing.plane_shapes(codec, shape))
+    count = packing.code_bytes(codec, shape) // 4
     padded = packing.round_up(rows, packing.PANEL)
     side = (codec.num_groups(columns), padded)
     zero_dtype = {
@@ -298,6 +298,10 @@ def _check_values(weight: QTensor) -> None:
         raise ValueError(f"table of a {codec} must be finite")
     if codec.values == "ternary" and bool((weight.unpack_codes() > 2).any()):
         raise ValueError("codes of a ternary weight must be 0, 1 or 2")
+    if codec.packing == "base3":
+        again = packing.pack(weight.unpack_codes(), codec)
+        if not torch.equal(again, weight.codes):
+            raise ValueError(f"bytes of a {codec} must each be those of five codes, padding of 0")
     if weight.zeros is None:
         return
     if codec.zero == "float" and not bool(torch.isfinite(weight.zeros).all()):

@@ -8,6 +8,7 @@ fall back on silently.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from lath.kernels.linear.cpu_float import emit_float
 from lath.kernels.linear.cpu_launch import argument_block, serial_driver
 from lath.kernels.linear.cpu_record import Record
 from lath.kernels.linear.cpu_view import CpuView, Kind, build_view
-from lath.kernels.linear.plan import cpu_tile
+from lath.kernels.linear.plan import TRIT_GROUP, cpu_tile
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16, FP16, FP32
 from lath.kernels.simd.isa import host_isa
@@ -110,11 +111,14 @@ def _run(block: NDArray[np.int64], x: Tensor, bias: Tensor, y: Tensor) -> None:
 
 def _check_weight(record: Record) -> tuple[QTensor, NDArray[np.float64]]:
     """A weight [40, 140] with power-of-two scales, and its values computed here."""
-    if record.stored != "integer":
+    if record.stored not in ("integer", "trits"):
         return _check_table(record)
     rows, columns, group = 40, 140, 48
     rng = np.random.default_rng(0)
     codec = Codec(record.width, group, record.zero, "fp16" if record.half else "fp32")
+    if record.stored == "trits":
+        codec = replace(codec, group=TRIT_GROUP, values="ternary", packing="base3")
+        group = TRIT_GROUP
     codes = rng.integers(0, codec.levels, (rows, columns)).astype(np.uint8)
     shape = (codec.num_groups(columns), rows)
     scales = 2.0 ** rng.integers(-2, 3, shape)
@@ -170,7 +174,7 @@ def _check_codec(record: Record) -> Codec:
     if record.stored == "table":
         return Codec(record.width, 48, "none", scale, "learned")
     group = {"e8m0": 32, "e4m3": 16}.get(record.byte_scale, 48)
-    return Codec(record.width, group, "none", scale, record.stored)
+    return Codec(record.width, group, "none", scale, record.stored)  # type: ignore[arg-type]
 
 
 def _side(values: NDArray[Any], dtype: str) -> Tensor:

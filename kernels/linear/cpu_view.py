@@ -25,7 +25,9 @@ from lath.formats.activations import ActivationFormat
 from lath.formats.codec import GROUP_MULTIPLE, Codec
 from lath.formats.qtensor import QTensor
 from lath.kernels.linear.cpu_record import VECTOR_BYTES, ByteScale, Record, whole_entries
+from lath.kernels.linear.plan import TRIT_GROUP, keeps_trits
 from lath.kernels.simd.compile import driver
+from lath.kernels.simd.isa import has_wide_look_up, host_isa
 from lath.kernels.simd.tables import ENTRIES
 
 # 255 * 127 * LONGEST_GROUP < 2**31: the int32 sums of a group cannot overflow.
@@ -73,14 +75,17 @@ class CpuView:
         return self.groups * self.records.shape[2]
 
 
-def view_group(columns: int, codec: Codec, activations: ActivationFormat) -> int:
-    """Columns of one record: a multiple of 16 that divides both groups, short of overflow."""
+def view_group(
+    columns: int, codec: Codec, activations: ActivationFormat, multiple: int = GROUP_MULTIPLE
+) -> int:
+    """Columns of one record: a multiple of 16 (or `multiple`) that divides both groups, short of
+    overflow."""
     groups = [g for g in (codec.group, activations.group) if g is not None and g < columns]
     if groups:
         group = math.gcd(*groups)
         return group if group <= LONGEST_GROUP else math.gcd(group, LONGEST_GROUP)
     pieces = max(1, -(-columns // LONGEST_GROUP))
-    return packing.round_up(max(1, -(-columns // pieces)), GROUP_MULTIPLE)
+    return packing.round_up(max(1, -(-columns // pieces)), multiple)
 
 
 def kind_of(codec: Codec, activations: ActivationFormat) -> Kind:
@@ -90,8 +95,11 @@ def kind_of(codec: Codec, activations: ActivationFormat) -> Kind:
     return "rounded" if codec.is_table and codec.values not in value_tables.UNITS else "int8"
 
 
-def record_of(codec: Codec, kind: Kind) -> Record:
-    """The kind of record of a codec. One bit keeps half its scale, in fp32, where that is exact."""
+def record_of(codec: Codec, kind: Kind, trits: bool = False) -> Record:
+    """The kind of record of a codec. One bit keeps half its scale, in fp32, where that is exact.
+
+    trits: of "base3", keep five codes in a byte.
+    """
     width = next(bits for bits in (2, 4, 8) if bits >= codec.bits)
     one_bit = codec.bits == 1 and codec.zero == "none" and not codec.is_table
     half = codec.scale_dtype == "fp16" and not one_bit
@@ -99,7 +107,7 @@ def record_of(codec: Codec, kind: Kind) -> Record:
     if codec.scale_dtype in ("e8m0", "e4m3"):
         byte_scale = codec.scale_dtype
     if not codec.is_table:
-        return Record(width, codec.zero, half)
+        return Record(width, codec.zero, half, "trits" if trits else "integer")
     if codec.values == "fp4" or (codec.values == "e2m3" and kind == "int8"):
         return Record(width, "none", half, codec.values, byte_scale)
     if codec.values in ("nf4", "learned"):
@@ -109,8 +117,10 @@ def record_of(codec: Codec, kind: Kind) -> Record:
 
 def cpu_view(weight: QTensor, activations: ActivationFormat) -> CpuView:
     """The view of a weight for an activation format, made on first use and kept with it."""
-    group = view_group(weight.shape[1], weight.codec, activations)
-    record = record_of(weight.codec, kind_of(weight.codec, activations))
+    codec, columns = weight.codec, weight.shape[1]
+    trits = keeps_trits(columns, codec, activations, has_wide_look_up(host_isa()))
+    group = view_group(columns, codec, activations, TRIT_GROUP if trits else GROUP_MULTIPLE)
+    record = record_of(codec, kind_of(codec, activations), trits)
     key = f"cpu-g{group}-{record.stored}"
     return weight.view(key, functools.partial(build_view, weight, group, record))
 
@@ -123,10 +133,13 @@ def build_view(weight: QTensor, group: int, record: Record) -> CpuView:
     panels, groups = -(-rows // packing.PANEL), -(-columns // group)
     records = torch.empty((panels, groups, record.nbytes(group)), dtype=torch.uint8)
     out = records.numpy()
-    widths = np.array(codec.plane_widths)
-    words, blocks = weight.codes.detach().numpy(), -(-columns // packing.BLOCK)
-    stored = _stored_codes(codec, record)
-    _pack_codes()(words, widths, blocks, out.view(np.uint32), record.width, group, stored)
+    if record.stored == "trits":
+        _put_trits(out, weight.unpack_codes(), group, record)
+    else:
+        widths = np.array(codec.plane_widths)
+        words, blocks = _plane_words(weight), -(-columns // packing.BLOCK)
+        stored = _stored_codes(codec, record)
+        _pack_codes()(words, widths, blocks, out.view(np.uint32), record.width, group, stored)
     start = group // record.columns * VECTOR_BYTES
     if record.by_column:
         _turn(out[:, :, :start])
@@ -136,6 +149,27 @@ def build_view(weight: QTensor, group: int, record: Record) -> CpuView:
         _put_side(out, start + record.scale_bytes, weight.zeros.detach().numpy(), source)
     outer = weight.outer.detach().clone() if record.byte_scale == "e4m3" else None  # type: ignore[union-attr]
     return CpuView(record, rows, columns, group, records, _table_of(weight, record), outer)
+
+
+def _plane_words(weight: QTensor) -> NDArray[np.int32]:
+    """The packed codes, those of "base3" as a plane of two bits."""
+    if weight.codec.packing == "planes":
+        words: NDArray[np.int32] = weight.codes.detach().numpy()
+        return words
+    planes = replace(weight.codec, packing="planes")
+    plain: NDArray[np.int32] = packing.pack(weight.unpack_codes(), planes).numpy()
+    return plain
+
+
+def _put_trits(out: NDArray[np.uint8], codes: Tensor, group: int, record: Record) -> None:
+    """Ternary codes [N, K] into the records, five a byte; what pads them is code 0."""
+    panels, groups, size = out.shape
+    padding = (0, groups * group - codes.shape[1], 0, panels * packing.PANEL - codes.shape[0])
+    padded = torch.nn.functional.pad(codes, padding).numpy()
+    shape = (panels, packing.PANEL, groups, group // record.columns, record.fields, 4)
+    powers = (3 ** np.arange(record.fields)).astype(np.uint8)
+    numbers = np.einsum("plgsfb,f->pgslb", padded.reshape(shape), powers)
+    out[:, :, : size - record.side_bytes] = numbers.reshape(panels, groups, -1)
 
 
 def _stored_codes(codec: Codec, record: Record) -> NDArray[np.uint8]:

@@ -97,7 +97,7 @@ def dequantize(weight: QTensor, dtype: torch.dtype, block_n: int = 64) -> Tensor
     dense = torch.empty((outputs, columns), dtype=dtype, device=weight.device)
     if dense.numel() == 0:
         return dense
-    padded, blocks = _padded(weight.shape)
+    padded, blocks = _padded(weight)
     loops.decode_kernel[(triton.cdiv(outputs, block_n), blocks)](
         *_tensors(weight, "fp32"), dense,
         outputs, columns, padded, blocks, weight.codec.num_groups(columns),
@@ -144,7 +144,7 @@ def _multiply(
 ) -> None:
     """Launch the loop of the plan into y: [M, N], or [pieces, M, N] fp32."""
     tokens, (outputs, columns) = x.values.shape[0], weight.shape
-    padded, blocks = _padded(weight.shape)
+    padded, blocks = _padded(weight)
     groups = weight.codec.num_groups(columns)
     stride = x.values.stride(0)
     sizes = (tokens, outputs, columns, stride, padded, x.tokens, blocks, groups, x.groups)
@@ -166,7 +166,7 @@ def _multiply(
 def _prepare(x: Tensor, activations: ActivationFormat, settings: Settings) -> _Rows:
     """x in the activation format, with the sums that the loop needs."""
     tokens, columns = x.shape
-    span = settings.span or settings.step
+    span = settings.sum_span
     padded = packing.round_up(columns, settings.step)
     spans = padded // span
     padded_tokens = packing.round_up(tokens, max(16, settings.block_m))
@@ -198,9 +198,10 @@ def _prepare(x: Tensor, activations: ActivationFormat, settings: Settings) -> _R
     return _Rows(codes, padded_tokens, scales, sums, groups)
 
 
-def _padded(shape: tuple[int, int]) -> tuple[int, int]:
+def _padded(weight: QTensor) -> tuple[int, int]:
     """Rows rounded up to a panel, and blocks along K."""
-    return packing.round_up(shape[0], packing.PANEL), -(-shape[1] // packing.BLOCK)
+    rows, columns = weight.shape
+    return packing.round_up(rows, packing.PANEL), -(-columns // packing.block_of(weight.codec))
 
 
 def _addressable(x: Tensor, block_m: int) -> Tensor:

@@ -135,6 +135,7 @@ def _multiply(
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
     DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
     RUN: tl.constexpr,
     DECODE: tl.constexpr,
     FORM: tl.constexpr,
@@ -145,16 +146,17 @@ def _multiply(
     """part + x times the weights in COUNT columns from column + FIRST, DEPTH columns a dot.
 
     x: (pointer, offsets of a tile, its column order, K). weight: as `block_planes` takes it.
-    column: the first of this step. RUN: columns of a run of the decoder.
+    column: the first of this step. BLOCK, RUN: columns of a block of the weight, of a run of the
+    decoder.
     """
     for i in tl.static_range(COUNT // DEPTH):
         # The last step may reach into a block that is not there; x is 0 in it.
-        block = tl.minimum(column // 128 + (FIRST + i * DEPTH) // 128, weight[4] - 1)
+        block = tl.minimum(column // BLOCK + (FIRST + i * DEPTH) // BLOCK, weight[4] - 1)
         planes = block_planes(weight, block, WIDTHS)
         numbers = decode_tile(
             planes,
             weight[2],
-            (FIRST + i * DEPTH) % 128 // RUN,
+            (FIRST + i * DEPTH) % BLOCK // RUN,
             DEPTH // RUN,
             DECODE,
             FORM,
@@ -196,6 +198,7 @@ def matmul_kernel(
     x_groups,
     DECODE: tl.constexpr,
     WIDTHS: tl.constexpr,
+    BLOCK: tl.constexpr,
     FORM: tl.constexpr,
     UNIT: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -244,7 +247,7 @@ def matmul_kernel(
         nothing = total.to(tl.int32)
     part = nothing
     sums = tl.zeros((BLOCK_M,), x_sums.dtype.element_ty)
-    steps = tl.cdiv(blocks * 128, BLOCK_K)
+    steps = tl.cdiv(blocks * BLOCK, BLOCK_K)
     steps_each = tl.cdiv(steps, tl.num_programs(1))
     first_step = tl.program_id(1) * steps_each
     last_step = tl.minimum(first_step + steps_each, steps)
@@ -253,7 +256,7 @@ def matmul_kernel(
         column = step * BLOCK_K
         if SPAN == 0:
             part = _multiply(
-                part, x_tile, weight, column, 0, BLOCK_K, DEPTH, RUN, DECODE, FORM, WIDTHS,
+                part, x_tile, weight, column, 0, BLOCK_K, DEPTH, BLOCK, RUN, DECODE, FORM, WIDTHS,
                 MASKED, SWAP,
             )  # fmt: skip
             if SUMS:
@@ -261,8 +264,8 @@ def matmul_kernel(
         else:
             for i in tl.static_range(BLOCK_K // SPAN):
                 partial = _multiply(
-                    nothing, x_tile, weight, column, i * SPAN, SPAN, DEPTH, RUN, DECODE, FORM,
-                    WIDTHS, MASKED, SWAP,
+                    nothing, x_tile, weight, column, i * SPAN, SPAN, DEPTH, BLOCK, RUN, DECODE,
+                    FORM, WIDTHS, MASKED, SWAP,
                 )  # fmt: skip
                 at = group_of(column + i * SPAN, groups, GROUP) * padded_rows + row
                 scale, zero = scale_and_zero(scales, zeros, at, outer, SCALE, OUTER, ZERO)
@@ -327,6 +330,7 @@ def decode_kernel(
     groups,
     DECODE: tl.constexpr,
     WIDTHS: tl.constexpr,
+    BLOCK: tl.constexpr,
     FORM: tl.constexpr,
     UNIT: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -345,9 +349,9 @@ def decode_kernel(
     order = column_order(16, WIDTHS)
     lane = tl.arange(0, BLOCK_N)
     one = tl.full((1, 1), 1.0, tl.float32)
-    for run in tl.static_range(8):
+    for run in tl.static_range(BLOCK // 16):
         numbers = DECODE(planes, plane_rows, run, FORM, WIDTHS)
-        column = block * 128 + run * 16
+        column = block * BLOCK + run * 16
         at = group_of(column, groups, GROUP) * padded_rows + row
         scale, zero = scale_and_zero(scales, zeros, at, outer, SCALE, OUTER, ZERO)
         value = weigh(numbers, one, scale[:, None], zero[:, None], UNIT, OFFSET, ZERO)

@@ -19,6 +19,7 @@ from lath.formats.codec import Codec
 from lath.formats.plan import Plan
 from lath.kernels.linear import triton_decode as decode
 from lath.kernels.linear import triton_tables as tables
+from lath.kernels.linear import triton_trits as trits
 
 _DOTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _DECODERS: dict[str, Any] = {
@@ -26,6 +27,12 @@ _DECODERS: dict[str, Any] = {
     "bf16": decode.decode_bf16,
     "fp32": decode.decode_fp32,
     "int8": decode.decode_int8,
+}
+_TRIT_DECODERS = {
+    "fp16": trits.trits_fp16,
+    "bf16": trits.trits_bf16,
+    "fp32": trits.trits_fp32,
+    "int8": trits.trits_int8,
 }
 _FLOAT_DECODERS = {
     "fp16": tables.float_fp16,
@@ -49,6 +56,7 @@ class Settings:
     dot: str
     span: int  # columns with one weight and one activation scale; 0: all of them
     step: int  # columns per step of the loop; x is padded to it where it is quantised
+    sum_span: int  # columns of one sum of x
     block_m: int  # tokens of a tile
     natural: bool  # the order of int8 codes
     sums_outside: bool  # a row kernel must provide sums of x
@@ -66,13 +74,14 @@ def settings_of(
 ) -> Settings:
     """What a plan means for a codec; ValueError for a plan that the kernels cannot run."""
     without_dot = plan.dataflow == "gemv"
-    step = packing.BLOCK if without_dot else plan.block_k
+    block = packing.block_of(codec)
+    step = block if without_dot else plan.block_k
     dot = "fp32" if without_dot else plan.dot
     span = _span(codec, activations, columns, step, dot)
     _check_plan(plan, codec, activations, dtype, span, target)
     # AMD has no bf16 arithmetic: a subtraction there takes about six instructions.
     amd = target == "hip"
-    centred = not without_dot and not (amd and dot == "bf16")
+    centred = not without_dot and (codec.packing == "base3" or not (amd and dot == "bf16"))
     kernel = codec_arguments(codec, dot, centred, columns) | {
         "X_GROUP": _activation_group(activations, columns),
         "SPAN": span,
@@ -87,19 +96,21 @@ def settings_of(
         kernel |= {
             "SUMS": needs_sums,
             "RUN": 32 if dot == "int8" else 16,
-            "DEPTH": min(span or packing.BLOCK, _depth(dot, plan.swap, amd)),
+            "DEPTH": _depth(span or block, dot, plan.swap, amd),
             "SWAP": plan.swap,
             "BLOCK_M": plan.block_m,
             "BLOCK_K": plan.block_k,
         }
     natural, sums_outside = dot != "int8", needs_sums and not without_dot
-    return Settings(dot, span, step, plan.block_m, natural, sums_outside, kernel)
+    # A shape in Triton is a power of two. Blocks of 160 columns have none and take no sums.
+    sum_span = (span or step) & -(span or step)
+    return Settings(dot, span, step, sum_span, plan.block_m, natural, sums_outside, kernel)
 
 
 def codec_arguments(codec: Codec, dot: str, centred: bool, columns: int) -> dict[str, Any]:
     """The constexpr arguments that say how a weight is decoded for a dot."""
     found = decode.encoding(codec, dot, centred)
-    decoders = _DECODERS
+    decoders = _TRIT_DECODERS if codec.packing == "base3" else _DECODERS
     form: tables.Form = found.centre
     if codec.is_table:
         form = tables.form_of(codec, dot)
@@ -110,6 +121,7 @@ def codec_arguments(codec: Codec, dot: str, centred: bool, columns: int) -> dict
     return {
         "DECODE": decoders[dot],
         "WIDTHS": _widths(codec),
+        "BLOCK": packing.block_of(codec),
         "FORM": form,
         "UNIT": found.unit,
         "OFFSET": _offset(codec, found),
@@ -128,15 +140,16 @@ def _span(codec: Codec, activations: ActivationFormat, columns: int, step: int, 
     return math.gcd(step, *groups) if groups else 0
 
 
-def _depth(dot: str, swap: bool, amd: bool) -> int:
-    """Columns of a dot. Fewer need fewer registers, more let x be loaded in wider pieces.
+def _depth(span: int, dot: str, swap: bool, amd: bool) -> int:
+    """Columns of a dot inside a span, a power of two that divides it.
+
+    Fewer need fewer registers, more let x be loaded in wider pieces.
 
     Without a tensor unit (fp32) all of a tile's operands are live at once. A weight on the left of
     sm_90's and sm_100's dot, or on its way through AMD's shared memory, is best moved whole.
     """
-    if dot == "fp32":
-        return 32
-    return packing.BLOCK if swap or amd else 64
+    best = 32 if dot == "fp32" else packing.BLOCK if swap or amd else 64
+    return math.gcd(span, best)
 
 
 def _offset(codec: Codec, found: decode.Encoding) -> int | float:
@@ -194,7 +207,8 @@ def _check_plan(
         return
     least = 8 if plan.swap else 16
     require(is_size(plan.block_m, least, 256), "block_m", f"a power of two from {least} to 256")
-    require(plan.block_k in (128, 256), "block_k", "128 or 256")
+    block = packing.block_of(codec)
+    require(plan.block_k in (block, 2 * block), "block_k", f"{block} or {2 * block}")
     if activations.kind == "float":
         require(plan.dot == _DOTS[dtype], "dot", f"that of x, {_DOTS[dtype]!r}")
     elif codec.is_table and codec.values not in value_tables.UNITS:

@@ -22,7 +22,13 @@ from numba import types
 from numba.extending import intrinsic
 
 from lath.kernels.simd.emitter import Emitter
-from lath.kernels.simd.isa import Isa, has_native_brain, has_native_half, host_isa
+from lath.kernels.simd.isa import (
+    Isa,
+    has_native_brain,
+    has_native_half,
+    has_wide_look_up,
+    host_isa,
+)
 
 Emission = Callable[..., Any]
 _KERNEL_TYPE = types.void(types.int64, types.int64, types.int64)
@@ -66,7 +72,9 @@ def emitted(typing_context, key, name, options, begin, end, arguments):
         module, _, function = name.literal_value.partition(":")
         emission: Emission = getattr(importlib.import_module(module), function)
         isa = isa_of(key.literal_value)
-        emitter = Emitter(builder, isa, has_native_half(), has_native_brain(isa))
+        emitter = Emitter(
+            builder, isa, has_native_half(), has_native_brain(isa), has_wide_look_up(isa)
+        )
         emission(emitter, *values[3:], *ast.literal_eval(options.literal_value))
         return context.get_dummy_value()
 

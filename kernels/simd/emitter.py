@@ -55,15 +55,22 @@ class Emitter:
     """builder: llvmlite's IRBuilder inside the function to extend. isa: how `dot` is lowered.
 
     native_half: the machine converts fp16 itself. native_brain: it multiplies bf16 (brain.py).
+    wide_look_up: it looks bytes up in 128 others (tables.py).
     """
 
     def __init__(
-        self, builder: Any, isa: Isa, native_half: bool, native_brain: bool = False
+        self,
+        builder: Any,
+        isa: Isa,
+        native_half: bool,
+        native_brain: bool = False,
+        wide_look_up: bool = False,
     ) -> None:
         self.builder = builder
         self.isa = isa
         self.native_half = native_half
         self.native_brain = native_brain
+        self.wide_look_up = wide_look_up
 
     # Scalars and control
 
