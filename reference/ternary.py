@@ -53,6 +53,16 @@ def pack_trits(codes: Codes) -> NDArray[np.uint32]:
     return packed.view(np.uint32)
 
 
+def tequila_bias(weight: NDArray[np.float32], codes: Codes, strength: float) -> NDArray[np.float64]:
+    """C[n] = strength * Σ_k weight[n, k] where codes[n, k] stands for 0 (Tequila, 2509.23809).
+
+    weight [N, K], codes [N, K] of 0 .. 2 → float64 [N]: a bias of y = A(x) Tᵀ + C.
+    """
+    left_out = np.where(codes == 1, weight.astype(np.float64), 0).sum(axis=1)
+    total: NDArray[np.float64] = strength * left_out
+    return total
+
+
 class Tl1:
     """Two weights in an index of 4 bits: w = (w0, w1) -> 3 (w0 + 1) + (w1 + 1), 0 .. 8."""
 

@@ -161,6 +161,51 @@ def test_kernels_give_the_integers_of_the_look_ups(text: str, backend: str) -> N
         assert not np.array_equal(exact_linear(x, packed(weight, codec), backend), looked_up)
 
 
+@pytest.mark.parametrize("text", ["ternary", "ternary-1.6-g160-s32"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tequila(text: str, backend: str) -> None:
+    """x = 0 gives C exactly; the integer part is the plain ternary one; zeros alone make C."""
+    weight = torch.randn(37, 330, generator=torch.Generator().manual_seed(3))
+    packed_weight, bias = lath.tequila(weight, text, strength=0.25)
+    plain = lath.quantize(weight, text)
+    assert packed_weight.digest() == plain.digest()
+    codes = plain.unpack_codes().numpy()
+    expected = reference.tequila_bias(weight.numpy(), codes, 0.25)
+    assert 0.2 < float((codes == 1).mean()) < 0.5
+    # The sums are float64 on both sides, in another order, and rounded once to fp32.
+    slack = 2.0**-24 * np.abs(expected) + 2.0**-40
+    assert (np.abs(bias.double().numpy() - expected) <= slack).all()
+    nothing = torch.zeros(3, 330)
+    for activations in ("float", "int8"):
+
+        def run(
+            x: torch.Tensor, offsets: torch.Tensor | None, how: str = activations
+        ) -> torch.Tensor:
+            return lath.linear(x, packed_weight, offsets, activations=how, backend=backend)
+
+        assert torch.equal(run(nothing, bias), bias.expand(3, 37))
+        x = torch.randn(3, 330, generator=torch.Generator().manual_seed(4))
+        with_bias, without = run(x, bias), run(x, None)
+        error = (with_bias.double() - without.double() - bias.double()).abs()
+        assert bool((error <= 2.0**-23 * (without.abs() + bias.abs())).all())
+        assert not torch.equal(with_bias, without)
+    wrong = codes.copy()
+    wrong[5, 7] = 2 if wrong[5, 7] == 1 else 1
+    moved = reference.tequila_bias(weight.numpy(), wrong, 0.25)
+    assert np.flatnonzero(np.abs(moved - expected) > slack).tolist() == [5]
+
+
+def test_tequila_refuses() -> None:
+    weight = torch.ones(4, 32)
+    with pytest.raises(ValueError, match="codec of tequila must be a ternary one, got 'int2'"):
+        lath.tequila(weight, "int2")
+    with pytest.raises(ValueError, match="strength must be finite"):
+        lath.tequila(weight, strength=float("nan"))
+    weight[1, 1] = torch.inf
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        lath.tequila(weight)
+
+
 def check_trit_view(tokens: int, rows: int, columns: int, group: int | None) -> None:
     """The records of five codes a byte, whatever the instruction set: the integers are exact."""
     codec = replace(BASE3, group=group)

@@ -44,6 +44,7 @@ from lath.verbs.quantize import quantize
 from lath.verbs.sdpa import scaled_dot_product_attention
 from lath.verbs.select import select
 from lath.verbs.selection import Selection
+from lath.verbs.tequila import tequila
 
 if TYPE_CHECKING:
     from lath.integration.cache import LathCache
@@ -88,6 +89,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "select",
     "selector",
+    "tequila",
 ]
 
 logging.getLogger("lath").addHandler(logging.NullHandler())
