@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -16,10 +17,11 @@ from lath.formats import packing
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
 from lath.formats.qtensor import QTensor
-from lath.kernels.linear import cpu
+from lath.kernels.linear import cpu, cpu_kernels
 from lath.kernels.linear.cpu_record import Record
 from lath.kernels.linear.cpu_view import build_view
-from lath.kernels.simd import isa
+from lath.kernels.simd import emitter, isa, lanes
+from lath.kernels.simd.compile import compile_kernel
 from lath.reference import ternary as reference
 from lath.verbs.planning import describe_device
 
@@ -226,19 +228,122 @@ def test_records_of_five_codes_a_byte(tokens: int) -> None:
         check_trit_view(tokens, rows, columns, group)
 
 
+def look_up_layer(weight: NDArray[np.int8], bias: torch.Tensor | None = None) -> cpu.CpuLinear:
+    """The layer by look-ups, on an instruction set that would not need them too."""
+    whole = packed(weight, Codec.parse("ternary"))
+    view = build_view(whole, packing.round_up(weight.shape[1], 16), Record(2, "none", True))
+    return cpu.CpuLinear(view, "int8", ActivationFormat("int8"), bias, looks_up=True)
+
+
+@pytest.mark.parametrize("columns", [1, 37, 256, 300, 2600])
+def test_look_ups_on_a_cpu(columns: int) -> None:
+    """1 to 17 tokens and more: scalar look-ups, vector look-ups and products are one integer."""
+    weight = trits(83, columns)
+    weight[7], weight[9] = 1, -1
+    layer = look_up_layer(weight, torch.arange(83))
+    rng = np.random.default_rng(columns)
+    for tokens in (*range(1, 18), 33) if columns == 300 else (8, 16, 20):
+        x = rng.integers(-127, 128, (tokens, columns)).astype(np.int8)
+        x[0] = x[:, 0] = 127  # the largest sums of rows 7 and 9
+        exact = reference.vector_look_up_linear(x, weight)
+        assert np.array_equal(exact, reference.look_up_linear(x, weight, reference.Tl1))
+        y = layer(torch.from_numpy(x.astype(np.float32)))
+        assert np.array_equal(y.numpy(), exact + np.arange(83)), (tokens, columns)
+    assert layer.nbytes > 0
+    weight[5, columns // 2] = 1 if weight[5, columns // 2] < 1 else 0
+    wrong = look_up_layer(weight, torch.arange(83))(torch.from_numpy(x.astype(np.float32)))
+    differs = (wrong != y).any(dim=0)
+    assert differs.nonzero().tolist() == [[5]]
+
+
+def test_look_ups_round_as_products_do() -> None:
+    """Every dtype, any scales, threads, a token with NaN: the bits of the kernel of products."""
+    weight = lath.quantize(torch.randn(1100, 290), "ternary")
+    products = cpu.prepare(weight, torch.randn(1100), ActivationFormat("int8"))
+    view = build_view(weight, 304, Record(2, "none", True))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        bias = torch.randn(1100)
+        by_look_up = cpu.CpuLinear(view, "int8", ActivationFormat("int8"), None, looks_up=True)
+        x = torch.randn(19, 290).to(dtype)
+        x[3, 5] = torch.nan
+        expected = products(x, bias)
+        if products._looks_up:
+            expected = torch.cat([products(row[None], bias) for row in x])
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                y = by_look_up(x, bias)
+                assert torch.equal(y.nan_to_num(7), expected.nan_to_num(7)), (dtype, threads)
+        finally:
+            torch.set_num_threads(1)
+
+
+def test_look_ups_that_are_none_are_refused() -> None:
+    view = build_view(packed(trits(16, 160), Codec.parse("ternary-g80")), 80,
+                      Record(2, "none", True))  # fmt: skip
+    with pytest.raises(ValueError, match="has no look-ups"):
+        cpu.CpuLinear(view, "int8", ActivationFormat("int8"), None, looks_up=True)
+
+
+def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of the check at first use: rows that change places must not pass."""
+    honest = lanes.transpose
+    monkeypatch.setattr(
+        lanes, "transpose", lambda e, rows: honest(e, [rows[1], rows[0], *rows[2:]])
+    )
+    monkeypatch.setattr("lath.kernels.simd.compile.callback", numba.cfunc)
+    monkeypatch.setattr(cpu_kernels, "compile_kernel", compile_kernel.__wrapped__)
+    with pytest.raises(RuntimeError, match="look-up gave wrong numbers"):
+        cpu_kernels._check_look_up.__wrapped__(emitter.FP32)
+
+
 @pytest.mark.parametrize("name", LOWERINGS)
 def test_other_instruction_sets(name: str) -> None:
+    """`lath.linear` looks up where there is no VNNI; five codes a byte are taken apart too."""
     if not (isa.cpu_features() >= {"avx2", "fma", "f16c"}) and name == "avx2":
         pytest.skip("this CPU has no AVX2")
     run_python(
         """
         import torch; torch.set_num_threads(1)
-        from test_ternary import check_trit_view
+        from test_ternary import check_planned_look_up, check_trit_view
+        for text in ("ternary", "ternary-1.6"):
+            check_planned_look_up(text)
         for tokens in (1, 9):
             check_trit_view(tokens, 37, 501, None)
         """,
         **LOWERINGS[name],
     )
+
+
+def check_planned_look_up(text: str) -> None:
+    weight, x = trits(37, 501), np.ones((20, 501), np.int8)
+    x[:] = np.random.default_rng(2).integers(-127, 128, x.shape)
+    x[:, 0] = 127
+    for tokens, dataflow in ((1, "gemv"), (7, "tiled"), (8, "look_up"), (20, "look_up")):
+        plan = lath.plan(tokens, 37, 501, text, torch.float32, "cpu", "int8")
+        assert plan.dataflow == dataflow
+        exact = reference.look_up_linear(x[:tokens], weight, reference.Tl2)
+        assert np.array_equal(
+            exact_linear(x[:tokens], packed(weight, Codec.parse(text)), "cpu"), exact
+        )
+
+
+def test_the_plan_says_when_it_looks_up() -> None:
+    def dataflow(m: int, text: str, device: str, activations: str = "int8") -> str:
+        return lath.plan(m, 64, 2560, text, torch.float32, device, activations).dataflow
+
+    for device in ("avx2", "portable"):
+        for text in ("ternary", "ternary-1.6-s32"):
+            assert dataflow(8, text, device) == "look_up"
+            assert dataflow(7, text, device) == "tiled"
+            assert dataflow(8, text, device, "float") == "tiled"
+            assert dataflow(8, text, device, "int8-g64") == "tiled"
+        assert dataflow(8, "ternary-g64", device) == "tiled"
+        assert dataflow(8, "int2", device) == "tiled"
+    assert dataflow(8, "ternary", "avx512_vnni") == "tiled"
+    plan = lath.plan(32, 64, 2560, "ternary", torch.float32, "avx2", "int8")
+    assert "no VNNI" in plan.reason
+    assert (plan.block_m, plan.block_n) == (16, 16)
 
 
 def test_the_plan_says_how_codes_are_kept() -> None:

@@ -30,10 +30,14 @@ except ModuleNotFoundError as error:
 from lath.kernels.linear.cpu_kernels import (
     FLOAT_KINDS,
     linear_block,
+    look_up_block,
     tile_of,
 )
 from lath.kernels.linear.cpu_launch import run_on_team, serial_driver
+from lath.kernels.linear.cpu_look_up import LookUp, can_look_up, look_up_of
 from lath.kernels.linear.cpu_view import CpuView, Kind, cpu_view, kind_of
+from lath.kernels.linear.plan import LOOK_UP_TOKENS, looks_up
+from lath.kernels.simd.isa import host_isa
 
 # What `warmup` compiles when it is not told.
 USUAL_CODECS = ("int4-g64", "int4-g32-fzero", "int4-g128-asym", "int8-g64", "int2")
@@ -54,14 +58,21 @@ class CpuLinear:
         kind: Kind,
         activations: ActivationFormat,
         bias: Tensor | None = None,
+        looks_up: bool = False,
     ) -> None:
+        """looks_up: several tokens of ternary weights by look-up, whose indices are made then."""
+        if looks_up and not can_look_up(view.record, view.groups):
+            raise ValueError(f"a view of {view.record} in {view.groups} groups has no look-ups")
         self.rows, self.columns = view.rows, view.columns
         self._view = view
         self._kind = kind
         padded, group = view.groups * view.group, activations.group
         self._shared = padded if group is None or group >= self.columns else group
         self._bias = self._padded(bias)
-        # By dtype and tokens (8 stands for all above): the address of a block and the block.
+        self._looks_up = looks_up
+        self._look_up: LookUp | None = None
+        # By dtype and tokens (8 stands for all above, look-ups begin with it): the address of a
+        # block and the block.
         self._launches: dict[tuple[torch.dtype, int], tuple[int, NDArray[np.int64]]] = {}
         self._serial = serial_driver()
 
@@ -92,6 +103,11 @@ class CpuLinear:
             )
         return y
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what was made beside the weight's view."""
+        return 0 if self._look_up is None else self._look_up.nbytes
+
     def _padded(self, bias: Tensor | None) -> Tensor:
         """The bias as fp32 [16 * panels], zeros where there is none."""
         padded = torch.zeros(16 * self._view.panels)
@@ -102,8 +118,13 @@ class CpuLinear:
     def _launch(self, dtype: torch.dtype, tokens: int) -> tuple[int, NDArray[np.int64]]:
         if dtype not in FLOAT_KINDS:
             raise TypeError(f"x must be float32, float16 or bfloat16, got {dtype}")
-        tile = tile_of(self._kind, tokens, self._view.panel_bytes)
-        block = linear_block(self._view, self._kind, self._shared, FLOAT_KINDS[dtype], tile)
+        if self._looks_up and tokens >= LOOK_UP_TOKENS:
+            if self._look_up is None:
+                self._look_up = look_up_of(self._view)
+            block = look_up_block(self._look_up, FLOAT_KINDS[dtype])
+        else:
+            tile = tile_of(self._kind, tokens, self._view.panel_bytes)
+            block = linear_block(self._view, self._kind, self._shared, FLOAT_KINDS[dtype], tile)
         launch = self._launches[dtype, min(tokens, 8)] = (block.ctypes.data, block)
         return launch
 
@@ -119,7 +140,8 @@ def prepare(
     """
     activations = activations or ActivationFormat()
     kind = kind_of(weight.codec, activations)
-    return CpuLinear(_view(weight, activations), kind, activations, bias)
+    by_look_up = looks_up(weight.shape[1], weight.codec, activations, host_isa())
+    return CpuLinear(_view(weight, activations), kind, activations, bias, by_look_up)
 
 
 def linear(

@@ -28,6 +28,7 @@ FIELDS = (
     "y_type",  # FP32, FP16 or BF16
     "table",  # address of fp32 [16] or [256], for codes that stand for its entries
     "outer",  # address of the fp32 scale of E4M3 scales
+    "row_scales",  # address of fp32 [16 * panels], where scales do not lie beside codes
     # set for each call
     "x",  # address
     "x_stride",  # bytes from a token to the next

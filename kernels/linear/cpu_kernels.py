@@ -25,9 +25,10 @@ from lath.kernels.linear.cpu_activations import emit_quantize, emit_round, emit_
 from lath.kernels.linear.cpu_dot import emit_tile
 from lath.kernels.linear.cpu_float import emit_float
 from lath.kernels.linear.cpu_launch import argument_block, serial_driver
+from lath.kernels.linear.cpu_look_up import LookUp, emit_look_up, look_up_of
 from lath.kernels.linear.cpu_record import Record
 from lath.kernels.linear.cpu_view import CpuView, Kind, build_view
-from lath.kernels.linear.plan import TRIT_GROUP, cpu_tile
+from lath.kernels.linear.plan import LOOK_UP_TILE, TRIT_GROUP, cpu_tile
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16, FP16, FP32
 from lath.kernels.simd.isa import host_isa
@@ -51,6 +52,31 @@ def linear_block(
     """
     _check(kind, view.record, x_type, tile)
     return _block(view, kind, shared, x_type, tile, x_type)
+
+
+def look_up_block(look_up: LookUp, x_type: int) -> NDArray[np.int64]:
+    """As `linear_block`, by look-up."""
+    _check_look_up(x_type)
+    return _look_up_block(look_up, x_type, x_type)
+
+
+def _look_up_block(look_up: LookUp, x_type: int, y_type: int) -> NDArray[np.int64]:
+    return argument_block(
+        prepare=compile_kernel(emit_quantize, x_type).address,
+        kernel=compile_kernel(emit_look_up).address,
+        records=look_up.indices.data_ptr(),
+        row_scales=look_up.scales.data_ptr(),
+        rows=look_up.rows,
+        columns=look_up.columns,
+        panels=look_up.panels,
+        groups=1,
+        group=look_up.group,
+        shared=look_up.group,
+        tile=LOOK_UP_TILE,
+        unit=1,
+        item=1,
+        y_type=y_type,
+    )
 
 
 def _block(
@@ -100,6 +126,28 @@ def _check(kind: Kind, record: Record, x_type: int, tile: tuple[int, int]) -> No
     _run(block, values, bias, y)
     expected = x.astype(np.float64) @ decoded.T + np.arange(rows)
     _require(np.array_equal(y.double().numpy(), expected), f"{kind} {record} tile={tile}")
+
+
+@functools.cache
+def _check_look_up(x_type: int) -> None:
+    """As `_check`, for the look-ups: ternary rows over more columns than int16 sums last for."""
+    rows, columns, tokens = 40, 300, LOOK_UP_TILE + 1
+    rng = np.random.default_rng(0)
+    trits = rng.integers(-1, 2, (rows, columns))
+    trits[7] = 1
+    codec = Codec(2, None, "none", "fp32", "ternary")
+    scales = 2.0 ** rng.integers(-2, 3, (1, rows))
+    packed = pack(torch.from_numpy((trits + 1).astype(np.uint8)), codec)
+    weight = QTensor(codec, (rows, columns), packed, _side(scales, "fp32"))
+    look_up = look_up_of(build_view(weight, round_up(columns, PANEL), Record(2, "none", False)))
+    x = rng.integers(-9, 10, (tokens, columns)).astype(np.float32)
+    x[1] = x[:, 0] = LARGEST_CODE
+    dtype = next(dtype for dtype, number in FLOAT_KINDS.items() if number == x_type)
+    y = torch.full((tokens, rows), torch.nan)
+    bias = torch.arange(PANEL * look_up.panels, dtype=torch.float32)
+    _run(_look_up_block(look_up, x_type, FP32), torch.from_numpy(x).to(dtype), bias, y)
+    expected = x.astype(np.float64) @ (scales.T * trits).T + np.arange(rows)
+    _require(np.array_equal(y.double().numpy(), expected), "look-up")
 
 
 def _run(block: NDArray[np.int64], x: Tensor, bias: Tensor, y: Tensor) -> None:

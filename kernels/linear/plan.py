@@ -29,6 +29,10 @@ DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp
 LONG_STREAM = 32768
 # Columns that are whole vectors of a CPU's base-3 codes (20) and of its activations (16).
 TRIT_GROUP = 80
+# Ternary look-ups of a CPU without VNNI: tokens side by side in an entry, and tokens from which
+# they are no slower than products (bench/results/ternary_cpu.md).
+LOOK_UP_TILE = 16
+LOOK_UP_TOKENS = 8
 # Register tiles (tokens, panels) by kind of activations and whether the CPU has AVX512-VNNI:
 # accumulators, one panel of codes each and a broadcast fill the 32 (or 16 half as wide) registers.
 CPU_TILES = {
@@ -136,6 +140,15 @@ def _plan_cpu(
         if x_group is not None and weight_group is not None and x_group % weight_group:
             shared = math.gcd(x_group, weight_group)
             reasons.append(f"groups of {x_group} and {weight_group} share runs of {shared}")
+    if m >= LOOK_UP_TOKENS and looks_up(k, codec, activations, device.architecture):
+        reasons.append(
+            "no VNNI: four ternary codes are an index into sums of four activations, of "
+            f"{LOOK_UP_TILE} tokens at a time"
+        )
+        return replace(
+            draft, dataflow="look_up", dot=dot, reason="; ".join(reasons), threads=device.threads,
+            block_m=LOOK_UP_TILE, block_n=packing.PANEL, block_k=32,
+        )  # fmt: skip
     # Codes of 16 rows; the scales beside them are a few per cent and decide nothing here.
     tokens, panels = cpu_tile(activations.kind, m, panel_bytes, device.architecture)
     dataflow: Dataflow = "gemv" if m <= 1 else "tiled"
@@ -156,6 +169,14 @@ def keeps_trits(k: int, codec: Codec, activations: ActivationFormat, wide_look_u
     groups = [g for g in (codec.group, activations.group) if g is not None and g < k]
     whole = all(group % TRIT_GROUP == 0 for group in groups)
     return codec.packing == "base3" and activations.kind == "int8" and wide_look_up and whole
+
+
+def looks_up(k: int, codec: Codec, activations: ActivationFormat, architecture: str) -> bool:
+    """Whether a CPU multiplies several tokens by look-ups: ternary codes, one scale for a row and
+    for a token, and no instruction that adds four products of bytes."""
+    groups = [g for g in (codec.group, activations.group) if g is not None and g < k]
+    ternary = codec.values == "ternary" and activations.kind == "int8"
+    return ternary and not groups and architecture != "avx512_vnni"
 
 
 def _why_wide(activations: ActivationFormat, device: DeviceDescription) -> str:
