@@ -127,6 +127,15 @@ def _tile_of(program, tiles_m, tiles_n):
 
 
 @triton.jit
+def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
+    """A tile of y, fp32."""
+    if SWAP:
+        return tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+
+@triton.jit
 def _multiply(
     part,
     x,
@@ -238,10 +247,7 @@ def matmul_kernel(
     present = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
     x_offsets = by_row(present * stride_x, not SWAP) + by_row(order, SWAP)
     x_tile = (x + first_m.to(tl.int64) * stride_x, x_offsets, order, K)
-    if SWAP:
-        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = _zeros(BLOCK_M, BLOCK_N, SWAP)
     nothing = total
     if RUN == 32:
         nothing = total.to(tl.int32)

@@ -56,11 +56,17 @@ class Settings:
     dot: str
     span: int  # columns with one weight and one activation scale; 0: all of them
     step: int  # columns per step of the loop; x is padded to it where it is quantised
-    sum_span: int  # columns of one sum of x
     block_m: int  # tokens of a tile
     natural: bool  # the order of int8 codes
     sums_outside: bool  # a row kernel must provide sums of x
     kernel: dict[str, Any]  # constexpr arguments of the loop
+
+    @property
+    def sum_span(self) -> int:
+        """Columns of one sum of x: a shape in Triton is a power of two. Blocks of 160 columns are
+        none, and take no sums."""
+        size = self.span or self.step
+        return size & -size
 
 
 @functools.lru_cache(maxsize=1024)
@@ -102,9 +108,7 @@ def settings_of(
             "BLOCK_K": plan.block_k,
         }
     natural, sums_outside = dot != "int8", needs_sums and not without_dot
-    # A shape in Triton is a power of two. Blocks of 160 columns have none and take no sums.
-    sum_span = (span or step) & -(span or step)
-    return Settings(dot, span, step, sum_span, plan.block_m, natural, sums_outside, kernel)
+    return Settings(dot, span, step, plan.block_m, natural, sums_outside, kernel)
 
 
 def codec_arguments(codec: Codec, dot: str, centred: bool, columns: int) -> dict[str, Any]:
