@@ -121,7 +121,8 @@ class CpuLinear:
         if self._looks_up and tokens >= LOOK_UP_TOKENS:
             if self._look_up is None:
                 self._look_up = look_up_of(self._view)
-            block = look_up_block(self._look_up, FLOAT_KINDS[dtype])
+            kind = FLOAT_KINDS[dtype]
+            block = look_up_block(self._look_up, kind, kind)
         else:
             tile = tile_of(self._kind, tokens, self._view.panel_bytes)
             block = linear_block(self._view, self._kind, self._shared, FLOAT_KINDS[dtype], tile)

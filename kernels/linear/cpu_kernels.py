@@ -54,10 +54,10 @@ def linear_block(
     return _block(view, kind, shared, x_type, tile, x_type)
 
 
-def look_up_block(look_up: LookUp, x_type: int) -> NDArray[np.int64]:
-    """As `linear_block`, by look-up."""
+def look_up_block(look_up: LookUp, x_type: int, y_type: int) -> NDArray[np.int64]:
+    """As `linear_block`, by look-up; y is of `y_type`."""
     _check_look_up(x_type)
-    return _look_up_block(look_up, x_type, x_type)
+    return _look_up_block(look_up, x_type, y_type)
 
 
 def _look_up_block(look_up: LookUp, x_type: int, y_type: int) -> NDArray[np.int64]:
