@@ -38,13 +38,17 @@ CLASSES = ["bitlinear", "autobitlinear"]
 U32 = 2.0**-24
 
 
-def write_checkpoint(folder: Path, linear_class: str, fields: dict[str, Any] | None = None) -> None:
+def write_checkpoint(
+    folder: Path, linear_class: str, fields: dict[str, Any] | None = None, tied: bool = False
+) -> None:
     """Random ternary weights, packed by transformers; scales that no power of two divides."""
     torch.manual_seed(0)
-    config = BitNetConfig(**SIZES)
+    config = BitNetConfig(**SIZES, tie_word_embeddings=tied)
     config.dtype = torch.float32
     model = BitNetForCausalLM(config)
     state = model.state_dict()
+    if tied:
+        del state["lm_head.weight"]
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
             ternary = torch.randint(-1, 2, module.weight.shape).float()
@@ -75,6 +79,7 @@ def transformers_model(folder: Path, linear_class: str) -> Any:
             for k, t in state.items()
         }
     model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
     for module in model.modules():
         if isinstance(module, BitLinear):
             module.dtype = torch.float32
@@ -170,12 +175,18 @@ def flipped(folder: Path, codec: str) -> Any:
     return load_bitnet(folder, codec=codec)
 
 
-def test_it_generates(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, "autobitlinear")
+@pytest.mark.parametrize("tied", [False, True])
+def test_it_generates(tmp_path: Path, tied: bool) -> None:
+    write_checkpoint(tmp_path, "autobitlinear", tied=tied)
     ids = torch.tensor([[3, 14, 15, 92]])
     options = {"max_new_tokens": 4, "do_sample": False}
     theirs = transformers_model(tmp_path, "autobitlinear").generate(ids, **options)
-    assert torch.equal(load_bitnet(tmp_path).generate(ids, **options), theirs)
+    ours = load_bitnet(tmp_path)
+    assert torch.equal(ours.generate(ids, **options), theirs)
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    half = load_bitnet(tmp_path, dtype=torch.bfloat16)
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    assert half.generate(ids, **options).shape == theirs.shape
 
 
 def test_scales_divide_or_multiply() -> None:
