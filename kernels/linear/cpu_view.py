@@ -25,13 +25,10 @@ from lath.formats.activations import ActivationFormat
 from lath.formats.codec import GROUP_MULTIPLE, Codec
 from lath.formats.qtensor import QTensor
 from lath.kernels.linear.cpu_record import VECTOR_BYTES, ByteScale, Record, whole_entries
-from lath.kernels.linear.plan import TRIT_GROUP, keeps_trits
+from lath.kernels.linear.plan import LONGEST_GROUP, TRIT_GROUP, keeps_trits
 from lath.kernels.simd.compile import driver
 from lath.kernels.simd.isa import has_wide_look_up, host_isa
 from lath.kernels.simd.tables import ENTRIES
-
-# 255 * 127 * LONGEST_GROUP < 2**31: the int32 sums of a group cannot overflow.
-LONGEST_GROUP = 65536
 
 # What multiplies a layer: int8 codes of x; x itself; or the numbers that those codes stand for, in
 # the float kernel, where the weight's numbers are not whole.
@@ -83,7 +80,8 @@ def view_group(
     groups = [g for g in (codec.group, activations.group) if g is not None and g < columns]
     if groups:
         group = math.gcd(*groups)
-        return group if group <= LONGEST_GROUP else math.gcd(group, LONGEST_GROUP)
+        longest = LONGEST_GROUP // multiple * multiple
+        return group if group <= longest else math.gcd(group, longest)
     pieces = max(1, -(-columns // LONGEST_GROUP))
     return packing.round_up(max(1, -(-columns // pieces)), multiple)
 

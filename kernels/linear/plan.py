@@ -27,6 +27,8 @@ SCALE_BYTES = {"fp16": 2, "fp32": 4, "int8": 1, "e8m0": 1, "e4m3": 1}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Bytes of a panel from which four at a time were faster on a Zen 4 core (33 to 59 KB measured).
 LONG_STREAM = 32768
+# Columns of a CPU's group. 255 * 127 * LONGEST_GROUP < 2**31: its int32 sums cannot overflow.
+LONGEST_GROUP = 65536
 # Columns that are whole vectors of a CPU's base-3 codes (20) and of its activations (16).
 TRIT_GROUP = 80
 # Ternary look-ups of a CPU without VNNI: tokens side by side in an entry, and tokens from which
@@ -176,7 +178,7 @@ def looks_up(k: int, codec: Codec, activations: ActivationFormat, architecture: 
     for a token, and no instruction that adds four products of bytes."""
     groups = [g for g in (codec.group, activations.group) if g is not None and g < k]
     ternary = codec.values == "ternary" and activations.kind == "int8"
-    return ternary and not groups and architecture != "avx512_vnni"
+    return ternary and not groups and k <= LONGEST_GROUP and architecture != "avx512_vnni"
 
 
 def _why_wide(activations: ActivationFormat, device: DeviceDescription) -> str:
