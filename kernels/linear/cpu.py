@@ -36,7 +36,7 @@ from lath.kernels.linear.cpu_kernels import (
 from lath.kernels.linear.cpu_launch import run_on_team, serial_driver
 from lath.kernels.linear.cpu_look_up import LookUp, can_look_up, look_up_of
 from lath.kernels.linear.cpu_view import CpuView, Kind, cpu_view, kind_of
-from lath.kernels.linear.plan import LOOK_UP_TOKENS, looks_up
+from lath.kernels.linear.plan import LOOK_UP_REST, LOOK_UP_TILE, LOOK_UP_TOKENS, looks_up
 from lath.kernels.simd.isa import host_isa
 
 # What `warmup` compiles when it is not told.
@@ -86,6 +86,11 @@ class CpuLinear:
         tokens = x.numel() // columns if columns else 0
         if tokens == 0 or self.rows == 0:
             return offsets[: self.rows].to(x.dtype).expand(*shape[:-1], self.rows).clone()
+        if tokens > LOOK_UP_TILE and self._looks_up and 0 < tokens % LOOK_UP_TILE <= LOOK_UP_REST:
+            # A tile of look-ups costs the same for few tokens, which products do in less.
+            flat, whole = x.reshape(tokens, columns), tokens - tokens % LOOK_UP_TILE
+            parts = self(flat[:whole], bias), self(flat[whole:], bias)
+            return torch.cat(parts).reshape(*shape[:-1], self.rows)
         dtype = x.dtype
         if not x.is_contiguous():
             x = x.contiguous()

@@ -31,10 +31,12 @@ LONG_STREAM = 32768
 LONGEST_GROUP = 65536
 # Columns that are whole vectors of a CPU's base-3 codes (20) and of its activations (16).
 TRIT_GROUP = 80
-# Ternary look-ups of a CPU without VNNI: tokens side by side in an entry, and tokens from which
-# they are no slower than products (bench/results/ternary_cpu.md).
+# Ternary look-ups of a CPU without VNNI: tokens side by side in an entry, tokens from which they
+# are no slower than products, and tokens behind the last whole entry that are one tile of products
+# (bench/results/ternary_cpu.md).
 LOOK_UP_TILE = 16
 LOOK_UP_TOKENS = 8
+LOOK_UP_REST = 4
 # Register tiles (tokens, panels) by kind of activations and whether the CPU has AVX512-VNNI:
 # accumulators, one panel of codes each and a broadcast fill the 32 (or 16 half as wide) registers.
 CPU_TILES = {
@@ -145,7 +147,7 @@ def _plan_cpu(
     if m >= LOOK_UP_TOKENS and looks_up(k, codec, activations, device.architecture):
         reasons.append(
             "no VNNI: four ternary codes are an index into sums of four activations, of "
-            f"{LOOK_UP_TILE} tokens at a time"
+            f"{LOOK_UP_TILE} tokens at a time (up to {LOOK_UP_REST} that are left: products)"
         )
         return replace(
             draft, dataflow="look_up", dot=dot, reason="; ".join(reasons), threads=device.threads,
