@@ -66,7 +66,7 @@ def measure_look_ups(rounds: int) -> list[dict[str, Any]]:
     products, look_ups = (
         cpu.CpuLinear(whole._view, "int8", kind, None, on) for on in (False, True)
     )
-    for m in (8, 12, 16, 20, 32, 128):
+    for m in (8, 12, 16, 20, 24, 32, 128):
         x = torch.randn(m, k)
         assert torch.equal(products(x), look_ups(x))
         calls = {"products": lambda _, x=x: products(x), "look-ups": lambda _, x=x: look_ups(x)}
