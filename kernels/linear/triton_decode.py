@@ -12,7 +12,7 @@ What comes out is not the code q but a number D with q = unit * D + base (`encod
 floating-point number is free to build only with its exponent in place:
 
     fp16, bf16, fp32   D = 1 + q / 2**bits      exact (8 bits in bf16: D = q - 128)
-    int8               D = q                    (8 bits: D = q - 128; base3: q - 1)
+    int8               D = q                    (8 bits: D = q - 128)
 
 A symmetric codec may subtract its constant zero here (FORM), exactly; any other zero point, and
 that one where subtracting is dear, is folded into the fp32 sums through sums of x.
@@ -32,9 +32,9 @@ from lath.formats.codec import Codec
 HALVES = tl.constexpr(0x00010001)
 QUARTERS = tl.constexpr(0x01010101)
 # The bit patterns of 1.0, and of 128 and 256 in bf16.
-ONE_FP32 = tl.constexpr(0x3F800000)
-ONE_FP16 = tl.constexpr(0x3C003C00)
-ONE_BF16 = tl.constexpr(0x3F803F80)
+_ONE_FP32 = tl.constexpr(0x3F800000)
+_ONE_FP16 = tl.constexpr(0x3C003C00)
+_ONE_BF16 = tl.constexpr(0x3F803F80)
 _128_BF16 = tl.constexpr(0x43004300)
 _256_BF16 = tl.constexpr(0x43804380)
 
@@ -59,7 +59,7 @@ def encoding(codec: Codec, dot: str, centred: bool) -> Encoding:
     if codec.bits == 8 and dot in ("bf16", "int8"):
         return Encoding(1, 128, 0.0)
     if dot == "int8":
-        return Encoding(1, int(codec.packing == "base3"), 0.0)
+        return Encoding(1, 0, 0.0)
     unit = 1 << codec.bits
     centre = 1.0 + codec.zero_code / unit if centred and codec.zero == "none" else 0.0
     return Encoding(unit, -unit, centre)
@@ -201,7 +201,7 @@ def decode_fp16(
     """Run RUN (16 columns) of a block: fp16 [rows, 16]."""
     TO: tl.constexpr = 10 - (WIDTHS[0] + WIDTHS[1] + WIDTHS[2])
     codes = eight_words(planes, rows, RUN, 0, TO, HALVES, WIDTHS)
-    numbers = halves(codes | ONE_FP16).to(tl.float16, bitcast=True)
+    numbers = halves(codes | _ONE_FP16).to(tl.float16, bitcast=True)
     if FORM > 0:
         numbers = numbers - tl.full((1, 1), FORM, tl.float16)
     return numbers
@@ -217,8 +217,8 @@ def decode_fp32(
 ):
     """Run RUN (16 columns) of a block: fp32 [rows, 16]."""
     TO: tl.constexpr = 23 - (WIDTHS[0] + WIDTHS[1] + WIDTHS[2])
-    low = eight_words(planes, rows, RUN, 0, TO, 1, WIDTHS) | ONE_FP32
-    high = eight_words(planes, rows, RUN, 1, TO, 1, WIDTHS) | ONE_FP32
+    low = eight_words(planes, rows, RUN, 0, TO, 1, WIDTHS) | _ONE_FP32
+    high = eight_words(planes, rows, RUN, 1, TO, 1, WIDTHS) | _ONE_FP32
     both = tl.reshape(tl.join(low, high), (low.shape[0], 16))
     numbers = both.to(tl.float32, bitcast=True)
     if FORM > 0:
@@ -244,7 +244,7 @@ def decode_bf16(
     else:
         TO: tl.constexpr = 7 - (WIDTHS[0] + WIDTHS[1] + WIDTHS[2])
         codes = eight_words(planes, rows, RUN, 0, TO, HALVES, WIDTHS)
-        numbers = halves(codes | ONE_BF16).to(tl.bfloat16, bitcast=True)
+        numbers = halves(codes | _ONE_BF16).to(tl.bfloat16, bitcast=True)
         if FORM > 0:
             numbers = numbers - tl.full((1, 1), FORM, tl.bfloat16)
         return numbers

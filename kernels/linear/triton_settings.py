@@ -113,8 +113,9 @@ def settings_of(
 
 def codec_arguments(codec: Codec, dot: str, centred: bool, columns: int) -> dict[str, Any]:
     """The constexpr arguments that say how a weight is decoded for a dot."""
-    found = decode.encoding(codec, dot, centred)
-    decoders = _TRIT_DECODERS if codec.packing == "base3" else _DECODERS
+    found, decoders = decode.encoding(codec, dot, centred), _DECODERS
+    if codec.packing == "base3":
+        found, decoders = trits.encoding(dot, centred), _TRIT_DECODERS
     form: tables.Form = found.centre
     if codec.is_table:
         form = tables.form_of(codec, dot)

@@ -7,8 +7,8 @@ what stands behind the point of slot j,
 
 has the code in its upper byte, next to where fp16 and bf16 want it: two multiplications for two
 codes. The words are those of a 2-bit plane but for the slots, so that runs, their order and the
-order of x are the same (`triton_decode`), and what comes out is D as there; for int8 D = q - 1: the
-1 is taken off as the multiplication's addend. It borrows from the lane above, of which what stands
+order of x are the same (`triton_decode`). What comes out is D = 1 + q / 4, or q - 1 for int8: the 1
+is taken off as the multiplication's addend. It borrows from the lane above, of which what stands
 behind the point is never 0, so that the code there does not notice.
 """
 
@@ -17,11 +17,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lath.kernels.linear.triton_decode import ONE_BF16, ONE_FP16, ONE_FP32, halves, quarters
+from lath.kernels.linear.triton_decode import Encoding, halves, quarters
 
+# The bit patterns of 1.0.
+_ONE_FP32 = tl.constexpr(0x3F800000)
+_ONE_FP16 = tl.constexpr(0x3C003C00)
+_ONE_BF16 = tl.constexpr(0x3F803F80)
 # The lower byte of both 16-bit lanes of a word.
 _LOW = tl.constexpr(0x00FF00FF)
 _ONES = tl.constexpr(0x01000100)  # 1 in the upper byte of both
+
+
+def encoding(dot: str, centred: bool) -> Encoding:
+    """q = unit * D + base of a dot in "fp16", "bf16", "fp32" or "int8"; centred: D less its 0."""
+    if dot == "int8":
+        return Encoding(1, 1, 0.0)
+    return Encoding(4, -4, 1.25 if centred else 0.0)
 
 
 @triton.jit
@@ -50,7 +61,7 @@ def _half_run(planes, rows, RUN: tl.constexpr):
 def trits_fp16(planes, rows, RUN: tl.constexpr, FORM: tl.constexpr, WIDTHS: tl.constexpr):
     """Run RUN (16 columns) of a block: fp16 [rows, 16], 1 + q / 4 less FORM."""
     codes = _half_run(planes, rows, RUN) & 0x03000300
-    numbers = halves(codes | ONE_FP16).to(tl.float16, bitcast=True)
+    numbers = halves(codes | _ONE_FP16).to(tl.float16, bitcast=True)
     if FORM > 0:
         numbers = numbers - tl.full((1, 1), FORM, tl.float16)
     return numbers
@@ -60,7 +71,7 @@ def trits_fp16(planes, rows, RUN: tl.constexpr, FORM: tl.constexpr, WIDTHS: tl.c
 def trits_bf16(planes, rows, RUN: tl.constexpr, FORM: tl.constexpr, WIDTHS: tl.constexpr):
     """Run RUN (16 columns) of a block: bf16 [rows, 16], 1 + q / 4 less FORM."""
     codes = (_half_run(planes, rows, RUN) >> 3) & 0x00600060
-    numbers = halves(codes | ONE_BF16).to(tl.bfloat16, bitcast=True)
+    numbers = halves(codes | _ONE_BF16).to(tl.bfloat16, bitcast=True)
     if FORM > 0:
         numbers = numbers - tl.full((1, 1), FORM, tl.bfloat16)
     return numbers
@@ -71,7 +82,7 @@ def trits_fp32(planes, rows, RUN: tl.constexpr, FORM: tl.constexpr, WIDTHS: tl.c
     """Run RUN (16 columns) of a block: fp32 [rows, 16], 1 + q / 4 less FORM."""
     codes = _half_run(planes, rows, RUN)
     low, high = (codes & 0x0300) << 13, (codes & 0x03000000) >> 3
-    both = tl.reshape(tl.join(low | ONE_FP32, high | ONE_FP32), (low.shape[0], 16))
+    both = tl.reshape(tl.join(low | _ONE_FP32, high | _ONE_FP32), (low.shape[0], 16))
     numbers = both.to(tl.float32, bitcast=True)
     if FORM > 0:
         numbers = numbers - FORM
