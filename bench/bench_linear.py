@@ -28,8 +28,7 @@ import pytest
 import report
 import torch
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import cases
 import lath
@@ -45,7 +44,8 @@ from lath.verbs.kinds import kind_of
 torch.set_num_threads(1)
 
 TABLE_CODECS = (
-    "ternary/int8", "int4-g128/int8-g128", "int8-g128/int8-g128", "fp4-g64/int8-g64", "mxfp4/int8",
+    "ternary/int8", "ternary-1.6/int8", "int4-g128/int8-g128", "int8-g128/int8-g128",
+    "fp4-g64/int8-g64", "mxfp4/int8",
     "mxfp4/int8-g32", "nvfp4/int8", "mxfp6/int8", "nf4-g64/int8-g64", "nf4-g64/float",
     "mxfp4/float", "e4m3/float", "e4m3/int8", "sparse50-int8/int8", "sparse80-int4-g64/int8-g64",
     "sparse50-bf16/float",

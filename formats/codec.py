@@ -31,6 +31,7 @@ from lath.formats.values import Values
 
 Zero = Literal["none", "integer", "float"]
 ScaleDtype = Literal["fp16", "fp32", "int8", "fp8", "e8m0", "e4m3"]
+Packing = Literal["planes", "base3"]
 
 # Sixteen codes of a row are the finest run that every packed word keeps together (DESIGN.md, 2).
 GROUP_MULTIPLE = 16
@@ -43,7 +44,8 @@ GRAMMAR_TABLE = {
     "rounded to E4M3 (FireQ)",
     "int{8|4|2}[-gG]-nested[-s32]": "half a step beside whole numbers; `nested(4)` and `nested(2)` "
     "are views of the same codes (MatQuant)",
-    "ternary[-gG][-s32]": "-1, 0, 1 times the mean of |w|, of the tensor or the group (BitNet)",
+    "ternary[-1.6][-gG][-s32]": "-1, 0, 1 times the mean of |w|, of the tensor or the group "
+    "(BitNet); -1.6: five codes a byte instead of four",
     "nf4|fp4[-gG][-s32|-dq]": "normal quantiles; E2M1. -dq: 8-bit group scales under an fp16 one",
     "lut{1..8}[-gG][-s32|-dq]": "a table of the tensor's own, by k-means",
     "e4m3|e5m2[-gG]": "8-bit floats with fp32 scales",
@@ -55,7 +57,8 @@ _INTEGER = re.compile(
     r"int(?P<bits>[1-8])(-g(?P<group>[1-9]\d*))?(-(?P<zero>asym|fzero|nested))?(-(?P<scale>s32|s8|fp8))?"
 )
 _TABLE = re.compile(
-    r"(?P<values>ternary|nf4|fp4|lut(?P<bits>[1-8])|e4m3|e5m2)(-g(?P<group>[1-9]\d*))?"
+    r"(?P<values>ternary|nf4|fp4|lut(?P<bits>[1-8])|e4m3|e5m2)"
+    r"(?P<base3>(?<=ternary)-1\.6)?(-g(?P<group>[1-9]\d*))?"
     r"(-(?P<scale>s32|dq))?"
 )
 _ZERO_OF_TEXT: dict[str | None, Zero] = {None: "none", "asym": "integer", "fzero": "float"}
@@ -111,7 +114,8 @@ class Codec:
     bits: 1 to 8. group: a multiple of 16, or None for one group per row. zero: "none" (symmetric),
     "integer" (a uint8 zero point) or "float" (a minimum in the scale's dtype); tables have none.
     scale_dtype: "fp16", "fp32", or 8 bits ("int8", "e8m0", "e4m3"), see above. values: what codes
-    stand for (`lath.formats.values`). Raises ValueError naming the field, its value and what is
+    stand for (`lath.formats.values`). packing: "planes" of their bits, or "base3", five ternary
+    codes a byte (`lath.formats.packing`). Raises ValueError naming the field, its value and what is
     accepted.
     """
 
@@ -120,6 +124,7 @@ class Codec:
     zero: Zero = "none"
     scale_dtype: ScaleDtype = "fp16"
     values: Values = "integer"
+    packing: Packing = "planes"
 
     def __post_init__(self) -> None:
         if self.bits not in _PLANE_WIDTHS:
@@ -134,6 +139,12 @@ class Codec:
             )
         if self.zero not in _TEXT_OF_ZERO:
             raise ValueError(f"codec zero must be 'none', 'integer' or 'float', got {self.zero!r}")
+        packings = ("planes", "base3") if self.values == "ternary" else ("planes",)
+        if self.packing not in packings:
+            raise ValueError(
+                f"codec packing of values {self.values!r} must be one of {packings}, "
+                f"got {self.packing!r}"
+            )
         # Kept, not formatted on demand: torch.compile traces attributes but not the formatting.
         object.__setattr__(self, "_text", _text_of(self))
 
@@ -145,6 +156,7 @@ class Codec:
             return Codec(bits, size, "none", scale, fixed)
         match, zero = _INTEGER.fullmatch(text), None
         values: Values = "integer"
+        packing: Packing = "planes"
         if match is not None:
             zero = match["zero"]
             if zero == "nested":
@@ -154,6 +166,7 @@ class Codec:
             if match is None:
                 raise ValueError(f"codec must be {GRAMMAR}; got {text!r}")
             values = "learned" if match["bits"] else cast(Values, match["values"])
+            packing = "base3" if match["base3"] else "planes"
         bits = int(match["bits"]) if match["bits"] else value_tables.BITS[values]
         group = int(match["group"]) if match["group"] else None
         scale = _SCALE_OF_TEXT[match["scale"]]
@@ -161,7 +174,7 @@ class Codec:
             if match["scale"] is not None:
                 raise ValueError(f"codec {match['values']!r} has fp32 scales, got {text!r}")
             scale = "fp32"
-        return Codec(bits, group, _ZERO_OF_TEXT[zero], scale, values)
+        return Codec(bits, group, _ZERO_OF_TEXT[zero], scale, values, packing)
 
     def __str__(self) -> str:
         return self._text  # type: ignore[attr-defined, no-any-return]
@@ -264,14 +277,15 @@ def _text_of(codec: Codec) -> str:
     if values in ("e2m3", "e3m2") or (values == "ternary" and scale == "int8") or scale == "fp8":
         raise ValueError(f"codec values {values!r} cannot have {scale} scales in groups {grouped}")
     name = f"lut{codec.bits}" if values == "learned" else values
-    return f"{name}{grouped}{wide}"
+    denser = "-1.6" if codec.packing == "base3" else ""
+    return f"{name}{denser}{grouped}{wide}"
 
 
 def codec(codec: str | Codec) -> Codec:
     """The `Codec` of a text form; a `Codec` is returned as it is.
 
     >>> codec("int4-g128")
-    Codec(bits=4, group=128, zero='none', scale_dtype='fp16', values='integer')
+    Codec(bits=4, group=128, zero='none', scale_dtype='fp16', values='integer', packing='planes')
     """
     if isinstance(codec, Codec):
         return codec

@@ -16,7 +16,8 @@ class DeviceDescription:
     """kind: "cuda", "hip" or "cpu". architecture: "sm_90", "gfx942", or for a CPU "avx512_vnni",
     "avx2" or "portable". compute_units: SMs, CUs or cores. shared_memory: bytes one block may use.
     bandwidth: bytes per second from memory, an estimate that only ranks plans. lanes: threads of a
-    warp or wavefront. threads: threads a CPU operation may use.
+    warp or wavefront. threads: threads a CPU operation may use. wide_look_up: a CPU looks bytes up
+    in 128 others in registers (AVX512_VBMI).
     """
 
     kind: Kind
@@ -27,6 +28,7 @@ class DeviceDescription:
     bandwidth: float = 0.0
     lanes: int = 32
     threads: int = 1
+    wide_look_up: bool = False
 
     @property
     def capability(self) -> int:
@@ -57,7 +59,9 @@ KNOWN_DEVICES = {
         _amd("Instinct MI250X (one die)", "gfx90a", 110, 65536, 1638e9),
         _amd("Instinct MI300X", "gfx942", 304, 65536, 5300e9),
         _amd("Instinct MI355X", "gfx950", 256, 163840, 8000e9),
-        DeviceDescription("cpu", "x86-64 with AVX512-VNNI", "avx512_vnni", 8, bandwidth=40e9),
+        DeviceDescription(
+            "cpu", "x86-64 with AVX512-VNNI", "avx512_vnni", 8, bandwidth=40e9, wide_look_up=True
+        ),
         DeviceDescription("cpu", "x86-64 with AVX2", "avx2", 8, bandwidth=40e9),
         DeviceDescription("cpu", "portable CPU", "portable", 8, bandwidth=40e9),
     ]

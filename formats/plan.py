@@ -7,7 +7,16 @@ from typing import Literal
 
 Backend = Literal["triton", "cpu", "reference"]
 Dataflow = Literal[
-    "gemv", "flat", "tiled", "decode_matmul", "gather", "prefill", "decode", "select", "definition"
+    "gemv",
+    "flat",
+    "tiled",
+    "look_up",
+    "decode_matmul",
+    "gather",
+    "prefill",
+    "decode",
+    "select",
+    "definition",
 ]
 
 
@@ -16,11 +25,11 @@ class Plan:
     """The launch of one operation.
 
     backend: who computes. dataflow: "gemv" (no dot instruction), "flat" (few tokens, K split with
-    an ordered reduction), "tiled", "decode_matmul" (decode, then a library matmul), "gather" (the
-    columns of x that outliers name) or "definition" (NumPy); of attention "prefill" (many rows of
-    one head) or "decode" (few rows, the heads of a group together); "select" (scores of pages or
-    tokens, the largest of them, repair). dot: the type that is multiplied, "int8", "e4m3", "fp16",
-    "bf16" or "fp32".
+    an ordered reduction), "tiled", "look_up" (a CPU's tables of sums of activations),
+    "decode_matmul" (decode, then a library matmul), "gather" (the columns of x that outliers name)
+    or "definition" (NumPy); of attention "prefill" (many rows of one head) or "decode" (few rows,
+    the heads of a group together); "select" (scores of pages or tokens, the largest of them,
+    repair). dot: the type that is multiplied, "int8", "e4m3", "fp16", "bf16" or "fp32".
     block_m tokens by block_n rows of the weight: tile of y; block_k: columns per step; split_k:
     pieces of K; swap: the weight is the left operand of the dot; warps, stages, threads: as the
     backend understands them (0 where it does not).

@@ -87,7 +87,7 @@ class QTensor(PackedWeight):
 
     @property
     def planes(self) -> list[Tensor]:
-        """int32 views `[N16/16, ceil(K/128), 16, 4w]`, the lowest bits of the code first."""
+        """int32 views `[N16/16, K/block, 16, 4w]`, the lowest bits of the code first."""
         return packing.split_planes(self.codes, self.codec, self.shape)
 
     def unpack_codes(self) -> Tensor:
@@ -188,6 +188,10 @@ class QTensor(PackedWeight):
             raise ValueError(f"table of a {codec} must be finite")
         if codec.values == "ternary" and bool((self.unpack_codes() > 2).any()):
             raise ValueError("codes of a ternary weight must be 0, 1 or 2")
+        if codec.packing == "base3":
+            again = packing.pack(self.unpack_codes(), codec)
+            if not torch.equal(again, self.codes):
+                raise ValueError(f"bytes of a {codec} must each be those of five codes, padding 0")
         if self.zeros is None:
             return
         if codec.zero == "float" and not bool(torch.isfinite(self.zeros).all()):
@@ -199,7 +203,7 @@ class QTensor(PackedWeight):
 def _layout(codec: Codec, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor that the codec has."""
     rows, columns = shape
-    count = sum(a * b * c * d for a, b, c, d in packing.plane_shapes(codec, shape))
+    count = packing.code_bytes(codec, shape) // 4
     padded = packing.round_up(rows, packing.PANEL)
     side = (codec.num_groups(columns), padded)
     zero_dtype = {

@@ -118,6 +118,38 @@ SYSTEMS = (
         "the mean of a page of 64 keys, not of all keys",
     ),
     System(
+        "Bitnet.cpp",
+        "low-bit linear",
+        '`quantize(weight, "ternary")` or `"ternary-1.6"`, `linear(…, activations="int8")`; '
+        "`lath.integration.bitnet.load_bitnet` reads Hugging Face's checkpoints",
+        (
+            "test_ternary.py::test_kernels_give_the_integers_of_the_look_ups",
+            "test_ternary.py::test_look_ups_are_the_product",
+            "test_ternary.py::test_packing_is_the_definition_and_round_trips",
+            "test_triton_tables.py::test_int8_sums_are_exact_at_every_split",
+            "test_bitnet.py::test_every_layer_and_the_logits",
+        ),
+        "four codes a byte or five (1.6 bits, K padded to 160); TL1 and TL2 in the definition",
+    ),
+    System(
+        "Vec-LUT",
+        "low-bit linear",
+        '`linear(x, w, activations="int8")` of a ternary weight on a CPU without VNNI, 8 tokens up',
+        (
+            "test_ternary.py::test_look_ups_on_a_cpu",
+            "test_ternary.py::test_vector_look_ups_are_the_product",
+            "test_ternary.py::test_other_instruction_sets",
+        ),
+        "four codes an index, entries of 16 tokens; LATH_ISA=avx2 or portable takes it elsewhere",
+    ),
+    System(
+        "Tequila",
+        "low-bit linear",
+        "`packed, bias = tequila(weight)`, `linear(x, packed, bias)`",
+        ("test_ternary.py::test_tequila",),
+        "training is not part of it",
+    ),
+    System(
         "Prepacking",
         "8-bit attention",
         "`attention(…, cu_seqlens=…)`",

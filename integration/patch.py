@@ -106,9 +106,9 @@ def patch(
     only: patterns of the layers to pack, so that a second call gives others another codec; None
     packs all. activations: as for `lath.linear`, or "auto": int8 with the weight's group on a
     CPU (but float for vector codebooks), float elsewhere. backend: as for `lath.linear`. search:
-    choose each group's range by squared error, slower. importance: by the name of each layer, as for `lath.quantize`;
-    `lath.mean_square_inputs` records it. dry_run: only report. progress: show a bar; None shows it
-    on a terminal when there is much to do.
+    choose each group's range by squared error, slower. importance: by the name of each layer, as
+    for `lath.quantize`; `lath.mean_square_inputs` records it. dry_run: only report. progress: show
+    a bar; None shows it on a terminal when there is much to do.
 
     quantizer: how codes are chosen, for every codec that rounds one weight at a time: "rtn"; "hqq"
     (codecs with "-fzero"); "gptq", "awq", "awq+gptq" with `calibration`; or `lath.GPTQ(...)` and

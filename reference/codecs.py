@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lath.formats import values as value_tables
 from lath.formats.codec import Codec
-from lath.reference import floats
+from lath.reference import floats, ternary
 from lath.reference.scales import (
     SCALE_DTYPES,
     Floats,
@@ -334,6 +334,8 @@ def place(n: int, k: int, width: int, columns: int) -> tuple[int, int]:
 def pack(codes: Codes, codec: Codec) -> NDArray[np.uint32]:
     """uint8 codes [N, K] → uint32 1-D, the planes one after another, one code at a time."""
     rows, columns = codes.shape
+    if codec.packing == "base3":
+        return ternary.pack_trits(codes)
     planes, low = [], 0
     for width in codec.plane_widths:
         words = np.zeros(-(-rows // PANEL) * -(-columns // BLOCK) * PANEL * 4 * width, np.uint32)

@@ -33,8 +33,9 @@ def make_weight(
         table = torch.from_numpy(np.sort(rng.standard_normal(codec.levels)).astype(np.float32))
     entries = reference_codecs.entries_of(codec, None if table is None else table.numpy())
     numbers = np.flatnonzero(np.isfinite(entries)) if codec.is_table else np.arange(codec.levels)
-    wide = (padded, packing.round_up(columns, packing.BLOCK))
-    codes = np.full(wide, (1 << codec.bits) - 1, np.uint8)  # of e4m3 and e5m2 it is NaN
+    wide = (padded, packing.round_up(columns, packing.block_of(codec)))
+    poison = codec.levels - 1 if codec.packing == "base3" else (1 << codec.bits) - 1
+    codes = np.full(wide, poison, np.uint8)  # of e4m3 and e5m2 it is NaN
     codes[:rows] = rng.choice(numbers, (rows, wide[1]))
     codes.reshape(-1)[: min(len(numbers), rows * wide[1])] = numbers[: rows * wide[1]]
     largest = float(np.abs(entries[numbers]).max()) if codec.is_table else float(codec.levels)

@@ -35,6 +35,10 @@ COVER = [
     "lut8 bf16 float 2048 False",
     "ternary fp16 int8 2048 True",
     "ternary-g64 fp16 float 2048 False",
+    "ternary-1.6 fp16 int8 2048 True",
+    "ternary-1.6 bf16 float 2560 False",
+    "ternary-1.6-g160 bf16 int8 2560 False",
+    "ternary-1.6-g64 fp16 float 2000 False",
     "int4-g128-s8 fp16 float 2048 False",
     "int4-g128-asym-s8 bf16 int8-g128 2048 False",
 ]
@@ -73,6 +77,8 @@ FIGURES = [
     ("nf4-g64 fp16 float 2048 False", 4.93),
     ("fp4-g64 fp16 float 2048 False", 3.79),
     ("ternary fp16 int8 2048 False", 1.50),
+    ("ternary-1.6 fp16 int8 2560 False", 3.98),
+    ("ternary-1.6 fp16 float 2560 False", 3.89),
     ("e4m3 fp16 float 2048 False", 4.80),
 ]
 
@@ -98,6 +104,8 @@ def test_instructions_per_weight(text: str, figure: float) -> None:
         ("lut6-g32-dq bf16 float 2048 True", "decode_matmul bf16 16x64x128 k1 w4"),
         ("mxfp8-e5m2 fp16 float 2048 False", "tiled fp16 64x64x128 k1 w8"),
         ("fp4-g64 fp32 float 2048 False", "flat fp32 16x32x128 k1 w8"),
+        ("ternary-1.6 fp32 int8 2048 False", "gemv fp32 1x64x160 k2 w4"),
+        ("ternary-1.6-g48 fp16 float 2048 False", "decode_matmul fp16 16x64x160 k1 w4"),
     ],
 )
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def transpose(typing_context, source, target):  # type: ignore[no-untyped-def]
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         e = emitter.Emitter(builder, host_isa(), native_half=False)
         rows = [e.load(e.add(values[0], 16 * i), emitter.BYTES) for i in range(16)]
-        for i, column in enumerate(lanes.transpose_bytes(e, rows)):
+        for i, column in enumerate(lanes.transpose(e, rows)):
             e.store(e.add(values[1], 16 * i), column)
         return context.get_dummy_value()
 

@@ -27,7 +27,8 @@ from lath.kernels.simd.compile import compile_kernel
 from lath.reference import linear as reference
 
 CODECS = [
-    "ternary", "ternary-g64", "ternary-g32-s32", "int4-g64-s8", "int3-g48-asym-s8",
+    "ternary", "ternary-g64", "ternary-g32-s32", "ternary-1.6",
+    "ternary-1.6-g80-s32", "int4-g64-s8", "int3-g48-asym-s8",
     "int2-g96-asym-s8", "int4-s8", "int4-g64-fp8", "int3-g48-fp8", "int2-fp8",
     "nf4-g64", "nf4-g64-dq", "nf4-s32", "fp4-g64", "fp4-g16-dq", "fp4-s32", "fp4-g128",
     "lut1-g16", "lut2-g32-s32", "lut3-g64-dq", "lut4-g128", "lut5", "lut6-g48", "lut7-g112",

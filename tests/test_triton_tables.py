@@ -73,6 +73,16 @@ CATALOGUE = [
     "ternary-s32 17 33 200 fp16 float normal False | tiled fp16 16x32x128 swap",
     "ternary-g48 3 20 200 bf16 float normal True | flat bf16 16x32x128",
     "ternary-g32 2 16 100 fp32 float normal False | gemv fp32 2x16x128",
+    "ternary-1.6 5 37 700 bf16 int8 normal True | flat int8 16x32x320 k2",
+    "ternary-1.6 3 20 500 fp16 int8 one_sign False | flat int8 8x32x160 k3 swap",
+    "ternary-1.6-g160 3 20 500 fp16 int8-g64 normal True | flat int8 16x32x160 k2",
+    "ternary-1.6-s32 17 33 330 fp16 float normal False | tiled fp16 16x32x160 swap",
+    "ternary-1.6-g48 3 20 200 bf16 float normal True | flat bf16 16x32x160",
+    "ternary-1.6-g80 3 20 330 fp16 int8 normal False | flat fp16 16x32x160",
+    "ternary-1.6-g128 5 37 300 fp32 float one_sign True | flat fp32 16x32x160",
+    "ternary-1.6-g32 2 16 400 fp32 float normal False | gemv fp32 2x16x160 k2",
+    "ternary-1.6 1 37 500 bf16 int8 normal True | gemv fp32 1x32x160 k2",
+    "ternary-1.6-g64 5 20 200 fp16 float normal True | decode_matmul fp16 16x64x160",
     "int4-g128-s8 5 37 300 fp16 float normal True | flat fp16 16x32x128 k2",
     "int4-g64-asym-s8 3 20 200 bf16 int8-g64 normal False | flat int8 8x32x128 swap",
     "int3-g16-s8 3 20 200 fp32 int8-g16 one_sign False | flat fp16 16x32x128",
@@ -130,7 +140,8 @@ def test_parity(text: str) -> None:
 TABLES = [
     "nf4-g64", "fp4-g32-dq", "mxfp4", "nvfp4", "mxfp6", "mxfp6-e3m2", "mxfp8", "mxfp8-e5m2", "e4m3",
     "e5m2-g48", "lut1", "lut2-g16", "lut3-g64-dq", "lut4", "lut5-g32", "lut6", "lut7-g64", "lut8",
-    "ternary-g32", "int4-g64-s8", "int2-asym-s8", "int4-g16-fp8", "int3-g48-fp8", "int2-fp8",
+    "ternary-g32", "ternary-1.6-g48", "int4-g64-s8", "int2-asym-s8",
+    "int4-g16-fp8", "int3-g48-fp8", "int2-fp8",
 ]  # fmt: skip
 
 
@@ -174,10 +185,14 @@ def test_identity_gives_the_decoded_weight(text: str, dot: str) -> None:
         assert torch.equal(entries[finite], weight.entries()[finite])
 
 
-@pytest.mark.parametrize("text", ["ternary-s32", "fp4-s32", "fp4-g64", "mxfp4", "mxfp6"])
+@pytest.mark.parametrize(
+    "text", ["ternary-s32", "ternary-1.6-s32", "fp4-s32", "fp4-g64", "mxfp4", "mxfp6"]
+)
 @pytest.mark.parametrize("chosen", ["flat int8 16x32x128", "flat int8 8x32x128 swap"])
 def test_int8_sums_are_exact_at_every_split(text: str, chosen: str) -> None:
     """Activations that are their own codes, scales that are powers of two: fp32 holds all sums."""
+    if "1.6" in text:
+        chosen = chosen.replace("128", "160")
     rng = np.random.default_rng(3)
     weight = make_weight(text, 20, 400, rng, "integers")
     x = torch.from_numpy(rng.integers(-127, 128, (5, 400)).astype(np.float32))
@@ -268,6 +283,8 @@ CHANGES = [
     ("lut3-g64-dq", "fp16 float", "flat fp16 16x32x128"),
     ("lut5", "fp32 float", "gemv fp32 4x32x128"),
     ("ternary-g32", "fp32 int8", "flat int8 16x32x128"),
+    ("ternary-1.6-g32", "fp32 int8", "flat int8 16x32x160"),
+    ("ternary-1.6", "fp16 float", "flat fp16 16x32x160"),
     ("int4-g64-s8", "fp32 float", "gemv fp32 4x32x128"),
     ("int4-g32-asym-s8", "fp32 int8", "flat int8 16x32x128"),
     ("int4-g32-fp8", "fp32 fp8", "flat e4m3 16x32x128"),
@@ -323,6 +340,10 @@ def test_one_wrong_number_is_seen(text: str, how: str, chosen: str) -> None:
         "int4-g96-asym-s8 5 37 300 fp16 int8 normal True | flat int8 16x32x128 k2",
         "int3-g48-fp8 5 37 300 fp16 fp8 normal True | flat e4m3 8x32x128 k2 swap",
         "int2-g32-fp8 3 20 200 bf16 fp8-e5m2 normal False | flat fp16 16x32x128",
+        "ternary-1.6 5 37 500 bf16 int8 normal True | flat int8 16x32x320 k2",
+        "ternary-1.6-g48 3 20 200 fp16 float normal False | flat fp16 8x32x160 swap",
+        "ternary-1.6-g160 4 37 330 fp32 float normal True | gemv fp32 4x32x160 k2",
+        "ternary-1.6 5 37 300 fp16 float normal False | decode_matmul fp16 16x32x160",
     ],
 )
 def test_sanitizer_is_clean_and_order_does_not_matter(text: str) -> None:
@@ -336,7 +357,9 @@ def test_sanitizer_is_clean_and_order_does_not_matter(text: str) -> None:
     assert torch.equal(results[0], results[1])
 
 
-@pytest.mark.parametrize("text", ["nf4-g64", "mxfp4", "nvfp4", "e4m3", "ternary", "lut3-g64-dq"])
+@pytest.mark.parametrize(
+    "text", ["nf4-g64", "mxfp4", "nvfp4", "e4m3", "ternary", "ternary-1.6", "lut3-g64-dq"]
+)
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_the_verb_takes_them(text: str, activations: str) -> None:
     torch.manual_seed(1)

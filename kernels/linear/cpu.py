@@ -31,11 +31,15 @@ except ModuleNotFoundError as error:
 from lath.kernels.linear.cpu_kernels import (
     FLOAT_KINDS,
     linear_block,
+    look_up_block,
     tile_of,
 )
 from lath.kernels.linear.cpu_launch import run_on_team, serial_driver
+from lath.kernels.linear.cpu_look_up import LookUp, can_look_up, look_up_of
 from lath.kernels.linear.cpu_sparse import sparse_view
 from lath.kernels.linear.cpu_view import CpuView, Kind, cpu_view, kind_of
+from lath.kernels.linear.plan import LOOK_UP_REST, LOOK_UP_TILE, LOOK_UP_TOKENS, looks_up
+from lath.kernels.simd.isa import host_isa
 
 # What `warmup` compiles when it is not told.
 USUAL_CODECS = ("int4-g64", "int4-g32-fzero", "int4-g128-asym", "int8-g64", "int2")
@@ -56,7 +60,11 @@ class CpuLinear:
         kind: Kind,
         activations: ActivationFormat,
         bias: Tensor | None = None,
+        looks_up: bool = False,
     ) -> None:
+        """looks_up: several tokens of ternary weights by look-up, whose indices are made then."""
+        if looks_up and not can_look_up(view.record, view.groups):
+            raise ValueError(f"a view of {view.record} in {view.groups} groups has no look-ups")
         self.rows, self.columns = view.rows, view.columns
         self._view = view
         self._kind = kind
@@ -64,6 +72,8 @@ class CpuLinear:
         self._shared = padded if group is None or group >= self.columns else group
         self._largest = 0 if activations.kind == "float" else activations.largest
         self._bias = self._padded(bias)
+        self._looks_up = looks_up
+        self._look_up: LookUp | None = None
         # By dtypes and tokens (9 stands for all above): the address of a block and the block.
         self._launches: dict[
             tuple[torch.dtype, torch.dtype, int], tuple[int, NDArray[np.int64]]
@@ -82,6 +92,14 @@ class CpuLinear:
         if tokens == 0 or self.rows == 0:
             y = x.new_empty((*shape[:-1], self.rows)) if out is None else out
             return y.copy_(offsets[: self.rows].expand_as(y))
+        if tokens > LOOK_UP_TILE and self._looks_up and 0 < tokens % LOOK_UP_TILE <= LOOK_UP_REST:
+            # A tile of look-ups costs the same for few tokens, which products do in less.
+            y = x.new_empty((*shape[:-1], self.rows)) if out is None else out
+            flat, parts = x.reshape(tokens, columns), y.view(tokens, self.rows)
+            whole = tokens - tokens % LOOK_UP_TILE
+            for part in (slice(0, whole), slice(whole, tokens)):
+                self(flat[part], bias, parts[part])
+            return y
         dtype = x.dtype
         if not x.is_contiguous():
             x = x.contiguous()
@@ -98,6 +116,11 @@ class CpuLinear:
                 known[0], x.data_ptr(), stride, offsets.data_ptr(), y.data_ptr(), tokens, threads
             )
         return y
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what was made beside the weight's view."""
+        return 0 if self._look_up is None else self._look_up.nbytes
 
     def _padded(self, bias: Tensor | None) -> Tensor:
         """The bias as fp32 [16 * panels], zeros where there is none."""
@@ -117,6 +140,10 @@ class CpuLinear:
 
     def _block(self, x_type: int, y_type: int, tokens: int) -> NDArray[np.int64]:
         """The argument block of a call with so many tokens."""
+        if self._looks_up and tokens >= LOOK_UP_TOKENS:
+            if self._look_up is None:
+                self._look_up = look_up_of(self._view)
+            return look_up_block(self._look_up, self._largest, x_type, y_type)
         tile = tile_of(self._kind, tokens, self._view.panel_bytes)
         return linear_block(
             self._view, self._kind, self._shared, self._largest, x_type, tile, y_type,
@@ -137,7 +164,8 @@ def prepare(
     """
     activations = activations or ActivationFormat()
     kind = kind_of(weight.codec, activations)
-    return CpuLinear(_view(weight, activations), kind, activations, bias)
+    by_look_up = looks_up(weight.shape[1], weight.codec, activations, host_isa())
+    return CpuLinear(_view(weight, activations), kind, activations, bias, by_look_up)
 
 
 def linear(

@@ -73,11 +73,13 @@ class _Tile:
         self.reader, self.output = RecordReader(e, a, record), Output(e, a)
         self.totals = e.buffer(tokens * panels)
         self.places = [(m, n) for m in range(tokens) for n in range(panels)]
-        self.fields = 8 // record.width
+        self.fields = record.fields
         # Fields have accumulators to themselves where registers last. Then a code may stay where it
         # is in its byte, and the sum is shifted once: products need the room, which vpmaddubsw's 16
-        # bits have not, and a look-up needs the code alone.
-        self.apart = tokens * panels * self.fields <= _APART and e.isa != "avx2"
+        # bits have not, and a look-up needs the code alone. The fifth trit of a byte lies where the
+        # fourth does.
+        self.parts = 8 // record.width
+        self.apart = tokens * panels * self.parts <= _APART and e.isa != "avx2"
         self.in_place = self.apart and record.stored != "fp4"
 
     def emit(self, columns: list[Any], streams: Streams, token_tile: Any) -> None:
@@ -116,7 +118,7 @@ class _Tile:
             starts = [
                 e.builder.mul(e.broadcast(e.add(sums, 4 * m)), factor) for m in range(self.tokens)
             ]
-        others = self.fields - 1 if self.apart else 0
+        others = self.parts - 1 if self.apart else 0
         return {
             (m, n): [e.variable(starts[m])] + [e.variable(e.constant(0)) for _ in range(others)]
             for m, n in self.places
@@ -130,7 +132,7 @@ class _Tile:
                 for m in range(self.tokens):
                     activations = e.broadcast(e.add(x.value, 4 * (j * self.tokens + m)))
                     for n in range(self.panels):
-                        part = accumulators[m, n][j if self.apart else 0]
+                        part = accumulators[m, n][min(j, self.parts - 1) if self.apart else 0]
                         part.value = e.dot(part.value, codes[n][j], activations, narrow)
             streams.advance()
             x.value = e.add(x.value, self.reader.record.columns * self.tokens)
@@ -138,9 +140,11 @@ class _Tile:
     def _numbers(self, word: Any) -> list[Any]:
         """The numbers in a vector of codes, a field after the other, as uint8."""
         e, record = self.e, self.reader.record
-        if self.in_place:
-            return e.fields_in_place(word, record.width)
-        fields = e.fields(word, record.width)
+        fields_of = e.fields_in_place if self.in_place else e.fields
+        if record.stored == "trits":
+            four, fifth = tables.split_trits(e, word)
+            return [*fields_of(four, 2), fields_of(fifth, 2)[3]]
+        fields = fields_of(word, record.width)
         if record.stored != "fp4":
             return fields
         return [tables.look_up_bytes(e, field, whole_entries("fp4")) for field in fields]

@@ -8,6 +8,7 @@ fall back on silently.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,17 @@ from lath.formats import values as value_tables
 from lath.formats.codec import Codec, ScaleDtype
 from lath.formats.packing import PANEL, pack, round_up
 from lath.formats.qtensor import SCALE_DTYPES, QTensor
+from lath.formats.values import Values
 from lath.kernels.linear.cpu_activations import emit_quantize, emit_round, emit_widen
 from lath.kernels.linear.cpu_dot import emit_tile
 from lath.kernels.linear.cpu_float import emit_float
 from lath.kernels.linear.cpu_launch import argument_block, serial_driver
+from lath.kernels.linear.cpu_look_up import LookUp, emit_look_up, look_up_of
 from lath.kernels.linear.cpu_record import Record
 from lath.kernels.linear.cpu_sparse import SparseView, build_sparse
 from lath.kernels.linear.cpu_sparse import check_weight as sparse_check_weight
 from lath.kernels.linear.cpu_view import CpuView, Kind, build_view
-from lath.kernels.linear.plan import cpu_tile
+from lath.kernels.linear.plan import LOOK_UP_TILE, TRIT_GROUP, cpu_tile
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16, FP16, FP32
 from lath.kernels.simd.isa import host_isa
@@ -65,6 +68,32 @@ def linear_block(
     expand = tiles and kind == "int8" and view.record.sparse
     _check(kind, view.record, x_type, tile, expand)
     return _block(view, kind, shared, largest, x_type, tile, y_type, expand)
+
+
+def look_up_block(look_up: LookUp, largest: int, x_type: int, y_type: int) -> NDArray[np.int64]:
+    """As `linear_block`, by look-up; y is of `y_type`."""
+    _check_look_up(x_type)
+    return _look_up_block(look_up, largest, x_type, y_type)
+
+
+def _look_up_block(look_up: LookUp, largest: int, x_type: int, y_type: int) -> NDArray[np.int64]:
+    return argument_block(
+        prepare=compile_kernel(emit_quantize, x_type).address,
+        kernel=compile_kernel(emit_look_up).address,
+        records=look_up.indices.data_ptr(),
+        row_scales=look_up.scales.data_ptr(),
+        rows=look_up.rows,
+        columns=look_up.columns,
+        panels=look_up.panels,
+        groups=1,
+        group=look_up.group,
+        shared=look_up.group,
+        largest=largest,
+        tile=LOOK_UP_TILE,
+        unit=1,
+        item=1,
+        y_type=y_type,
+    )
 
 
 def _block(
@@ -137,6 +166,28 @@ def _check(
     _require(np.array_equal(y.double().numpy(), expected), f"{kind} {record} tile={tile}")
 
 
+@functools.cache
+def _check_look_up(x_type: int) -> None:
+    """As `_check`, for the look-ups: ternary rows over more columns than int16 sums last for."""
+    rows, columns, tokens = 40, 300, LOOK_UP_TILE + 1
+    rng = np.random.default_rng(0)
+    trits = rng.integers(-1, 2, (rows, columns))
+    trits[7] = 1
+    codec = Codec(2, None, "none", "fp32", "ternary")
+    scales = 2.0 ** rng.integers(-2, 3, (1, rows))
+    packed = pack(torch.from_numpy((trits + 1).astype(np.uint8)), codec)
+    weight = QTensor(codec, (rows, columns), packed, _side(scales, "fp32"))
+    look_up = look_up_of(build_view(weight, round_up(columns, PANEL), Record(2, "none", False)))
+    x = rng.integers(-9, 10, (tokens, columns)).astype(np.float32)
+    x[1] = x[:, 0] = 127
+    dtype = next(dtype for dtype, number in FLOAT_KINDS.items() if number == x_type)
+    y = torch.full((tokens, rows), torch.nan)
+    bias = torch.arange(PANEL * look_up.panels, dtype=torch.float32)
+    _run(_look_up_block(look_up, 127, x_type, FP32), torch.from_numpy(x).to(dtype), bias, y)
+    expected = x.astype(np.float64) @ (scales.T * trits).T + np.arange(rows)
+    _require(np.array_equal(y.double().numpy(), expected), "look-up")
+
+
 def _run(block: NDArray[np.int64], x: Tensor, bias: Tensor, y: Tensor) -> None:
     stride = x.shape[1] * x.element_size()
     serial_driver()(
@@ -146,13 +197,17 @@ def _run(block: NDArray[np.int64], x: Tensor, bias: Tensor, y: Tensor) -> None:
 
 def _check_weight(record: Record) -> tuple[QTensor, NDArray[np.float64]]:
     """A weight [40, 140] with power-of-two scales, and its values computed here."""
-    if record.stored not in ("integer", "nested"):
+    if record.stored not in ("integer", "nested", "trits"):
         return _check_table(record)
     rows, columns, group = 40, 140, 48
     rng = np.random.default_rng(0)
     scale_dtype: ScaleDtype = "fp16" if record.half else "fp32"
     scale_dtype = "int8" if record.is_folded else scale_dtype
-    codec = Codec(record.width, group, record.zero, scale_dtype, record.stored)
+    values: Values = "nested" if record.stored == "nested" else "integer"
+    codec = Codec(record.width, group, record.zero, scale_dtype, values)
+    if record.stored == "trits":
+        codec = replace(codec, bits=2, group=TRIT_GROUP, values="ternary", packing="base3")
+        group = TRIT_GROUP
     codes = rng.integers(0, codec.levels, (rows, columns)).astype(np.uint8)
     shape = (codec.num_groups(columns), rows)
     scales: NDArray[Any] = 2.0 ** rng.integers(-2, 3, shape)

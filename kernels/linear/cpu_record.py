@@ -2,7 +2,8 @@
 
 Per panel of 16 rows, per group, one record: codes as 64-byte vectors (lane = row; byte b of a lane
 holds, at bit width*j, the code of column 4*j + b of the vector's 32/width columns), then 16 scales,
-then 16 zero points (uint8) or minima (like the scales). Where a byte is a code of its own that only
+then 16 zero points (uint8) or minima (like the scales). Ternary codes may lie five in a byte, that
+of column 4*j + b times 3**j: 20 columns in a vector. Where a byte is a code of its own that only
 the float kernel reads, the 16 bytes of a column lie together; so do 16-bit numbers. A panel is read
 as one stream. Of a sparse weight a record has the vectors' masks, then the numbers under their
 bits, then its scales (cpu_streams.py).
@@ -15,17 +16,18 @@ from typing import Any, Literal
 
 from lath.formats import values as value_tables
 from lath.formats.codec import Zero
+from lath.formats.packing import TRITS
 from lath.kernels.linear.cpu_arguments import Arguments
 from lath.kernels.simd import tables
 from lath.kernels.simd.emitter import BF16, F32, FP16, FP32, I8, LANES, Emitter
 
 VECTOR_BYTES = 64
 
-# What a stored code stands for: code - zero, the same half a step beside whole numbers, a whole
-# number of a unit (`formats/values.py`), an entry of a table in memory, an 8-bit float, or a 16-bit
-# one that has no scale.
+# What a stored code stands for: code - zero (of "trits" too), the same half a step beside whole
+# numbers, a whole number of a unit (`formats/values.py`), an entry of a table in memory, an 8-bit
+# float, or a 16-bit one that has no scale.
 Stored = Literal[
-    "integer", "nested", "fp4", "e2m3", "table", "e4m3", "e5m2", "fp16", "bf16"
+    "integer", "nested", "trits", "fp4", "e2m3", "table", "e4m3", "e5m2", "fp16", "bf16"
 ]  # fmt: skip
 # "int8": a scale of the row above them; activations have one scale a token, and sums are integers.
 ByteScale = Literal["", "int8", "e8m0", "e4m3"]
@@ -65,7 +67,12 @@ class Record:
     @property
     def columns(self) -> int:
         """Columns of one 64-byte vector of codes."""
-        return VECTOR_BYTES * 8 // (LANES * self.width)
+        return VECTOR_BYTES * 8 // (LANES * self.width) if self.width > 8 else 4 * self.fields
+
+    @property
+    def fields(self) -> int:
+        """Codes of a byte."""
+        return TRITS if self.stored == "trits" else 8 // self.width
 
     @property
     def zero_code(self) -> int:
@@ -73,6 +80,8 @@ class Record:
         ("nested": that for ½); 0 for what only the float kernel reads."""
         if self.stored in ("integer", "nested"):
             return 1 << (self.width - 1)
+        if self.stored == "trits":
+            return 1
         return whole_entries(self.stored)[0] if self.stored in ("fp4", "e2m3") else 0
 
     @property

@@ -33,12 +33,16 @@ from lath.kernels.linear.cpu_record import (
     Stored,
     whole_entries,
 )
-from lath.kernels.linear.plan import folds_scales, holds_integers
+from lath.kernels.linear.plan import (
+    LONGEST_GROUP,
+    TRIT_GROUP,
+    folds_scales,
+    holds_integers,
+    keeps_trits,
+)
 from lath.kernels.simd.compile import driver
+from lath.kernels.simd.isa import has_wide_look_up, host_isa
 from lath.kernels.simd.tables import ENTRIES
-
-# 255 * 127 * LONGEST_GROUP < 2**31: the int32 sums of a group cannot overflow.
-LONGEST_GROUP = 65536
 
 # What multiplies a layer: whole codes of x; x itself; or, in the float kernel, the numbers that the
 # codes of x stand for: whole ones where the weight's numbers are not, and 8-bit floats.
@@ -102,15 +106,20 @@ def _multiplied_out(weight: QTensor) -> QTensor:
 
 
 def view_group(
-    columns: int, codec: PlanesCodec | SparseCodec, activations: ActivationFormat
+    columns: int,
+    codec: PlanesCodec | SparseCodec,
+    activations: ActivationFormat,
+    multiple: int = GROUP_MULTIPLE,
 ) -> int:
-    """Columns of one record: a multiple of 16 that divides both groups, short of overflow."""
+    """Columns of one record: a multiple of 16 (or `multiple`) that divides both groups, short of
+    overflow."""
     groups = [g for g in (codec.group, activations.group) if g is not None and g < columns]
     if groups:
         group = math.gcd(*groups)
-        return group if group <= LONGEST_GROUP else math.gcd(group, LONGEST_GROUP)
+        longest = LONGEST_GROUP // multiple * multiple
+        return group if group <= longest else math.gcd(group, longest)
     pieces = max(1, -(-columns // LONGEST_GROUP))
-    return packing.round_up(max(1, -(-columns // pieces)), GROUP_MULTIPLE)
+    return packing.round_up(max(1, -(-columns // pieces)), multiple)
 
 
 def kind_of(codec: PlanesCodec | SparseCodec, activations: ActivationFormat) -> Kind:
@@ -122,10 +131,11 @@ def kind_of(codec: PlanesCodec | SparseCodec, activations: ActivationFormat) -> 
     return "int8" if holds_integers(codec) else "rounded"
 
 
-def record_of(codec: Codec, kind: Kind, folded: bool = False) -> Record:
+def record_of(codec: Codec, kind: Kind, folded: bool = False, trits: bool = False) -> Record:
     """The kind of record of a codec. One bit keeps half its scale, in fp32, where that is exact.
 
-    folded: keep the whole scales of groups, for sums that stay integers.
+    folded: keep the whole scales of groups, for sums that stay integers. trits: of
+    "base3", keep five codes in a byte.
     """
     width = next(bits for bits in (2, 4, 8) if bits >= codec.bits)
     one_bit = codec.bits == 1 and codec.zero == "none" and not codec.is_table
@@ -135,6 +145,7 @@ def record_of(codec: Codec, kind: Kind, folded: bool = False) -> Record:
         byte_scale = codec.scale_dtype
     if not codec.is_table:
         stored: Stored = "nested" if codec.values == "nested" else "integer"
+        stored = "trits" if trits else stored
         return Record(width, codec.zero, half, stored, byte_scale)
     if codec.values == "fp4" or (codec.values == "e2m3" and kind == "int8"):
         return Record(width, "none", half, codec.values, byte_scale)
@@ -146,9 +157,10 @@ def record_of(codec: Codec, kind: Kind, folded: bool = False) -> Record:
 def cpu_view(weight: QTensor, activations: ActivationFormat) -> CpuView:
     """The view of a weight for an activation format, made on first use and kept with it."""
     codec, columns = stored_codec(weight.codec), weight.shape[1]
-    group = view_group(columns, codec, activations)
+    trits = keeps_trits(columns, codec, activations, has_wide_look_up(host_isa()))
+    group = view_group(columns, codec, activations, TRIT_GROUP if trits else GROUP_MULTIPLE)
     folded = codec.scale_dtype == "int8" and folds_scales(columns, codec, activations)
-    record = record_of(codec, kind_of(codec, activations), folded)
+    record = record_of(codec, kind_of(codec, activations), folded, trits)
     key = f"cpu-g{group}-{record.stored}-{record.byte_scale}"
     return weight.view(key, lambda: build_view(_multiplied_out(weight), group, record))
 
@@ -161,10 +173,13 @@ def build_view(weight: QTensor, group: int, record: Record) -> CpuView:
     panels, groups = -(-rows // packing.PANEL), -(-columns // group)
     records = torch.empty((panels, groups, record.nbytes(group)), dtype=torch.uint8)
     out = records.numpy()
-    widths = np.array(codec.plane_widths)
-    words, blocks = weight.codes.detach().numpy(), -(-columns // packing.BLOCK)
-    stored = _stored_codes(codec, record)
-    _pack_codes()(words, widths, blocks, out.view(np.uint32), record.width, group, stored)
+    if record.stored == "trits":
+        _put_trits(out, weight.unpack_codes(), group, record)
+    else:
+        widths = np.array(codec.plane_widths)
+        words, blocks = _plane_words(weight), -(-columns // packing.BLOCK)
+        stored = _stored_codes(codec, record)
+        _pack_codes()(words, widths, blocks, out.view(np.uint32), record.width, group, stored)
     start = group // record.columns * VECTOR_BYTES
     if record.by_column:
         _turn(out[:, :, :start])
@@ -176,6 +191,27 @@ def build_view(weight: QTensor, group: int, record: Record) -> CpuView:
     if record.byte_scale in ("e4m3", "int8"):
         outer = weight.outer.detach().float().clone()  # type: ignore[union-attr]
     return CpuView(record, rows, columns, group, records, _table_of(weight, record), outer)
+
+
+def _plane_words(weight: QTensor) -> NDArray[np.int32]:
+    """The packed codes, those of "base3" as a plane of two bits."""
+    if weight.codec.packing == "planes":
+        words: NDArray[np.int32] = weight.codes.detach().numpy()
+        return words
+    planes = replace(weight.codec, packing="planes")
+    plain: NDArray[np.int32] = packing.pack(weight.unpack_codes(), planes).numpy()
+    return plain
+
+
+def _put_trits(out: NDArray[np.uint8], codes: Tensor, group: int, record: Record) -> None:
+    """Ternary codes [N, K] into the records, five a byte; what pads them is code 0."""
+    panels, groups, size = out.shape
+    padding = (0, groups * group - codes.shape[1], 0, panels * packing.PANEL - codes.shape[0])
+    padded = torch.nn.functional.pad(codes, padding).numpy()
+    shape = (panels, packing.PANEL, groups, group // record.columns, record.fields, 4)
+    powers = (3 ** np.arange(record.fields)).astype(np.uint8)
+    numbers = np.einsum("plgsfb,f->pgslb", padded.reshape(shape), powers)
+    out[:, :, : size - record.side_bytes] = numbers.reshape(panels, groups, -1)
 
 
 def _stored_codes(codec: Codec, record: Record) -> NDArray[np.uint8]:

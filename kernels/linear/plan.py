@@ -31,6 +31,16 @@ MOST_INT32_COLUMNS = (2**31 - 1) // (127 * 255)
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Bytes of a panel from which four at a time were faster on a Zen 4 core (33 to 59 KB measured).
 LONG_STREAM = 32768
+# Columns of a CPU's group. 255 * 127 * LONGEST_GROUP < 2**31: its int32 sums cannot overflow.
+LONGEST_GROUP = 65536
+# Columns that are whole vectors of a CPU's base-3 codes (20) and of its activations (16).
+TRIT_GROUP = 80
+# Ternary look-ups of a CPU without VNNI: tokens side by side in an entry, tokens from which they
+# are no slower than products, and tokens behind the last whole entry that are one tile of products
+# (bench/results/ternary_cpu.md).
+LOOK_UP_TILE = 16
+LOOK_UP_TOKENS = 8
+LOOK_UP_REST = 4
 # Register tiles (tokens, panels) by what is multiplied and whether the CPU has AVX512-VNNI:
 # accumulators, one panel of codes each and a broadcast fill the 32 (or 16 half as wide) registers.
 CPU_TILES = {
@@ -92,11 +102,12 @@ def weight_bytes(n: int, k: int, codec: PlanesCodec) -> int:
 
     Not of a learned table, which is no part of what a longer weight has more of.
     """
-    rows, columns = packing.round_up(n, packing.PANEL), packing.round_up(k, packing.BLOCK)
+    rows = packing.round_up(n, packing.PANEL)
     scale = SCALE_BYTES[codec.scale_dtype]
     zero = {"none": 0, "integer": 1, "float": scale}[codec.zero]
     outer = {"int8": 2 * rows, "fp8": 4 * rows, "e4m3": 4}.get(codec.scale_dtype, 0)
-    return rows * columns * codec.bits // 8 + codec.num_groups(k) * rows * (scale + zero) + outer
+    sides = codec.num_groups(k) * rows * (scale + zero) + outer
+    return packing.code_bytes(codec, (n, k)) + sides
 
 
 def bytes_moved(
@@ -145,7 +156,7 @@ def common_group(k: int, codec: PlanesCodec | SparseCodec, activations: Activati
     """Longest run along K that has one weight scale and one activation scale outside the dot."""
     own = None if folds_scales(k, codec, activations) else codec.group
     groups = [g for g in (own, activations.group) if g is not None and g < k]
-    return math.gcd(*groups) if groups else packing.round_up(max(k, 1), packing.BLOCK)
+    return math.gcd(*groups) if groups else packing.round_up(max(k, 1), packing.block_of(codec))
 
 
 def plan_cpu(
@@ -162,6 +173,13 @@ def plan_cpu(
     needed = 8 if codec.scale_dtype == "fp8" else codec.bits
     stored = next(bits for bits in (2, 4, 8) if bits >= needed)
     reasons = [f"{device.architecture}, {device.threads} thread(s)"]
+    panel_bytes = 2 * stored * k
+    if keeps_trits(k, codec, activations, device.wide_look_up):
+        panel_bytes = packing.PANEL * k // packing.TRITS
+        reasons.append("ternary codes stay five in a byte: a look-up in registers takes them apart")
+    elif packing.is_base3(codec):
+        why = _why_wide(activations, device)
+        reasons.append(f"ternary codes are widened to 2 bits in the CPU's view, as {why}")
     if stored != codec.bits:
         reasons.append(f"{codec.bits}-bit codes are widened to {stored} bits in the CPU's view")
     if not activations.is_integer:
@@ -174,9 +192,18 @@ def plan_cpu(
         if x_group is not None and weight_group is not None and x_group % weight_group:
             shared = math.gcd(x_group, weight_group)
             reasons.append(f"groups of {x_group} and {weight_group} share runs of {shared}")
+    if m >= LOOK_UP_TOKENS and looks_up(k, codec, activations, device.architecture):
+        reasons.append(
+            "no VNNI: four ternary codes are an index into sums of four activations, of "
+            f"{LOOK_UP_TILE} tokens at a time (up to {LOOK_UP_REST} that are left: products)"
+        )
+        return replace(
+            draft, dataflow="look_up", dot=dot, reason="; ".join(reasons), threads=device.threads,
+            block_m=LOOK_UP_TILE, block_n=packing.PANEL, block_k=32,
+        )  # fmt: skip
     # Codes of 16 rows; the scales beside them are a few per cent and decide nothing here.
     kind = "int8" if dot == "int8" else "float"
-    tokens, panels = cpu_tile(kind, m, 2 * stored * k, device.architecture)
+    tokens, panels = cpu_tile(kind, m, panel_bytes, device.architecture)
     dataflow: Dataflow = "gemv" if m <= 1 else "tiled"
     reasons.append("one token streams the weight" if m <= 1 else "tokens share a register tile")
     return replace(
@@ -215,6 +242,36 @@ def cpu_vector_tokens(tokens: int, architecture: str) -> int:
     return next((tile for tile in tiles if tile >= tokens), tiles[-1])
 
 
+def keeps_trits(
+    k: int, codec: PlanesCodec, activations: ActivationFormat, wide_look_up: bool
+) -> bool:
+    """Whether the CPU's view of a ternary weight keeps five codes in a byte."""
+    groups = [g for g in (codec.group, activations.group) if g is not None and g < k]
+    whole = all(group % TRIT_GROUP == 0 for group in groups)
+    return packing.is_base3(codec) and activations.is_integer and wide_look_up and whole
+
+
+def looks_up(
+    k: int,
+    codec: PlanesCodec | SparseCodec,
+    activations: ActivationFormat,
+    architecture: str,
+) -> bool:
+    """Whether a CPU multiplies several tokens by look-ups: ternary codes, one scale for a row and
+    for a token, and no instruction that adds four products of bytes."""
+    groups = [g for g in (codec.group, activations.group) if g is not None and g < k]
+    ternary = codec.values == "ternary" and activations.is_integer
+    return ternary and not groups and k <= LONGEST_GROUP and architecture != "avx512_vnni"
+
+
+def _why_wide(activations: ActivationFormat, device: DeviceDescription) -> str:
+    if not activations.is_integer:
+        return f"{activations.kind} activations multiply 2-bit ones"
+    if not device.wide_look_up:
+        return "this CPU has no look-up of 128 bytes (AVX512_VBMI)"
+    return f"groups are no multiples of {TRIT_GROUP}"
+
+
 def cpu_tile(kind: str, tokens: int, panel_bytes: int, architecture: str) -> tuple[int, int]:
     """(tokens, panels of 16 rows) of the register tile of a CPU kernel.
 
@@ -241,7 +298,7 @@ def plan_gpu(
 ) -> Plan:
     """The dataflow of a GPU. tile: what fills in the tile of a dataflow with a dot."""
     dot, why_dot = _dot_type(k, codec, activations, dtype, device)
-    crossover = _decode_crossover(device)
+    crossover, block = _decode_crossover(device), packing.block_of(codec)
     if m > crossover and activations.kind == "float":
         why = (
             f"{m} tokens, above {crossover} on {device.architecture}: decoding once to {dot} and a "
@@ -249,12 +306,12 @@ def plan_gpu(
         )
         return replace(
             draft, dataflow="decode_matmul", dot=dot, reason=why, block_n=64, warps=4, stages=1,
-            block_k=packing.BLOCK,
+            block_k=block,
         )  # fmt: skip
     if m <= GEMV_TOKENS and has_no_tensor_core(dot, device):
         draft = replace(
             draft, dataflow="gemv", dot="fp32", block_m=power_of_two(m, 1, 4),
-            block_n=32 if device.kind == "hip" and m > 2 else 64, block_k=packing.BLOCK, warps=4,
+            block_n=32 if device.kind == "hip" and m > 2 else 64, block_k=block, warps=4,
             stages=2 if device.kind == "hip" else 3,
         )  # fmt: skip
         why = f"{m} token(s) and no tensor core for {dot}: products are summed directly"
@@ -331,13 +388,13 @@ def _tile(
     goes left (`swap`). On sm_90 a decoded weight on the left also stays in registers. The rules
     were read off the machine code of each choice (`bench/results/packing_machine_code.md`).
     """
-    run = common_group(k, codec, activations)
+    run, block = common_group(k, codec, activations), packing.block_of(codec)
     # What needs more registers: scales that change inside a step, zero points, a tail of K, entries
     # on their way, and the half runs in which 16-bit numbers are cut out of a 1-bit plane.
     is_fine = (
-        run < packing.BLOCK
+        run < block
         or codec.zero != "none"
-        or k % packing.BLOCK != 0
+        or k % block != 0
         or codec.values in LOOKED_UP
         or (dot != "int8" and 1 in codec.plane_widths)
     )
@@ -366,7 +423,7 @@ def _tile(
     elif run % 32 and m > 16:
         tokens, rows = 16, 32  # scales change every 16 columns: a larger tile spills
     draft = replace(
-        draft, dot=dot, swap=swap, block_m=tokens, block_n=rows, block_k=packing.BLOCK, warps=warps
+        draft, dot=dot, swap=swap, block_m=tokens, block_n=rows, block_k=block, warps=warps
     )
     # Loads of 8-bit codes are twice as wide: two stages hold what three hold of 4-bit ones. Scales
     # that change every 16 columns take the registers of a third, and so do entries that are looked
@@ -403,7 +460,7 @@ def _split(
 ) -> Plan:
     """K in pieces of whole blocks: enough programs for the device, no piece empty."""
     tiles = max(1, -(-n // draft.block_n) * -(-m // draft.block_m))
-    blocks = max(1, -(-k // packing.BLOCK))
+    blocks = max(1, -(-k // draft.block_k))
     split = max(1, min(device.compute_units // tiles, blocks // MIN_BLOCKS_PER_PIECE))
     while split > 1 and -(-blocks // split) * (split - 1) >= blocks:
         split -= 1

@@ -114,7 +114,7 @@ def dequantize(
     dense = torch.empty((outputs, columns), dtype=dtype, device=weight.device)
     if dense.numel() == 0:
         return dense
-    padded, blocks = _padded(weight.shape)
+    padded, blocks = _padded(weight)
     folded = is_folded(weight.codec, ActivationFormat(), columns, "fp32")
     loops.decode_kernel[(triton.cdiv(outputs, block_n), blocks)](
         *_tensors(weight, "fp32", folded), dense,
@@ -182,7 +182,7 @@ def _multiply(
 ) -> None:
     """Launch the loop of the plan into y: [M, N], or [pieces, M, N] fp32."""
     tokens, (outputs, columns) = x.values.shape[0], weight.shape
-    padded, blocks = _padded(weight.shape)
+    padded, blocks = _padded(weight)
     groups = weight.codec.num_groups(columns)
     stride = x.values.stride(0)
     sizes = (tokens, outputs, columns, stride, padded, x.tokens, blocks, groups, x.groups)
@@ -204,7 +204,7 @@ def _multiply(
 def _prepare(x: Tensor, activations: ActivationFormat, settings: Settings) -> _Rows:
     """x in the activation format, with the sums that the loop needs."""
     tokens, columns = x.shape
-    span = settings.span or settings.step
+    span = settings.sum_span
     padded = packing.round_up(columns, settings.step)
     spans = padded // span
     padded_tokens = packing.round_up(tokens, max(16, settings.block_m))
@@ -242,9 +242,10 @@ def _prepare(x: Tensor, activations: ActivationFormat, settings: Settings) -> _R
     return _Rows(codes, padded_tokens, scales, sums, groups)
 
 
-def _padded(shape: tuple[int, int]) -> tuple[int, int]:
+def _padded(weight: QTensor | SparseTensor | VectorTensor) -> tuple[int, int]:
     """Rows rounded up to a panel, and blocks along K."""
-    return packing.round_up(shape[0], packing.PANEL), -(-shape[1] // packing.BLOCK)
+    rows, columns = weight.shape
+    return packing.round_up(rows, packing.PANEL), -(-columns // packing.block_of(weight.codec))
 
 
 def _addressable(x: Tensor, block_m: int) -> Tensor:

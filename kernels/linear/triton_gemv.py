@@ -30,6 +30,7 @@ def _multiply_without_dot(
     sums,
     x,
     weight,
+    block,
     column,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
@@ -42,9 +43,10 @@ def _multiply_without_dot(
 ):
     """Add COUNT columns to `parts`, a fp32 [BN, 16] per token, and x to `sums`, a [1, 16] each.
 
-    x: (a pointer per token, K). weight, column, FIRST: as in the tile matmul.
+    x: (a pointer per token, K). block: of the weight, which begins at `column`. weight, FIRST: as
+    in the tile matmul.
     """
-    planes = LOCATE(weight, column // 128, WIDTHS)
+    planes = LOCATE(weight, block, WIDTHS)
     order = column_order(16, WIDTHS)
     for i in tl.static_range(COUNT // 16):
         numbers = DECODE(planes, weight[2], FIRST // 16 + i, FORM, WIDTHS)
@@ -86,6 +88,7 @@ def gemv_kernel(
     LOCATE: tl.constexpr,
     DECODE: tl.constexpr,
     WIDTHS: tl.constexpr,
+    BLOCK: tl.constexpr,
     FORM: tl.constexpr,
     UNIT: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -122,16 +125,18 @@ def gemv_kernel(
     x_tile = (pointers, K)
     nothing, parts, sums = totals, totals, no_sums
     for block in tl.range(first_block, last_block, num_stages=STAGES):
-        column = block * 128
+        column = block * BLOCK
         if SPAN == 0:
             parts, sums = _multiply_without_dot(
-                parts, sums, x_tile, weight, column, 0, 128, LOCATE, DECODE, FORM, WIDTHS, MASKED,
+                parts, sums, x_tile, weight, block, column, 0, BLOCK, LOCATE, DECODE, FORM, WIDTHS,
+                MASKED,
                 TOKENS,
             )  # fmt: skip
         else:
-            for i in tl.static_range(128 // SPAN):
+            for i in tl.static_range(BLOCK // SPAN):
                 partial, partial_sums = _multiply_without_dot(
-                    nothing, no_sums, x_tile, weight, column, i * SPAN, SPAN, LOCATE, DECODE, FORM,
+                    nothing, no_sums, x_tile, weight, block, column, i * SPAN, SPAN, LOCATE,
+                    DECODE, FORM,
                     WIDTHS, MASKED, TOKENS,
                 )  # fmt: skip
                 at = group_of(column + i * SPAN, groups, GROUP) * padded_rows + row

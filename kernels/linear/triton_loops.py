@@ -126,6 +126,15 @@ def _tile_of(program, tiles_m, tiles_n):
 
 
 @triton.jit
+def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
+    """A tile of y, fp32."""
+    if SWAP:
+        return tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+
+@triton.jit
 def _multiply(
     part,
     x,
@@ -134,6 +143,7 @@ def _multiply(
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
     DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
     RUN: tl.constexpr,
     LOCATE: tl.constexpr,
     DECODE: tl.constexpr,
@@ -146,16 +156,17 @@ def _multiply(
 
     x: (pointer, offsets of a tile, its column order, K). weight: as `block_planes` takes it, which
     LOCATE is, or what takes its place for other layouts.
-    column: the first of this step. RUN: columns of a run of the decoder.
+    column: the first of this step. BLOCK, RUN: columns of a block of the weight, of a
+    run of the decoder.
     """
     for i in tl.static_range(COUNT // DEPTH):
         # The last step may reach into a block that is not there; x is 0 in it.
-        block = tl.minimum(column // 128 + (FIRST + i * DEPTH) // 128, weight[4] - 1)
+        block = tl.minimum(column // BLOCK + (FIRST + i * DEPTH) // BLOCK, weight[4] - 1)
         planes = LOCATE(weight, block, WIDTHS)
         numbers = decode_tile(
             planes,
             weight[2],
-            (FIRST + i * DEPTH) % 128 // RUN,
+            (FIRST + i * DEPTH) % BLOCK // RUN,
             DEPTH // RUN,
             DECODE,
             FORM,
@@ -201,6 +212,7 @@ def matmul_kernel(
     LOCATE: tl.constexpr,
     DECODE: tl.constexpr,
     WIDTHS: tl.constexpr,
+    BLOCK: tl.constexpr,
     FORM: tl.constexpr,
     UNIT: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -241,16 +253,13 @@ def matmul_kernel(
     present = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
     x_offsets = by_row(present * stride_x, not SWAP) + by_row(order, SWAP)
     x_tile = (x + first_m.to(tl.int64) * stride_x, x_offsets, order, K)
-    if SWAP:
-        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = _zeros(BLOCK_M, BLOCK_N, SWAP)
     nothing = total
     if x.dtype.element_ty == tl.int8:
         nothing = total.to(tl.int32)
     part = nothing
     sums = tl.zeros((BLOCK_M,), x_sums.dtype.element_ty)
-    steps = tl.cdiv(blocks * 128, BLOCK_K)
+    steps = tl.cdiv(blocks * BLOCK, BLOCK_K)
     steps_each = tl.cdiv(steps, tl.num_programs(1))
     first_step = tl.program_id(1) * steps_each
     last_step = tl.minimum(first_step + steps_each, steps)
@@ -259,7 +268,8 @@ def matmul_kernel(
         column = step * BLOCK_K
         if SPAN == 0:
             part = _multiply(
-                part, x_tile, weight, column, 0, BLOCK_K, DEPTH, RUN, LOCATE, DECODE, FORM, WIDTHS,
+                part, x_tile, weight, column, 0, BLOCK_K, DEPTH, BLOCK, RUN, LOCATE, DECODE,
+                FORM, WIDTHS,
                 MASKED, SWAP,
             )  # fmt: skip
             if SUMS:
@@ -267,7 +277,8 @@ def matmul_kernel(
         else:
             for i in tl.static_range(BLOCK_K // SPAN):
                 partial = _multiply(
-                    nothing, x_tile, weight, column, i * SPAN, SPAN, DEPTH, RUN, LOCATE, DECODE,
+                    nothing, x_tile, weight, column, i * SPAN, SPAN, DEPTH, BLOCK, RUN, LOCATE,
+                    DECODE,
                     FORM, WIDTHS, MASKED, SWAP,
                 )  # fmt: skip
                 at = group_of(column + i * SPAN, groups, GROUP) * padded_rows + row
@@ -334,6 +345,7 @@ def decode_kernel(
     LOCATE: tl.constexpr,
     DECODE: tl.constexpr,
     WIDTHS: tl.constexpr,
+    BLOCK: tl.constexpr,
     FORM: tl.constexpr,
     UNIT: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -352,9 +364,9 @@ def decode_kernel(
     order = column_order(16, WIDTHS)
     lane = tl.arange(0, BLOCK_N)
     one = tl.full((1, 1), 1.0, tl.float32)
-    for run in tl.static_range(8):
+    for run in tl.static_range(BLOCK // 16):
         numbers = DECODE(planes, plane_rows, run, FORM, WIDTHS)
-        column = block * 128 + run * 16
+        column = block * BLOCK + run * 16
         at = group_of(column, groups, GROUP) * padded_rows + row
         scale, zero = scale_and_zero(scales, zeros, at, outer, SCALE, OUTER, ZERO)
         value = weigh(numbers, one, scale[:, None], zero[:, None], UNIT, OFFSET, ZERO)

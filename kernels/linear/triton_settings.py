@@ -23,6 +23,7 @@ from lath.kernels.linear import triton_in_place as in_place
 from lath.kernels.linear import triton_scaled as scaled
 from lath.kernels.linear import triton_sparse as sparse
 from lath.kernels.linear import triton_tables as tables
+from lath.kernels.linear import triton_trits as trits
 from lath.kernels.linear import triton_vectors as vectors
 from lath.kernels.linear.plan import (
     MOST_INT32_COLUMNS,
@@ -38,6 +39,12 @@ _DECODERS: dict[str, Any] = {
     "bf16": in_place.decode_bf16,
     "fp32": decode.decode_fp32,
     "int8": decode.decode_int8,
+}
+_TRIT_DECODERS = {
+    "fp16": trits.trits_fp16,
+    "bf16": trits.trits_bf16,
+    "fp32": trits.trits_fp32,
+    "int8": trits.trits_int8,
 }
 # What is better done otherwise on some targets.
 _DECODERS_OF_TARGET: dict[str, dict[str, Any]] = {
@@ -87,6 +94,13 @@ class Settings:
     kernel: dict[str, Any]  # constexpr arguments of the loop
     folded: bool = False  # the decoder multiplies codes by the scales of their groups
 
+    @property
+    def sum_span(self) -> int:
+        """Columns of one sum of x: a shape in Triton is a power of two. Blocks of 160 columns are
+        none, and take no sums."""
+        size = self.span or self.step
+        return size & -size
+
 
 @functools.lru_cache(maxsize=1024)
 def settings_of(
@@ -99,7 +113,8 @@ def settings_of(
 ) -> Settings:
     """What a plan means for a codec; ValueError for a plan that the kernels cannot run."""
     without_dot = plan.dataflow == "gemv"
-    step = packing.BLOCK if without_dot else plan.block_k
+    block = packing.block_of(codec)
+    step = block if without_dot else plan.block_k
     dot = "fp32" if without_dot else plan.dot
     folded = is_folded(codec, activations, columns, dot)
     span = _span(codec, activations, columns, step, dot, folded)
@@ -121,7 +136,7 @@ def settings_of(
         kernel |= {
             "SUMS": needs_sums,
             "RUN": 32 if whole else 16,
-            "DEPTH": min(span or packing.BLOCK, _depth(dot, plan, amd)),
+            "DEPTH": _depth(span or packing.block_of(codec), dot, plan, amd),
             "SWAP": plan.swap,
             "BLOCK_M": plan.block_m,
             "BLOCK_K": plan.block_k,
@@ -153,7 +168,7 @@ def codec_arguments(
         return _sparse_arguments(codec, dot, columns)
     if folded:
         return {
-            "LOCATE": decode.block_planes,
+            "LOCATE": decode.block_planes, "BLOCK": packing.BLOCK,
             "DECODE": scaled.scaled_int8 if dot == "int8" else scaled.scaled_e4m3,
             "WIDTHS": _widths(codec), "FORM": scaled.form_of(codec, dot, columns),
             "UNIT": 1, "OFFSET": 0, "ZERO": "none", "SCALE": "number", "OUTER": "none", "GROUP": 0,
@@ -164,6 +179,8 @@ def codec_arguments(
     found = decode.encoding(codec, dot, centred and arithmetic, arithmetic)
     vendor = "hip" if amd else target if target in _DECODERS_OF_TARGET else "cuda"
     decoders = _DECODERS | _DECODERS_OF_TARGET[vendor]
+    if packing.is_base3(codec):
+        found, decoders = trits.encoding(dot, centred), _TRIT_DECODERS
     form: tables.Form = found.centre
     if found.exponent is not None:
         form = (found.centre, found.exponent)
@@ -178,6 +195,7 @@ def codec_arguments(
         "LOCATE": decode.block_planes,
         "DECODE": scaled.bytes_e4m3 if dot == "e4m3" else decoders[dot],
         "WIDTHS": _widths(codec),
+        "BLOCK": packing.block_of(codec),
         "FORM": form,
         "UNIT": found.unit,
         "OFFSET": _offset(codec, found),
@@ -194,6 +212,7 @@ def _sparse_arguments(codec: SparseCodec, dot: str, columns: int) -> dict[str, A
         "LOCATE": sparse.locate_kept,
         "DECODE": _SPARSE_DECODERS[dot],
         "WIDTHS": (codec.bits, 0, 0, False),
+        "BLOCK": packing.BLOCK,
         "FORM": 0.0,
         "UNIT": 1,
         "OFFSET": 0,
@@ -220,16 +239,21 @@ def _span(
     return math.gcd(step, *groups) if groups else 0
 
 
-def _depth(dot: str, plan: Plan, amd: bool) -> int:
-    """Columns of a dot. Fewer need fewer registers, more let x be loaded in wider pieces.
+def _depth(span: int, dot: str, plan: Plan, amd: bool) -> int:
+    """Columns of a dot inside a span, a power of two that divides it.
+
+    Fewer need fewer registers, more let x be loaded in wider pieces.
 
     Without a tensor unit (fp32) all of a tile's operands are live at once. A weight on the left of
     sm_90's and sm_100's dot of four warps, or on its way through AMD's shared memory, is best moved
     whole.
     """
+    best = 64
     if dot == "fp32":
-        return 32
-    return packing.BLOCK if amd or (plan.swap and plan.warps >= 4) else 64
+        best = 32
+    elif amd or (plan.swap and plan.warps >= 4):
+        best = packing.BLOCK
+    return math.gcd(span, best)
 
 
 def _offset(codec: PlanesCodec, found: decode.Encoding) -> int | float:
@@ -289,7 +313,8 @@ def _check_plan(
         return
     least = 8 if plan.swap else 16
     require(is_size(plan.block_m, least, 256), "block_m", f"a power of two from {least} to 256")
-    require(plan.block_k in (128, 256), "block_k", "128 or 256")
+    block = packing.block_of(codec)
+    require(plan.block_k in (block, 2 * block), "block_k", f"{block} or {2 * block}")
     if activations.kind == "float":
         require(plan.dot == _DOTS[dtype], "dot", f"that of x, {_DOTS[dtype]!r}")
     elif plan.dot == "e4m3":

@@ -391,5 +391,5 @@ class _ValueWriter:
         """[16 tokens, 16 channels] → [16 channels, 16 tokens]."""
         e = self.e
         rows = [e.load(e.add(buffer, LANES * i), BYTES) for i in range(LANES)]
-        for i, column in enumerate(lanes.transpose_bytes(e, rows)):
+        for i, column in enumerate(lanes.transpose(e, rows)):
             e.store(e.add(target, LANES * i), column)

@@ -27,6 +27,7 @@ from lath.kernels.simd.isa import (
     has_native_brain,
     has_native_expand,
     has_native_half,
+    has_wide_look_up,
     host_isa,
 )
 
@@ -73,7 +74,12 @@ def emitted(typing_context, key, name, options, begin, end, arguments):
         emission: Emission = getattr(importlib.import_module(module), function)
         isa = isa_of(key.literal_value)
         emitter = Emitter(
-            builder, isa, has_native_half(), has_native_brain(isa), has_native_expand(isa)
+            builder,
+            isa,
+            has_native_half(),
+            has_native_brain(isa),
+            has_native_expand(isa),
+            has_wide_look_up(isa),
         )
         emission(emitter, *values[3:], *ast.literal_eval(options.literal_value))
         return context.get_dummy_value()

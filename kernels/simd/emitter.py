@@ -55,7 +55,8 @@ class Emitter:
     """builder: llvmlite's IRBuilder inside the function to extend. isa: how `dot` is lowered.
 
     native_half: the machine converts fp16 itself. native_brain: it multiplies bf16 (brain.py).
-    native_expand: it spreads bytes over the bits of a mask (expand.py).
+    native_expand: it spreads bytes over the bits of a mask (expand.py); wide_look_up: it looks
+    bytes up in 128 others (tables.py).
     """
 
     def __init__(
@@ -65,12 +66,14 @@ class Emitter:
         native_half: bool,
         native_brain: bool = False,
         native_expand: bool = False,
+        wide_look_up: bool = False,
     ) -> None:
         self.builder = builder
         self.isa = isa
         self.native_half = native_half
         self.native_brain = native_brain
         self.native_expand = native_expand
+        self.wide_look_up = wide_look_up
 
     # Scalars and control
 

@@ -56,6 +56,11 @@ def has_native_half() -> bool:
     return platform.machine().lower() in ("aarch64", "arm64") or "f16c" in cpu_features()
 
 
+def has_wide_look_up(isa: Isa) -> bool:
+    """Whether the instruction set in use looks bytes up in 128 others (AVX512_VBMI)."""
+    return isa == "avx512_vnni" and "avx512vbmi" in cpu_features()
+
+
 def has_native_brain(isa: Isa) -> bool:
     """Whether the instruction set in use multiplies bf16 (AVX512_BF16)."""
     return isa == "avx512_vnni" and "avx512bf16" in cpu_features()

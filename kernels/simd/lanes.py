@@ -11,7 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from lath.kernels.simd.emitter import BYTES, F32, I32, LANES, Emitter
+from lath.kernels.simd.emitter import F32, I32, LANES, Emitter
 
 Combine = Callable[[Any, Any], Any]
 _QUAD = ir.VectorType(I32, 4)
@@ -74,12 +74,11 @@ def positions(e: Emitter) -> Any:
     return ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
 
 
-def transpose_bytes(e: Emitter, vectors: list[Any]) -> list[Any]:
-    """Sixteen vectors of sixteen bytes → vector c: byte c of each, in order."""
+def transpose(e: Emitter, vectors: list[Any]) -> list[Any]:
+    """Sixteen vectors of sixteen items → vector c: item c of each, in order."""
     low = [half + lane for lane in range(8) for half in (0, LANES)]
     high = [half + lane for lane in range(8, 16) for half in (0, LANES)]
     for _ in range(4):
         halves = list(zip(vectors[:8], vectors[8:], strict=True))
         vectors = [e.shuffle(a, b, order) for a, b in halves for order in (low, high)]
-    assert vectors[0].type == BYTES
     return vectors

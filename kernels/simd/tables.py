@@ -24,6 +24,9 @@ from lath.kernels.simd.emitter import (
 ENTRIES = 16  # of a table that a register holds, whatever the bits of its codes
 # What an E4M3 number is too small by when its bits are read as fp16's: the exponents' biases.
 E4M3_FACTOR = 2.0**8
+# t0 + 4 t1 + 16 t2 + 64 t3 of t0 + 3 t1 + 9 t2 + 27 t3, in two registers.
+_FOUR_TRITS = [sum(number // 3**j % 3 << 2 * j for j in range(4)) for number in range(81)]
+_FOUR_TRITS += [0] * (128 - len(_FOUR_TRITS))
 _BYTES64, _BYTES32 = ir.VectorType(I8, 64), ir.VectorType(I8, 32)
 _HALF_FLOATS, _HALF_INTS = ir.VectorType(F32, 8), ir.VectorType(I32, 8)
 
@@ -57,6 +60,38 @@ def _chosen(e: Emitter, codes: Any, table: Sequence[int]) -> Any:
         pairs = zip(found[::2], found[1::2], strict=True)
         found = [e.builder.select(is_set, high, low) for low, high in pairs]
     return found[0]
+
+
+def split_trits(e: Emitter, word: Any) -> tuple[Any, Any]:
+    """Each byte of int lanes, t0 + 3 t1 + 9 t2 + 27 t3 + 81 t4 → t0 + 4 t1 + 16 t2 + 64 t3, and a
+    byte whose two upper bits are t4."""
+    number = e.builder.bitcast(word, _BYTES64)
+    rest = _less_where_it_can(e, _less_where_it_can(e, number, 81), 81)
+    # 81 and 162 begin with the bits 01 and 10.
+    last = e.builder.sub(number, rest)
+    if e.wide_look_up:
+        name = "llvm.x86.avx512.vpermi2var.qi.512"
+        halves = [ir.Constant(_BYTES64, _FOUR_TRITS[start : start + 64]) for start in (0, 64)]
+        function = e.function(name, _BYTES64, [_BYTES64] * 3)
+        four = e.builder.call(function, [halves[0], rest, halves[1]])
+    else:
+        four = ir.Constant(_BYTES64, [0] * 64)
+        for slot in (3, 2, 1):
+            for _ in range(2):
+                less = _less_where_it_can(e, rest, 3**slot)
+                fits = e.builder.icmp_unsigned("!=", less, rest)
+                one = ir.Constant(_BYTES64, [1 << (2 * slot)] * 64)
+                four = e.builder.select(fits, e.builder.add(four, one), four)
+                rest = less
+        four = e.builder.add(four, rest)
+    return e.builder.bitcast(four, INTS), e.builder.bitcast(last, INTS)
+
+
+def _less_where_it_can(e: Emitter, number: Any, part: int) -> Any:
+    """number - part, or number where that is below 0: unsigned, the smaller of both."""
+    less = e.builder.sub(number, ir.Constant(_BYTES64, [part] * 64))
+    smaller = e.builder.icmp_unsigned("<", less, number)
+    return e.builder.select(smaller, less, number)
 
 
 def look_up(e: Emitter, address: Any, indices: Any) -> Any:

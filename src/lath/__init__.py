@@ -50,6 +50,7 @@ from lath.verbs.quantizers import Hessian, awq_scales
 from lath.verbs.sdpa import scaled_dot_product_attention
 from lath.verbs.select import select
 from lath.verbs.selection import Selection
+from lath.verbs.tequila import tequila
 
 if TYPE_CHECKING:
     from lath.integration.cache import LathCache
@@ -109,6 +110,7 @@ __all__ = [
     "select",
     "selector",
     "sort_pairs",
+    "tequila",
 ]
 
 logging.getLogger("lath").addHandler(logging.NullHandler())

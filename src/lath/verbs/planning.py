@@ -45,15 +45,17 @@ def describe_device(device: str | torch.device | DeviceDescription) -> DeviceDes
 @functools.cache
 def describe_cpu(threads: int) -> DeviceDescription:
     """This machine's CPU with `threads` threads."""
-    architecture = "portable"
+    architecture, wide_look_up = "portable", False
     if is_installed("numba"):
-        from lath.kernels.simd import host_isa
+        from lath.kernels.simd.isa import has_wide_look_up, host_isa
 
         architecture = host_isa()
+        wide_look_up = has_wide_look_up(host_isa())
     like = known_device(architecture)
     return DeviceDescription(
-        "cpu", like.name, architecture, threads, bandwidth=like.bandwidth, threads=threads
-    )
+        "cpu", like.name, architecture, threads, bandwidth=like.bandwidth, threads=threads,
+        wide_look_up=wide_look_up,
+    )  # fmt: skip
 
 
 def plan(
