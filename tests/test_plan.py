@@ -14,7 +14,8 @@ from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
 from lath.formats.device import KNOWN_DEVICES, DeviceDescription
 from lath.formats.values import UNITS
-from lath.kernels.linear.plan import shared_bytes, weight_bytes
+from lath.kernels.linear.plan import shared_bytes
+from lath.kernels.linear.plan_facts import weight_bytes
 
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
 GPUS = [name for name, device in KNOWN_DEVICES.items() if device.kind != "cpu"]

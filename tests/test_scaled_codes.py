@@ -20,7 +20,7 @@ from lath.formats.qtensor import QTensor
 from lath.kernels.linear import cpu
 from lath.kernels.linear import triton as launcher
 from lath.kernels.linear.cpu_view import cpu_view
-from lath.kernels.linear.plan import folds_scales
+from lath.kernels.linear.plan_facts import folds_scales
 from lath.reference import codecs
 
 DGQ = ["int4-g64-s8", "int4-g64-asym-s8", "int3-g96-s8", "int2-g32-asym-s8", "int4-s8"]

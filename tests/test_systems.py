@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lath.formats.registry import SYSTEMS, System, systems_table
+from lath.formats.registry import SYSTEMS, systems_table
+from lath.formats.system import System
 
 TESTS = Path(__file__).parent
 

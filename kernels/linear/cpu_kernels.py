@@ -30,7 +30,7 @@ from lath.kernels.linear.cpu_record import Record
 from lath.kernels.linear.cpu_sparse import SparseView, build_sparse
 from lath.kernels.linear.cpu_sparse import check_weight as sparse_check_weight
 from lath.kernels.linear.cpu_view import CpuView, Kind, build_view
-from lath.kernels.linear.plan import LOOK_UP_TILE, TRIT_GROUP, cpu_tile
+from lath.kernels.linear.plan_cpu import LOOK_UP_TILE, TRIT_GROUP, cpu_tile
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16, FP16, FP32
 from lath.kernels.simd.isa import host_isa

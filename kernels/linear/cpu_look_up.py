@@ -26,7 +26,7 @@ from lath.formats.packing import PANEL, round_up
 from lath.kernels.linear.cpu_arguments import Arguments
 from lath.kernels.linear.cpu_record import VECTOR_BYTES, Output, Record
 from lath.kernels.linear.cpu_view import CpuView
-from lath.kernels.linear.plan import LOOK_UP_TILE
+from lath.kernels.linear.plan_cpu import LOOK_UP_TILE
 from lath.kernels.simd import lanes
 from lath.kernels.simd.emitter import F32, I64, LANES, SHORTS, Emitter
 

@@ -24,7 +24,7 @@ from lath.kernels.linear.cpu_kernels import FLOAT_KINDS, PREPARATION
 from lath.kernels.linear.cpu_launch import argument_block, serial_driver
 from lath.kernels.linear.cpu_vector_loops import emit_staged, emit_vectors
 from lath.kernels.linear.cpu_view import Kind, kind_of, view_group
-from lath.kernels.linear.plan import CPU_VECTOR_STAGED, cpu_vector_tokens
+from lath.kernels.linear.plan_cpu import CPU_VECTOR_STAGED, cpu_vector_tokens
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import FP32
 from lath.kernels.simd.isa import host_isa

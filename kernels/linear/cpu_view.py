@@ -33,13 +33,8 @@ from lath.kernels.linear.cpu_record import (
     Stored,
     whole_entries,
 )
-from lath.kernels.linear.plan import (
-    LONGEST_GROUP,
-    TRIT_GROUP,
-    folds_scales,
-    holds_integers,
-    keeps_trits,
-)
+from lath.kernels.linear.plan_cpu import LONGEST_GROUP, TRIT_GROUP, keeps_trits
+from lath.kernels.linear.plan_facts import folds_scales, holds_integers
 from lath.kernels.simd.compile import driver
 from lath.kernels.simd.isa import has_wide_look_up, host_isa
 from lath.kernels.simd.tables import ENTRIES

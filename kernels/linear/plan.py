@@ -8,51 +8,32 @@ operand on the left can stay in registers; and a dot needs a depth of 16 (16-bit
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from lath.formats import packing
-from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import PlanesCodec
 from lath.formats.device import DeviceDescription, has_e4m3, known_device
-from lath.formats.plan import Backend, Dataflow, Plan
+from lath.formats.plan import Backend, Plan
 from lath.formats.sparse import SparseCodec
+from lath.kernels.linear.plan_cpu import plan_cpu
+from lath.kernels.linear.plan_facts import (
+    LOOKED_UP,
+    bytes_moved,
+    common_group,
+    folds_scales,
+    held_in,
+    holds_integers,
+    multiplies_float8,
+    power_of_two,
+    weight_bytes,
+)
 
 OPERAND_BYTES = {"int8": 1, "e4m3": 1, "fp16": 2, "bf16": 2, "fp32": 4}
-# Entries that a GPU's decoder reads from memory (kernels/linear/triton_tables.py).
-LOOKED_UP = ("nf4", "learned", "vectors")
-SCALE_BYTES = {"fp16": 2, "fp32": 4, "int8": 1, "e8m0": 1, "e4m3": 1, "fp8": 1}
-# A product of an activation code and a weight code (less its zero) is at most 127 * 255.
-MOST_INT32_COLUMNS = (2**31 - 1) // (127 * 255)
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-# Bytes of a panel from which four at a time were faster on a Zen 4 core (33 to 59 KB measured).
-LONG_STREAM = 32768
-# Columns of a CPU's group. 255 * 127 * LONGEST_GROUP < 2**31: its int32 sums cannot overflow.
-LONGEST_GROUP = 65536
-# Columns that are whole vectors of a CPU's base-3 codes (20) and of its activations (16).
-TRIT_GROUP = 80
-# Ternary look-ups of a CPU without VNNI: tokens side by side in an entry, tokens from which they
-# are no slower than products, and tokens behind the last whole entry that are one tile of products
-# (bench/results/ternary_cpu.md).
-LOOK_UP_TILE = 16
-LOOK_UP_TOKENS = 8
-LOOK_UP_REST = 4
-# Register tiles (tokens, panels) by what is multiplied and whether the CPU has AVX512-VNNI:
-# accumulators, one panel of codes each and a broadcast fill the 32 (or 16 half as wide) registers.
-CPU_TILES = {
-    ("int8", True): ((1, 4), (2, 4), (4, 4), (8, 3)),
-    ("int8", False): ((1, 4), (4, 1)),
-    ("float", True): ((1, 1), (4, 1), (8, 1)),
-    ("float", False): ((1, 1), (4, 1)),
-}
-# Tokens of a register tile of four rows of vectors: accumulators, four rows of decoded weights.
-CPU_VECTOR_TOKENS = {True: (1, 2, 4), False: (1, 2)}
-# Tokens from which decoding a piece of a panel into memory beats fetching entries for each tile.
-CPU_VECTOR_STAGED = 8
 # Up to this many tokens products are summed directly where no tensor core takes the dot (GPU). With
 # one, a dot needs fewer instructions per weight even for one token (bench/results/).
 GEMV_TOKENS = 4
@@ -95,194 +76,6 @@ def plan_linear(
     if device.kind == "cpu":
         device = INTERPRETED_DEVICE
     return plan_gpu(draft, m, n, k, codec, activations, dtype, device, _tile)
-
-
-def weight_bytes(n: int, k: int, codec: PlanesCodec) -> int:
-    """Bytes of a packed weight [n, k]: codes, both levels of scales, zeros, padding included.
-
-    Not of a learned table, which is no part of what a longer weight has more of.
-    """
-    rows = packing.round_up(n, packing.PANEL)
-    scale = SCALE_BYTES[codec.scale_dtype]
-    zero = {"none": 0, "integer": 1, "float": scale}[codec.zero]
-    outer = {"int8": 2 * rows, "fp8": 4 * rows, "e4m3": 4}.get(codec.scale_dtype, 0)
-    sides = codec.num_groups(k) * rows * (scale + zero) + outer
-    return packing.code_bytes(codec, (n, k)) + sides
-
-
-def bytes_moved(
-    m: int, n: int, k: int, weight: int, activations: ActivationFormat, dtype: torch.dtype
-) -> int:
-    """Each byte of weight, x and y once; rounded activations are also written and read as codes."""
-    size = dtype.itemsize
-    x = m * k * (size + (0 if activations.kind == "float" else 2))
-    return weight + x + m * n * size
-
-
-def holds_integers(codec: PlanesCodec | SparseCodec) -> bool:
-    """Whether the numbers of a codec are whole numbers of 8 bits times the scale of their group."""
-    whole = not codec.is_table or codec.values in value_tables.UNITS
-    return whole and codec.scale_dtype != "fp8"
-
-
-def held_in(codec: PlanesCodec | SparseCodec) -> str:
-    """The type of a dot with rounded activations that holds the numbers of a codec as well."""
-    return "bf16" if codec.values == "bf16" else "fp16"
-
-
-def folds_scales(k: int, codec: PlanesCodec | SparseCodec, activations: ActivationFormat) -> bool:
-    """Whether codes are multiplied by the 8-bit scales of their groups before the dot, so that one
-    dot sums all of K: always where the products are rounded (FireQ), and for int8 dots where
-    integers of 8 bits hold them (DGQ) and a token has one scale."""
-    if codec.scale_dtype == "fp8":
-        return True
-    groups = [g for g in (codec.group, activations.group) if g is not None and g < k]
-    one_scale = activations.group is None or activations.group >= k
-    fits = codec.scale_dtype == "int8" and holds_integers(codec) and k <= MOST_INT32_COLUMNS
-    return fits and activations.is_integer and one_scale and all(g % 32 == 0 for g in groups)
-
-
-def multiplies_float8(
-    k: int, codec: PlanesCodec | SparseCodec, activations: ActivationFormat
-) -> bool:
-    """Whether a dot of 8-bit floats takes x and the weight as they are stored or decoded."""
-    if activations.values != "e4m3":
-        return False
-    of_weight = codec.scale_dtype == "fp8" or codec.values == "e4m3"
-    return of_weight and common_group(k, codec, activations) % 32 == 0
-
-
-def common_group(k: int, codec: PlanesCodec | SparseCodec, activations: ActivationFormat) -> int:
-    """Longest run along K that has one weight scale and one activation scale outside the dot."""
-    own = None if folds_scales(k, codec, activations) else codec.group
-    groups = [g for g in (own, activations.group) if g is not None and g < k]
-    return math.gcd(*groups) if groups else packing.round_up(max(k, 1), packing.block_of(codec))
-
-
-def plan_cpu(
-    draft: Plan,
-    m: int,
-    k: int,
-    codec: PlanesCodec,
-    activations: ActivationFormat,
-    device: DeviceDescription,
-) -> Plan:
-    """The dataflow and the register tile of a CPU."""
-    if codec.values == "vectors":
-        return _plan_cpu_vectors(draft, m, activations, device)
-    needed = 8 if codec.scale_dtype == "fp8" else codec.bits
-    stored = next(bits for bits in (2, 4, 8) if bits >= needed)
-    reasons = [f"{device.architecture}, {device.threads} thread(s)"]
-    panel_bytes = 2 * stored * k
-    if keeps_trits(k, codec, activations, device.wide_look_up):
-        panel_bytes = packing.PANEL * k // packing.TRITS
-        reasons.append("ternary codes stay five in a byte: a look-up in registers takes them apart")
-    elif packing.is_base3(codec):
-        why = _why_wide(activations, device)
-        reasons.append(f"ternary codes are widened to 2 bits in the CPU's view, as {why}")
-    if stored != codec.bits:
-        reasons.append(f"{codec.bits}-bit codes are widened to {stored} bits in the CPU's view")
-    if not activations.is_integer:
-        dot = "fp32"
-        reasons.append(f"{activations.kind} activations: codes become fp32 in registers")
-    else:
-        dot = "int8"
-        reasons.append("int8 dot products")
-        weight_group, x_group = codec.group, activations.group
-        if x_group is not None and weight_group is not None and x_group % weight_group:
-            shared = math.gcd(x_group, weight_group)
-            reasons.append(f"groups of {x_group} and {weight_group} share runs of {shared}")
-    if m >= LOOK_UP_TOKENS and looks_up(k, codec, activations, device.architecture):
-        reasons.append(
-            "no VNNI: four ternary codes are an index into sums of four activations, of "
-            f"{LOOK_UP_TILE} tokens at a time (up to {LOOK_UP_REST} that are left: products)"
-        )
-        return replace(
-            draft, dataflow="look_up", dot=dot, reason="; ".join(reasons), threads=device.threads,
-            block_m=LOOK_UP_TILE, block_n=packing.PANEL, block_k=32,
-        )  # fmt: skip
-    # Codes of 16 rows; the scales beside them are a few per cent and decide nothing here.
-    kind = "int8" if dot == "int8" else "float"
-    tokens, panels = cpu_tile(kind, m, panel_bytes, device.architecture)
-    dataflow: Dataflow = "gemv" if m <= 1 else "tiled"
-    reasons.append("one token streams the weight" if m <= 1 else "tokens share a register tile")
-    return replace(
-        draft,
-        dataflow=dataflow,
-        dot=dot,
-        reason="; ".join(reasons),
-        threads=device.threads,
-        block_m=tokens,
-        block_n=panels * packing.PANEL,
-    )
-
-
-def _plan_cpu_vectors(
-    draft: Plan, m: int, activations: ActivationFormat, device: DeviceDescription
-) -> Plan:
-    tokens = cpu_vector_tokens(m, device.architecture)
-    what = "float" if activations.kind == "float" else "rounded"
-    why = (
-        f"{device.architecture}, {device.threads} thread(s); {what} activations as fp32: entries "
-        f"are fetched and widened once for {tokens} token(s)"
-    )
-    if m >= CPU_VECTOR_STAGED:
-        why = why.replace(
-            f"once for {tokens} token(s)", "once, a piece of sixteen rows at a time, for all tokens"
-        )
-    return replace(
-        draft, dataflow="gemv" if m <= 1 else "tiled", dot="fp32", reason=why,
-        threads=device.threads, block_m=tokens, block_n=packing.PANEL,
-    )  # fmt: skip
-
-
-def cpu_vector_tokens(tokens: int, architecture: str) -> int:
-    """Tokens of the register tile of a CPU kernel over vector codebooks."""
-    tiles = CPU_VECTOR_TOKENS[architecture == "avx512_vnni"]
-    return next((tile for tile in tiles if tile >= tokens), tiles[-1])
-
-
-def keeps_trits(
-    k: int, codec: PlanesCodec, activations: ActivationFormat, wide_look_up: bool
-) -> bool:
-    """Whether the CPU's view of a ternary weight keeps five codes in a byte."""
-    groups = [g for g in (codec.group, activations.group) if g is not None and g < k]
-    whole = all(group % TRIT_GROUP == 0 for group in groups)
-    return packing.is_base3(codec) and activations.is_integer and wide_look_up and whole
-
-
-def looks_up(
-    k: int,
-    codec: PlanesCodec | SparseCodec,
-    activations: ActivationFormat,
-    architecture: str,
-) -> bool:
-    """Whether a CPU multiplies several tokens by look-ups: ternary codes, one scale for a row and
-    for a token, and no instruction that adds four products of bytes."""
-    groups = [g for g in (codec.group, activations.group) if g is not None and g < k]
-    ternary = codec.values == "ternary" and activations.is_integer
-    return ternary and not groups and k <= LONGEST_GROUP and architecture != "avx512_vnni"
-
-
-def _why_wide(activations: ActivationFormat, device: DeviceDescription) -> str:
-    if not activations.is_integer:
-        return f"{activations.kind} activations multiply 2-bit ones"
-    if not device.wide_look_up:
-        return "this CPU has no look-up of 128 bytes (AVX512_VBMI)"
-    return f"groups are no multiples of {TRIT_GROUP}"
-
-
-def cpu_tile(kind: str, tokens: int, panel_bytes: int, architecture: str) -> tuple[int, int]:
-    """(tokens, panels of 16 rows) of the register tile of a CPU kernel.
-
-    kind: "int8" or "float", what is multiplied. panel_bytes: of 16 rows of the CPU's view. One
-    token reads long panels four at a time, since one stream does not fill the bandwidth, and short
-    ones singly, since the prefetcher must first find a stream.
-    """
-    if tokens <= 1 and panel_bytes < LONG_STREAM:
-        return 1, 1
-    tiles = CPU_TILES[kind, architecture == "avx512_vnni"]
-    return next((tile for tile in tiles if tile[0] >= tokens), tiles[-1])
 
 
 def plan_gpu(
@@ -449,10 +242,6 @@ def shared_bytes(plan: Plan, stages: int, codec: PlanesCodec, device: DeviceDesc
         loads += plan.block_k * plan.block_n * size
     through = device.kind == "hip" or (device.capability >= 90 and not plan.swap)
     return loads + (packing.BLOCK * plan.block_n * size if through else 0)
-
-
-def power_of_two(value: int, low: int, high: int) -> int:
-    return max(low, min(high, 1 << max(value - 1, 0).bit_length()))
 
 
 def _split(

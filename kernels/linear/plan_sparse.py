@@ -13,15 +13,9 @@ from lath.formats.codec import Codec
 from lath.formats.device import DeviceDescription
 from lath.formats.plan import Backend, Plan
 from lath.formats.sparse import SparseCodec
-from lath.kernels.linear.plan import (
-    INTERPRETED_DEVICE,
-    SCALE_BYTES,
-    bytes_moved,
-    has_no_tensor_core,
-    plan_cpu,
-    plan_gpu,
-    power_of_two,
-)
+from lath.kernels.linear.plan import INTERPRETED_DEVICE, has_no_tensor_core, plan_gpu
+from lath.kernels.linear.plan_cpu import plan_cpu
+from lath.kernels.linear.plan_facts import SCALE_BYTES, bytes_moved, power_of_two
 
 
 @functools.lru_cache(maxsize=4096)  # a decode step asks for the same few plans again and again

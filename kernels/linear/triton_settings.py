@@ -25,7 +25,7 @@ from lath.kernels.linear import triton_sparse as sparse
 from lath.kernels.linear import triton_tables as tables
 from lath.kernels.linear import triton_trits as trits
 from lath.kernels.linear import triton_vectors as vectors
-from lath.kernels.linear.plan import (
+from lath.kernels.linear.plan_facts import (
     MOST_INT32_COLUMNS,
     folds_scales,
     held_in,

@@ -29,7 +29,7 @@ from lath.formats import values as value_tables
 from lath.formats.codec import PlanesCodec
 from lath.formats.qtensor import QTensor
 from lath.formats.vectors import VectorCodec, VectorTensor
-from lath.kernels.linear.plan import LOOKED_UP
+from lath.kernels.linear.plan_facts import LOOKED_UP
 from lath.kernels.linear.triton_decode import (
     HALVES,
     QUARTERS,
