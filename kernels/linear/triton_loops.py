@@ -247,9 +247,7 @@ def matmul_kernel(
     row, plane_rows = rows_of_tile(first_n, padded_rows, blocks, BLOCK_N)
     weight = (codes, first_n // 16, plane_rows, padded_rows, blocks, table, (zeros, row, groups))
     outer = outer_scale(outer, row, OUTER)
-    order = tl.arange(0, DEPTH)
-    if RUN == 16:
-        order = column_order(DEPTH, WIDTHS)
+    order = column_order(DEPTH, WIDTHS) if RUN == 16 else tl.arange(0, DEPTH)
     present = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
     x_offsets = by_row(present * stride_x, not SWAP) + by_row(order, SWAP)
     x_tile = (x + first_m.to(tl.int64) * stride_x, x_offsets, order, K)
