@@ -92,6 +92,17 @@ class CpuLinear:
             )
         return y
 
+    def block_of_one(self, x_type: int) -> NDArray[np.int64]:
+        """The argument block that multiplies one token of x of `x_type` (FP32, FP16, BF16), for
+        programs; x, y, bias and the prepared activations are still to be entered."""
+        tile = tile_of(self._kind, 1, self._view.panel_bytes)
+        return linear_block(self._view, self._kind, self._shared, x_type, tile)
+
+    @property
+    def offsets(self) -> Tensor:
+        """The bias as fp32 [16 * panels], zeros where there is none."""
+        return self._bias
+
     def _padded(self, bias: Tensor | None) -> Tensor:
         """The bias as fp32 [16 * panels], zeros where there is none."""
         padded = torch.zeros(16 * self._view.panels)
