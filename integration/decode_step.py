@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lath.integration.decode_loop import Loop, check_loop
 from lath.integration.decode_recognise import NotFusedError, find_decoder
 from lath.integration.decode_watch import Skipped, Weights
 
@@ -71,6 +72,26 @@ class Ready:
             self._table = rotations(self.decoder, max(_FIRST_TABLE, 2 * len(self._table)))
             self.step.state[_ROTATIONS] = self._table.data_ptr()
         self.step.state[_TOKEN], self.step.state[_POSITION] = token, position
+
+    @property
+    def token(self) -> int:
+        """What a greedy program found."""
+        return int(self.step.state[_TOKEN])
+
+    def run(
+        self, own: StepCache, token: int, position: int, logits: Tensor, program: Any = None
+    ) -> Tensor:
+        """One token over a cache that is fit for it; returns logits [1, 1, V], those given or, of a
+        head that is not packed, others."""
+        self.place(token, position)
+        if self.head is None:
+            self.step.set_logits(logits)
+            own.run(program)
+            return logits
+        own.run()
+        hidden = self.step.hidden[: self.step.stack.hidden_size].to(self.step.stack.dtype)
+        out: Tensor = self.head(hidden[None, None])
+        return out
 
 
 # Places in the step's numbers (`lath.kernels.decode_step.cpu_arguments`, which needs numba).
@@ -140,14 +161,9 @@ class FusedDecoding:
             ready = self.ready(model)
             own = ready.cache_of(cache)
             _check_mask(arguments.get("attention_mask"), own.slots + 1)
-            ready.place(token, own.slots if position is None else position)
+            position = own.slots if position is None else position
             logits = torch.empty(1, 1, ready.vocabulary, dtype=ready.step.stack.dtype)
-            if ready.head is None:
-                ready.step.set_logits(logits)
-            own.run()
-            if ready.head is not None:
-                hidden = ready.step.hidden[: ready.step.stack.hidden_size]
-                logits = ready.head(hidden.to(ready.step.stack.dtype)[None, None])
+            logits = ready.run(own, token, position, logits)
         return ready, logits, cache
 
 
@@ -163,7 +179,7 @@ def _one_token(model: Any, arguments: dict[str, Any]) -> tuple[int, LathCache, i
         raise NotFusedError(
             "a batch" if rows > 1 else f"{'several' if columns > 1 else 'no'} tokens"
         )
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or type(ids) is not Tensor:  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or type(ids) is not Tensor:
         raise NotFusedError("torch.compile, export or tracing")
     if torch.is_grad_enabled():
         raise NotFusedError("gradients are recorded")
@@ -240,8 +256,38 @@ def fused_class(cls: Any) -> Any:
         state.counts["fused"] += 1
         return ready.output_class(logits=logits, **{ready.cache_name: cache})
 
+    @functools.wraps(cls._sample)
+    def sample(
+        self: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **arguments: Any,
+    ) -> Any:
+        state: FusedDecoding | None = self.__dict__.get(STATE_NAME)
+        try:
+            if state is None:
+                raise NotFusedError("not patched")
+            check_loop(self, input_ids, generation_config, synced_gpus, arguments)
+        except NotFusedError as reason:
+            if state is not None:
+                state.counts[str(reason)] += 1
+            return cls._sample(
+                self, input_ids, logits_processor, stopping_criteria, generation_config,
+                synced_gpus, streamer, **arguments,
+            )  # fmt: skip
+        loop = Loop(
+            self, state, input_ids, logits_processor, stopping_criteria,
+            bool(generation_config.do_sample), streamer,
+        )  # fmt: skip
+        outputs = self._prefill(input_ids, generation_config, arguments, is_first_iteration=True)
+        return loop.run(outputs, arguments.get("position_ids"))
+
     body = {
-        "forward": forward, "_lath_fused": True,
+        "forward": forward, "_sample": sample, "_lath_fused": True,
         "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
     }  # fmt: skip
     return type(cls.__name__, (cls,), body)
