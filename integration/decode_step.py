@@ -59,8 +59,7 @@ class Ready:
         known = self._caches.get(cache)
         if known is None:
             known = self._caches[cache] = StepCache(cache, self.step)
-        else:
-            known.prepare()
+        known.prepare()
         return known
 
     def place(self, token: int, position: int) -> None:

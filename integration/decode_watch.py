@@ -55,13 +55,15 @@ def _is_idle(hooks: dict[int, Any]) -> bool:
 
 
 class Weights:
-    """The packed weights and the parameters that a step reads where they lie."""
+    """The packed weights, and the parameters that a step reads where they lie.
+
+    What a module makes of a packed weight it forgets when one of its tensors is replaced.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
         linears = list(decoder.linears())
         self._linears = [linear.__dict__ for linear in linears]
         self._packed = [linear.qtensor for linear in linears]
-        self._biases = [(m._parameters, m.bias, _version(m.bias)) for m in linears]
         self._parameters = [
             (m._parameters, name, getattr(m, name)) for m, name in decoder.weights()
         ]
@@ -76,14 +78,4 @@ class Weights:
             if table[name] is not parameter:
                 return True
         pointers = [parameter.data_ptr() for _, _, parameter in self._parameters]
-        if pointers != self._pointers:
-            return True
-        return any(
-            table["bias"] is not bias or _version(bias) != version
-            for table, bias, version in self._biases
-            if bias is not None
-        )
-
-
-def _version(tensor: Any) -> int:
-    return -1 if tensor is None or tensor.is_inference() else int(tensor._version)
+        return pointers != self._pointers
