@@ -78,7 +78,8 @@ def multiply(x: Array, product: Product) -> Array:
     """The product of a vector x [K], rounded to fp32 first: [N]."""
     given = dataclasses.asdict(product)
     given["codec"], given["activations"] = product.codec, product.activations
-    return linear(x.astype(np.float32)[None], **given)[0]
+    y: Array = linear(x.astype(np.float32)[None], **given)[0]
+    return y
 
 
 def rotate(x: Array, cosines: Floats, sines: Floats) -> Array:

@@ -111,7 +111,7 @@ class BoundAttention:
     that then lie in q, in the pages and in their lengths.
 
     It keeps the memory alive that it made, not that of q, o, lse and the pages. threads: that it
-    is divided among.
+    is divided among. scratch: of another one that does not run at the same time, to be used again.
     """
 
     def __init__(
@@ -123,6 +123,7 @@ class BoundAttention:
         lse: Tensor,
         splits: int,
         threads: int,
+        scratch: Tensor | None = None,
     ) -> None:
         q = queries.q
         _, heads, rows, _ = q.shape
@@ -139,7 +140,7 @@ class BoundAttention:
         self._merge = _merge(q.dtype) if splits > 1 else None
         self.block = array("q", layout.block)
         self.address = self.block.buffer_info()[0]
-        self._scratch = _place(self.block, layout, self.division)
+        self.scratch = _place(self.block, layout, self.division, scratch)
         self.block[INDEX["row_limit"]] = 0 if packed else rows
         fill_rows(self.block, queries, o, lse)
         self.move(pages)
@@ -197,11 +198,16 @@ def _divide(sequences: int, lists: Lists, longest: int, splits: int, threads: in
     return _Division(lists, tile_rows, tiles, splits, chunk, chunks, units, threads, states)
 
 
-def _place(block: array[int], layout: _Layout, division: _Division) -> Tensor:
-    """Memory for scratch and states; enters it and the division into the block."""
+def _place(
+    block: array[int], layout: _Layout, division: _Division, scratch: Tensor | None
+) -> Tensor:
+    """Memory for scratch and states, the given one where it is enough; enters it and the division
+    into the block."""
     slot = layout.shared + division.chunk * layout.rows
     threads = division.threads
-    scratch = torch.empty(threads * slot + division.states * layout.state, dtype=torch.uint8)
+    size = threads * slot + division.states * layout.state
+    if scratch is None or scratch.numel() < size:
+        scratch = torch.empty(size, dtype=torch.uint8)
     start = scratch.data_ptr()
     for name in ("heads", "group", "repeat"):
         block[INDEX[name]] = getattr(division.lists, name)

@@ -247,7 +247,9 @@ class BoundStep:
     ) -> None:
         self.step = step
         self._layer_rows: list[list[Row]] = []
-        self._heads, self._attentions, self._writers = [], [], []
+        self._heads: list[Block] = []
+        self._attentions: list[BoundAttention] = []
+        self._writers: list[BoundWriter] = []
         self.jobs = torch.zeros((len(views), 1, 4), dtype=torch.int32)
         self.jobs[..., 2] = PAGE
         self.pages = self.jobs.numpy()[:, 0, 3]  # of each layer: the one that is written
@@ -255,7 +257,9 @@ class BoundStep:
         for n, (view, scores) in enumerate(zip(views, options, strict=True)):
             heads_row, heads = step.heads_row(step.stack.layers[n])
             writer = BoundWriter(view.format, step.q.dtype, self.jobs[n], step.stack.kv_heads, 1)
-            attention = BoundAttention(queries, view, scores, step.o, step.lse, 1, 1)
+            # Layers run one by one: in one scratch, which stays in the cache.
+            scratch = self._attentions[-1].scratch if self._attentions else None
+            attention = BoundAttention(queries, view, scores, step.o, step.lse, 1, 1, scratch)
             self._layer_rows.append([
                 *step.before[n], heads_row, row(writer.kernel, 1, writer.address),
                 row(attention.kernel, 1, attention.address), *step.after[n],
