@@ -2,7 +2,8 @@
 
 transformers' loop prepares arguments, masks and positions for every token, which costs about half
 a millisecond; this one has a compiled step and calls nothing of the model between two tokens. What
-the user brings (logits processors, stopping criteria, streamer) is called as transformers does.
+the user brings (logits processors, stopping criteria, streamer) is called as transformers does; a
+random draw is another one of the same distribution (decode_sample.py).
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lath.integration.cache import LathCache, cache_argument
 from lath.integration.decode_recognise import NotFusedError
+from lath.integration.decode_sample import Sampler
 
 if TYPE_CHECKING:
     from lath.integration.decode_step import FusedDecoding, Ready
@@ -92,7 +94,7 @@ class Loop:
         streamer: Any,
     ) -> None:
         self.model, self.state, self.streamer = model, state, streamer
-        self.processors, self.stop, self.sample = processors, Stop(criteria), sample
+        self.sampler, self.stop = Sampler(processors, sample), Stop(criteria)
         self.length = ids.shape[1]
         room = self.stop.length or 2 * self.length
         self._ids = torch.zeros(1, max(room, self.length + 1), dtype=ids.dtype)
@@ -111,11 +113,8 @@ class Loop:
             self.streamer.put(self._ids[0, self.length - 1 : self.length].clone())
 
     def choose(self, logits: Tensor) -> int:
-        """The next token of logits [1, V] fp32, as transformers chooses it."""
-        scores = self.processors(self.ids, logits) if len(self.processors) else logits
-        if self.sample:
-            return int(torch.multinomial(nn.functional.softmax(scores, dim=-1), 1))
-        return int(scores.argmax())
+        """The next token of logits [1, V] fp32."""
+        return self.sampler(self.ids, logits)
 
     def run(self, outputs: Any, positions: Tensor | None) -> Tensor:
         """outputs: of the prompt. positions: its position_ids."""
@@ -161,7 +160,7 @@ class _FusedTokens:
         self.loop, self.ready, self.cache = loop, ready, cache
         self.logits = torch.empty(1, 1, ready.vocabulary, dtype=ready.step.stack.dtype)
         own = ready.cache_of(cache)
-        self.greedy = not loop.sample and len(loop.processors) == 0 and ready.head is None
+        self.greedy = loop.sampler.is_plain and ready.head is None
         self.program = own.bound.greedy_program(self.logits) if self.greedy else None
 
     def __call__(self, token: int, position: int) -> int:

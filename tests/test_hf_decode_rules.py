@@ -1,7 +1,4 @@
-"""When the fused step is not taken: each rule with a result that would be wrong without it.
-
-And the loop inside `generate`: what the user brings works, or transformers' own loop is taken.
-"""
+"""When the fused step is not taken: each rule with a result that would be wrong without it."""
 
 from __future__ import annotations
 
@@ -10,21 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_hf_decode import PROMPT, ROUNDING, decoder, fused_tokens, new_cache, patched, steps
+from test_hf_decode import PROMPT, ROUNDING, decoder, new_cache, patched
 from torch import Tensor
 
-import lath
 from hf_models import generate, padded, positions, relative, tokens
 
 pytest.importorskip("transformers")
 pytest.importorskip("numba")
 from transformers import DynamicCache
-from transformers.generation import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
 
 from lath.integration.cache import cache_argument
 
@@ -333,122 +323,3 @@ def test_a_selection(no_grad: None) -> None:
     expected, out = (generate(model, ids, 5) for model in both)
     assert torch.equal(out, expected)
     assert "fused" not in reasons(both[1])
-
-
-# The loop
-
-
-def test_the_loop_gives_the_modules_tokens(models: tuple[Any, Any]) -> None:
-    for length in (1, 40, PROMPT):
-        ids = tokens(1, length)
-        expected, out = (generate(model, ids, 80) for model in models)
-        assert torch.equal(out, expected)
-    greedy = [model.generate(tokens(1, 20), max_new_tokens=9, do_sample=False) for model in models]
-    assert torch.equal(*greedy)
-
-
-class Noted:
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-        self.ended = 0
-
-    def put(self, value: Tensor) -> None:
-        self.seen.append(value.clone())
-
-    def end(self) -> None:
-        self.ended += 1
-
-
-def test_a_streamer(models: tuple[Any, Any]) -> None:
-    streamers = [Noted(), Noted()]
-    for model, streamer in zip(models, streamers, strict=True):
-        generate(model, tokens(1, 70), 10, streamer=streamer)
-    expected, own = streamers
-    assert own.ended == expected.ended == 1
-    assert [value.tolist() for value in own.seen] == [value.tolist() for value in expected.seen]
-
-
-class Third(StoppingCriteria):  # type: ignore[misc]
-    """Stops at the third new token."""
-
-    def __init__(self, prompt: int) -> None:
-        self.end = prompt + 3
-
-    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
-        return torch.tensor([input_ids.shape[1] >= self.end])
-
-
-class Odd(LogitsProcessor):  # type: ignore[misc]
-    """Nothing but odd tokens, and none twice."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.clone()
-        scores[:, ::2] = -torch.inf
-        return scores.scatter(1, input_ids, -torch.inf)
-
-
-def test_criteria_and_processors_of_the_user(models: tuple[Any, Any]) -> None:
-    ids = tokens(1, 70)
-    outs = [
-        model.generate(
-            ids, max_new_tokens=20, do_sample=False,
-            stopping_criteria=StoppingCriteriaList([Third(70)]),
-            logits_processor=LogitsProcessorList([Odd()]),
-        )
-        for model in models
-    ]  # fmt: skip
-    assert torch.equal(*outs)
-    assert outs[1].shape[1] == 73
-    assert bool((outs[1][:, 70:] % 2 == 1).all())
-
-
-def test_end_tokens_stop(models: tuple[Any, Any]) -> None:
-    ids = tokens(1, 70)
-    free = generate(models[0], ids, 12)[0, 70:].tolist()
-    end = free[6]
-    outs = [
-        model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=[end, 2])
-        for model in models
-    ]
-    assert torch.equal(*outs)
-    assert outs[1][0, -1] in (end, 2)
-
-
-SAMPLING: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "all": {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02,
-            "repetition_penalty": 1.3},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("options", SAMPLING)
-def test_sampling_with_a_seed(options: str, models: tuple[Any, Any]) -> None:
-    outs = []
-    for model in models:
-        torch.manual_seed(3)
-        outs.append(
-            model.generate(tokens(1, 70), max_new_tokens=20, do_sample=True, **SAMPLING[options])
-        )
-    assert torch.equal(*outs)
-    assert reasons(models[1])["fused"] >= 5
-
-
-def test_hooks_on_the_model_itself(models: tuple[Any, Any]) -> None:
-    """A step does not go round them, and so the loop must not."""
-    calls = []
-    models[1].register_forward_hook(lambda *arguments: calls.append(1))
-    expected, out = (generate(model, tokens(1, 70), 6) for model in models)
-    assert torch.equal(out, expected)
-    assert len(calls) == 6
-    assert reasons(models[1])["fused"] == 5
-
-
-def test_the_report_says_it(models: tuple[Any, Any]) -> None:
-    model = decoder("Llama")
-    report = patched(model, "auto")
-    assert "decode: compiled at the first token" in str(report)
-    generate(model, tokens(1, 70), 6)
-    assert fused_tokens(report) == 5
-    assert "one compiled call per token; 5 tokens fused, 1 calls by modules" in str(report)
-    assert isinstance(report, lath.PatchReport)
-    steps(model, 5, 1)
