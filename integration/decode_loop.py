@@ -25,6 +25,7 @@ _CACHES = ("cache", "past_key_values")
 # Arguments of the model that a loop over single tokens knows what to do with.
 _HANDLED = frozenset({"attention_mask", "position_ids", "logits_to_keep", "use_cache",
                       "cache_position", *_CACHES})  # fmt: skip
+_ROOM = 4096  # new tokens that are made room for at once
 # What transformers' loop calls for every token and this one does not.
 _REPLACED = ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
@@ -96,8 +97,8 @@ class Loop:
         self.model, self.state, self.streamer = model, state, streamer
         self.sampler, self.stop = Sampler(processors, sample), Stop(criteria)
         self.length = ids.shape[1]
-        room = self.stop.length or 2 * self.length
-        self._ids = torch.zeros(1, max(room, self.length + 1), dtype=ids.dtype)
+        wanted = _ROOM if self.stop.length is None else self.stop.length - self.length
+        self._ids = torch.zeros(1, self.length + min(max(wanted, 1), _ROOM), dtype=ids.dtype)
         self._ids[:, : self.length] = ids
 
     @property

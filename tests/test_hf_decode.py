@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,25 @@ def test_several_models_at_once() -> None:
             out = steps(model, prompt, 2 if prompt else 1, cache, seed=0)
             if prompt:
                 assert relative(out - wanted[:2], wanted) < ROUNDING
+
+
+def test_two_python_threads() -> None:
+    """One model, two caches: steps of both in turn, none in the other's numbers."""
+    model = decoder("Llama")
+    patched(model, "fused")
+    expected = [steps(model, 70, 40, seed=seed) for seed in (0, 1)]
+    found: dict[int, Tensor] = {}
+
+    def work(seed: int) -> None:
+        with torch.no_grad():
+            found[seed] = steps(model, 70, 40, seed=seed)
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(found[seed], expected[seed]) for seed in (0, 1))
 
 
 def test_a_copy_is_fused_by_itself() -> None:

@@ -25,6 +25,7 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
+from lath.integration import decode_loop
 from lath.integration.decode_sample import Sampler, draw
 
 __all__ = ["models"]  # a fixture
@@ -37,6 +38,12 @@ def test_the_loop_gives_the_modules_tokens(models: tuple[Any, Any]) -> None:
         assert torch.equal(out, expected)
     greedy = [model.generate(tokens(1, 20), max_new_tokens=9, do_sample=False) for model in models]
     assert torch.equal(*greedy)
+
+
+def test_more_tokens_than_room(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_loop, "_ROOM", 3)
+    expected, out = (generate(model, tokens(1, 7), 20) for model in models)
+    assert torch.equal(out, expected)
 
 
 class Noted:
