@@ -17,6 +17,7 @@ from lath.formats.registry import systems_table
 from lath.integration.bench_command import bench_app
 from lath.integration.models import ACCEPTED_MODELS, parse_dtype
 from lath.integration.patch_attention import attention_options
+from lath.integration.patch_decode import check_decode
 from lath.integration.plan_command import plan_table
 from lath.integration.run_command import (
     DEFAULT_HEAD,
@@ -77,6 +78,10 @@ def run(
         float | None,
         typer.Option(help="Count queries for which --select captures less of the softmax."),
     ] = None,
+    decode: Annotated[
+        str,
+        typer.Option(help="'fused': a token in one compiled call, needs --kv; 'modules'; 'auto'."),
+    ] = "auto",
     backend: Annotated[str, typer.Option(help="'auto', 'cpu', 'triton' or 'reference'.")] = "auto",
     skip: Skip = ["lm_head"],  # noqa: B006 (typer reads the default and copies it)
     head: Annotated[
@@ -110,7 +115,7 @@ def run(
         torch.set_num_threads(threads)
     options = RunOptions(
         model, weights, activations, backend, tuple(skip), head, search, prompt, max_new_tokens,
-        dtype, rounds, patched[0], patched[1], select, mending, audit,
+        dtype, rounds, patched[0], patched[1], select, mending, audit, check_decode(decode),
     )  # fmt: skip
     result = run_model(options, _console())
     if json is not None:

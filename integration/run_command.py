@@ -66,6 +66,7 @@ class RunOptions:
     select: str | None = None
     repair: bool | None = None
     audit: float | None = None
+    decode: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class Patches:
         self.body = pack(
             options.weights, skip=options.skip, attention=options.attention, kv=options.kv,
             select=options.select, repair=options.repair, audit=options.audit,
+            decode=options.decode,
         )  # fmt: skip
         self.reports = [self.body]
         self.name = ", ".join(
@@ -186,6 +188,8 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
     result.text_after = _answer(model, tokenizer, prompt_ids, names[1], options, console)
     console.print(result_table(result, names, options))
     console.print(circumstances(result, patches, options, lengths))
+    if patches.body.decode is not None:
+        console.print(str(patches.body.decode), highlight=False)
     if patches.body.selection is not None:
         console.print(selection_line(patches.body.selection).strip(), highlight=False)
     if patches.body.misses is not None:
