@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import time
 from pathlib import Path
@@ -166,6 +167,11 @@ def warmup(
     begin = time.perf_counter()
     with Console(stderr=True).status("compiling") as status:
         compile_kernels(codecs, lambda step: status.update(f"compiling {step}"))
+        if importlib.util.find_spec("transformers") is not None:
+            from lath.integration.decode_warmup import warm_decoding
+
+            status.update("compiling a step of decoding")
+            warm_decoding(codecs)
     seconds = time.perf_counter() - begin
     _console().print(f"kernels for {', '.join(codecs)} are ready ({seconds:.1f} s)")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from operator import is_
+from itertools import repeat
+from operator import contains, is_
 from typing import Any
 
 from torch import nn
@@ -10,10 +11,10 @@ from torch.nn.modules import module as module_globals
 
 from lath.integration.decode_recognise import Decoder
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Hooks of a backward pass are called in none: where gradients are recorded nothing is fused.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = (
     module_globals._global_forward_hooks, module_globals._global_forward_pre_hooks,
-    module_globals._global_backward_hooks, module_globals._global_backward_pre_hooks,
 )  # fmt: skip
 
 
@@ -41,7 +42,7 @@ class Skipped:
             return "a module has hooks"
         if any(_GLOBAL_HOOKS):
             return "there are hooks of all modules"
-        if any("forward" in own for own in self._own):
+        if any(map(contains, self._own, repeat("forward"))):
             return "the forward of a module was replaced on the instance"
         return ""
 

@@ -25,8 +25,12 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
+import lath
 from lath.integration import decode_loop
 from lath.integration.decode_sample import Sampler, draw
+from lath.integration.decode_warmup import warm_decoding
+from lath.integration.models import tiny_model
+from lath.kernels.simd.compile import compile_kernel
 
 __all__ = ["models"]  # a fixture
 
@@ -193,3 +197,18 @@ def test_the_report_says_it(models: tuple[Any, Any]) -> None:
     generate(model, tokens(1, 70), 6)
     assert fused_tokens(report) == 5
     assert "one compiled call per token; 5 tokens fused, 1 calls by modules" in str(report)
+
+
+def test_warmup_leaves_nothing_to_compile() -> None:
+    def fuse() -> None:
+        tiny, _ = tiny_model(torch.bfloat16)
+        with lath.patch(
+            tiny, "int4-g32", attention="int8", kv="int8", skip=(), decode="fused"
+        ) as report:
+            tiny.generate(tokens(1, 3), max_new_tokens=2, do_sample=False)
+            assert fused_tokens(report) == 1
+
+    warm_decoding(["int4-g32"])
+    before = compile_kernel.cache_info().misses
+    fuse()
+    assert compile_kernel.cache_info().misses == before
