@@ -24,7 +24,8 @@ class StepCache:
     """
 
     def __init__(self, cache: LathCache, step: DecodeStep) -> None:
-        self._step, self._cache = step, cache
+        # Not the cache itself: who keeps this for a cache must not keep the cache alive.
+        self._step, self._reading = step, cache.reading
         self._layers: list[Any] = list(cache.layers)
         _check_layers(cache, step)
         self._stale = False  # whether the open part is full, so that the next token goes elsewhere
@@ -41,7 +42,7 @@ class StepCache:
 
     def prepare(self) -> None:
         """Make `bound` fit the cache as it is now; NotFusedError where it cannot be."""
-        if self._cache.reading.draft:
+        if self._reading.draft:
             raise NotFusedError("the cache is read as a draft")
         if self._stale:
             self._locate()

@@ -8,6 +8,7 @@ random draw is another one of the same distribution (decode_sample.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +130,11 @@ class Loop:
             self.put(token)
             if self.stop(self.ids, token):
                 break
-            token = step(token, position)
+            try:
+                token = step(token, position)
+            except NotFusedError:  # before anything was counted or computed
+                step = functools.partial(self._by_modules, cache)
+                token = step(token, position)
             position += 1
         if self.streamer is not None:
             self.streamer.end()
@@ -142,7 +147,7 @@ class Loop:
                 ready = self.state.ready(self.model)
                 ready.cache_of(cache)
         except NotFusedError:
-            return lambda token, position: self._by_modules(cache, token, position)
+            return functools.partial(self._by_modules, cache)
         return _FusedTokens(self, ready, cache)
 
     def _by_modules(self, cache: Any, token: int, position: int) -> int:

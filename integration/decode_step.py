@@ -30,6 +30,7 @@ _CACHES = ("cache", "past_key_values")
 # Arguments of `forward` that change nothing of one token's logits, whatever they are.
 _WITHOUT_EFFECT = frozenset({"use_cache", "return_dict", "cache_position", *_CACHES})
 _FIRST_TABLE = 4096  # positions whose rotations are worked out at once
+_LARGEST_TABLE = 1 << 20
 
 
 class Ready:
@@ -63,9 +64,14 @@ class Ready:
         return known
 
     def place(self, token: int, position: int) -> None:
-        """Enter a token and its position into the step's numbers."""
+        """Enter a token and its position into the step's numbers. NotFusedError for numbers that
+        the modules would refuse, or whose rotations would fill memory."""
         from lath.integration.decode_probe import rotations
 
+        if not 0 <= token < self.step.stack.embedding.shape[0]:
+            raise NotFusedError("a token outside the embedding")
+        if position >= _LARGEST_TABLE:
+            raise NotFusedError("a position beyond a million")
         while position >= len(self._table):
             # Wherever the table lies, the step finds it through its numbers.
             self._table = rotations(self.decoder, max(_FIRST_TABLE, 2 * len(self._table)))
@@ -226,7 +232,7 @@ def _check_mask(mask: Any, slots: int) -> None:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise NotFusedError("an attention mask that is not 2-D")
     if tuple(mask.shape) != (1, slots):
-        raise NotFusedError(f"an attention mask of {[*mask.shape]} for {slots} tokens")
+        raise NotFusedError("an attention mask of another length than the cache")
     if not bool(mask.all()):
         raise NotFusedError("padding in the attention mask")
 

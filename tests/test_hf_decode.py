@@ -282,6 +282,18 @@ def test_several_models_at_once() -> None:
                 assert relative(out - wanted[:2], wanted) < ROUNDING
 
 
+def test_a_cache_is_not_kept_alive() -> None:
+    model = decoder("Llama")
+    patched(model, "fused")
+    generate(model, tokens(1, 70))
+    cache = new_cache(model)
+    steps(model, 70, 2, cache)
+    known = model.__dict__["_lath_decode"].ready(model)._caches
+    assert list(known) == [cache]
+    del cache
+    assert len(known) == 0
+
+
 def test_two_python_threads() -> None:
     """One model, two caches: steps of both in turn, none in the other's numbers."""
     model = decoder("Llama")

@@ -205,6 +205,25 @@ def test_a_rule_that_is_not_asked_gives_a_wrong_result(
     assert relative(out - expected, expected) > 100 * ROUNDING
 
 
+@pytest.mark.parametrize("token", [-1, 128, 10**6])
+def test_tokens_that_are_none(token: int, models: tuple[Any, Any]) -> None:
+    """The embedding's row is read by address: nobody else would notice."""
+    for model in models:
+        given, _ = primed(model)
+        with pytest.raises(IndexError):
+            model(torch.tensor([[token]]), **given)
+    assert reasons(models[1])["a token outside the embedding"] == 1
+
+
+def test_far_positions(models: tuple[Any, Any]) -> None:
+    outs = []
+    for model in models:
+        given, token = primed(model)
+        outs.append(model(token, position_ids=torch.tensor([[1 << 21]]), **given).logits)
+    assert torch.equal(*outs)
+    assert reasons(models[1])["a position beyond a million"] == 1
+
+
 def test_gradients(models: tuple[Any, Any]) -> None:
     for model in models:
         given, token = primed(model)
