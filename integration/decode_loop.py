@@ -52,7 +52,8 @@ class Stop:
     def __call__(self, ids: Tensor, token: int) -> bool:
         """ids [1, T], whose last is `token`."""
         others = bool(self._others(ids, None).any()) if len(self._others) else False
-        return others or token in self.ends or ids.shape[1] == self.length
+        full = self.length is not None and ids.shape[1] >= self.length
+        return others or full or token in self.ends
 
 
 def check_loop(
