@@ -23,6 +23,7 @@ from lath.formats import packing
 from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import GROUP_MULTIPLE, Codec
+from lath.formats.memory import WEIGHTS
 from lath.formats.qtensor import QTensor
 from lath.kernels.linear.cpu_record import VECTOR_BYTES, ByteScale, Record, whole_entries
 from lath.kernels.simd.compile import driver
@@ -121,7 +122,8 @@ def build_view(weight: QTensor, group: int, record: Record) -> CpuView:
     codec, (rows, columns) = weight.codec, weight.shape
     scales, record = _scales_of(weight, record)
     panels, groups = -(-rows // packing.PANEL), -(-columns // group)
-    records = torch.empty((panels, groups, record.nbytes(group)), dtype=torch.uint8)
+    # In huge pages: SmolLM2's products take 1.17 times as long in pages of 4 KB (2.80, 2.40 ms).
+    records = WEIGHTS.room((panels, groups, record.nbytes(group)))
     out = records.numpy()
     widths = np.array(codec.plane_widths)
     words, blocks = weight.codes.detach().numpy(), -(-columns // packing.BLOCK)
