@@ -104,10 +104,6 @@ def test_rounded_logits_differ_by_few_codes(name: str, dtype: torch.dtype) -> No
         assert float(errors.median()) < ROUNDING
 
 
-def without_window(stack: Any) -> Any:
-    return changed(stack, window=None)
-
-
 def changed(stack: Any, **fields: Any) -> Any:
     """The stack with fields of its second layer replaced."""
     first, second = stack.layers
@@ -123,7 +119,7 @@ def test_a_window_shows() -> None:
         expected = steps(model, PROMPT, 5)
     real = decode_probe.stack_of
     with pytest.MonkeyPatch.context() as monkeypatch, patched(model, "auto"):
-        monkeypatch.setattr(decode_probe, "stack_of", lambda *a: without_window(real(*a)))
+        monkeypatch.setattr(decode_probe, "stack_of", lambda *a: changed(real(*a), window=None))
         out = steps(model, PROMPT, 5)
     assert relative(out - expected, expected) > 100 * ROUNDING
 
