@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import sys
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _HUGE_PAGE = 2 << 20
+_CHUNK = 16 << 20
+_SMALLEST = 32 << 10  # of what shares a chunk
+_LINE = 64
 _MADV_HUGEPAGE = 14  # of Linux, <asm-generic/mman-common.h>
 
 
@@ -23,13 +28,49 @@ def zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
     if device.type != "cpu" or torch.compiler.is_compiling():
         return torch.zeros(shape, dtype=torch.uint8, device=device)
     tensor = torch.empty(shape, dtype=torch.uint8)
+    _ask_for_huge_pages(tensor)
+    return tensor.zero_()
+
+
+class Packing:
+    """Memory in huge pages for many tensors that are read one after another, as the weights of a
+    model are: each alone is too small for a page of 2 MB.
+
+    Pieces of a chunk lie behind each other; a chunk is freed when the last of them is.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def room(self, shape: tuple[int, ...]) -> Tensor:
+        """uint8, not initialised, on the CPU. Small tensors have memory of their own, so that none
+        of them keeps a chunk."""
+        nbytes = math.prod(shape)
+        if not _SMALLEST <= nbytes <= _CHUNK:
+            tensor = torch.empty(shape, dtype=torch.uint8)
+            _ask_for_huge_pages(tensor)
+            return tensor
+        with self._lock:
+            start = -(-self._used // _LINE) * _LINE
+            if start + nbytes > self._chunk.numel():
+                self._chunk, start = torch.empty(_CHUNK, dtype=torch.uint8), 0
+                _ask_for_huge_pages(self._chunk)
+            self._used = start + nbytes
+            return self._chunk[start : start + nbytes].view(shape)
+
+
+WEIGHTS = Packing()
+
+
+def _ask_for_huge_pages(tensor: Tensor) -> None:
     first = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
     last = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE * _HUGE_PAGE
     advise = _advice()
     if advise is not None and last > first:
         # Advice: where it is refused the memory is what it would have been.
         advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_HUGEPAGE)
-    return tensor.zero_()
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from lath.integration.bench_command import bench_app
 from lath.integration.compare_command import compare_command
 from lath.integration.models import ACCEPTED_MODELS, parse_dtype
 from lath.integration.patch_attention import attention_options
+from lath.integration.patch_decode import check_decode
 from lath.integration.plan_command import plan_table
 from lath.integration.run_command import (
     DEFAULT_HEAD,
@@ -80,6 +82,10 @@ def run(
         float | None,
         typer.Option(help="Count queries for which --select captures less of the softmax."),
     ] = None,
+    decode: Annotated[
+        str,
+        typer.Option(help="'fused': a token in one compiled call, needs --kv; 'modules'; 'auto'."),
+    ] = "auto",
     backend: Annotated[str, typer.Option(help="'auto', 'cpu', 'triton' or 'reference'.")] = "auto",
     skip: Skip = ["lm_head"],  # noqa: B006 (typer reads the default and copies it)
     head: Annotated[
@@ -123,7 +129,7 @@ def run(
     options = RunOptions(
         model, weights, activations, backend, tuple(skip), head, search, prompt, max_new_tokens,
         dtype, rounds, patched[0], patched[1], select, mending, audit, quantizer,
-        calibration_folder=calibration_folder,
+        calibration_folder=calibration_folder, decode=check_decode(decode),
     )  # fmt: skip
     result = run_model(options, _console())
     if json is not None:
@@ -174,6 +180,11 @@ def warmup(
     begin = time.perf_counter()
     with Console(stderr=True).status("compiling") as status:
         compile_kernels(codecs, lambda step: status.update(f"compiling {step}"))
+        if importlib.util.find_spec("transformers") is not None:
+            from lath.integration.decode_warmup import warm_decoding
+
+            status.update("compiling a step of decoding")
+            warm_decoding(codecs)
     seconds = time.perf_counter() - begin
     _console().print(f"kernels for {', '.join(codecs)} are ready ({seconds:.1f} s)")
 

@@ -33,6 +33,7 @@ from lath.integration.calibration import (
 from lath.integration.find import Found, check_selection, find_linears
 from lath.integration.linear import PackedLinear
 from lath.integration.patch_attention import AttentionPatch, attention_options
+from lath.integration.patch_decode import DecodePatch, check_decode
 from lath.integration.progress import progress_bar, shows_progress
 from lath.integration.report import PatchReport, PatchRow, Place, model_bytes, unique_bytes
 from lath.integration.scaled_norms import norm_places
@@ -85,6 +86,7 @@ def patch(
     only: Sequence[str] | None = None,
     activations: str | ActivationFormat = "auto",
     backend: str = "auto",
+    decode: str = "auto",
     search: bool = False,
     quantizer: str | Quantizer = "rtn",
     calibration: Calibration | Tensor | None = None,
@@ -117,6 +119,11 @@ def patch(
     `lath.Calibration`, which can be resumed; the layers are calibrated one at a time, the ones
     before already rounded.
 
+    decode, with kv on a CPU: "fused" computes each new token of a decoder of Llama's shape in one
+    compiled call, or raises ValueError saying why not; "modules" calls the modules; "auto" fuses
+    where it can. A call that cannot be fused (a prompt, a batch, padding, hooks, …) goes through
+    the modules; the report's `decode` counts both, with the reasons.
+
     select, with kv: which pages or tokens of the cache a step of decoding reads, "quest:1024" or
     any `lath.Selection`; None: all. The first piece of a prompt is attended as without it; later
     pieces of more than 16 tokens read everything (Selection.chunks: they select too), and so do
@@ -143,6 +150,7 @@ def patch(
     options = dataclasses.replace(options, importance=importance)
     attending = attention_options(attention, kv, backend, select, repair, audit)
     attends = None if attending is None else AttentionPatch.prepare(model, attending)
+    decodes = DecodePatch.of(model, check_decode(decode), attends)
     found = [] if weights is None else find_linears(model, check_selection(model, skip, only))
     _check_packed(found, options)
     todo = [one for one in found if _is_to_do(one)]
@@ -157,6 +165,7 @@ def patch(
         report.attention = attends.rows(dry_run)
         report.selection = attends.selection_row(dry_run)
         report._attention = None if dry_run else attends
+        report._decode = None if dry_run else decodes
     if attends is None and not todo and all(row.action == "kept" for row in report.rows):
         reason = _why_nothing(model, report.rows, weights)
         warnings.warn(f"lath.patch replaced nothing: {reason}", stacklevel=2)
@@ -172,6 +181,12 @@ def patch(
         report._untie = lambda: untie(model, [one.module for one in todo])
     if packed or report._attention:
         report.redo()
+    if decode == "fused" and report._decode is not None:
+        try:
+            report._decode.require()
+        except BaseException:
+            report.undo()
+            raise
     logger.info("%s", report)
     return report
 

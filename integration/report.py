@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lath.integration.cache import LathCache
     from lath.integration.misses import MissReport
     from lath.integration.patch_attention import AttentionPatch
+    from lath.integration.patch_decode import DecodePatch, DecodeReport
 
 Action = Literal["replaced", "kept", "already packed"]
 
@@ -133,6 +134,7 @@ class PatchReport:
     attention: list[AttentionRow] = field(default_factory=list)
     selection: SelectionRow | None = None
     _attention: AttentionPatch | None = field(default=None, repr=False)
+    _decode: DecodePatch | None = field(default=None, repr=False)
     _places: list[Place] = field(default_factory=list, repr=False)
     # Strikes the places from the records of tied weights and returns what restores them.
     _untie: Callable[[], Callable[[], None]] | None = field(default=None, repr=False)
@@ -172,6 +174,11 @@ class PatchReport:
         return None if audit is None else audit.report
 
     @property
+    def decode(self) -> DecodeReport | None:
+        """How tokens are decoded, and were so far; None where nothing was to be fused."""
+        return None if self._decode is None else self._decode.report
+
+    @property
     def new_cache(self) -> Callable[[], LathCache] | None:
         """Makes an empty cache as `generate` does under this patch; None without kv."""
         attention = self._attention
@@ -191,6 +198,8 @@ class PatchReport:
             _put(place, place.follow(place.packed, place.original))
         if self._attention is not None:
             self._attention.apply()
+        if self._decode is not None:
+            self._decode.apply()
         self._active = True
 
     def undo(self) -> None:
@@ -204,6 +213,9 @@ class PatchReport:
         self._check_occupants([place.packed for place in self._places])
         if self._attention is not None:
             self._attention.check_revert()
+        if self._decode is not None:
+            self._decode.check_revert()
+            self._decode.revert()
         for place in self._places:
             _put(place, place.follow(place.original, place.packed))
         if self._tie:

@@ -29,6 +29,8 @@ def report_table(report: PatchReport) -> str:
     lines += [_attention_line(row) for row in report.attention]
     if report.selection is not None:
         lines.append(selection_line(report.selection))
+    if report.decode is not None:
+        lines.append(f"  {report.decode}")
     lines.append(f"whole model: {before / 1e6:.1f} MB → {after / 1e6:.1f} MB{ratio}")
     return "\n".join(lines)
 

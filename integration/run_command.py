@@ -73,6 +73,7 @@ class RunOptions:
     quantizer: str = "rtn"
     calibration_tokens: int = 16384
     calibration_folder: Path | None = None
+    decode: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class Patches:
             options.weights, skip=options.skip, attention=options.attention, kv=options.kv,
             select=options.select, repair=options.repair, audit=options.audit,
             quantizer=options.quantizer, calibration=calibration,
+            decode=options.decode,
         )  # fmt: skip
         self.reports = [self.body]
         self.name = ", ".join(
@@ -204,6 +206,8 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
             f"Calibrated on {calibration.ids.numel()} tokens of the text; perplexity is of "
             f"{text_ids.numel()} others."
         )
+    if patches.body.decode is not None:
+        console.print(str(patches.body.decode), highlight=False)
     if patches.body.selection is not None:
         console.print(selection_line(patches.body.selection).strip(), highlight=False)
     if patches.body.misses is not None:

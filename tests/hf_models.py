@@ -18,6 +18,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "GptOss": {"sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+# Decoders whose layers are Llama's but for a flag or a constant, for the fused step alone.
+DECODERS: dict[str, dict[str, Any]] = {
+    "Qwen2": {},
+    "SmolLM3": {"no_rope_layer_interval": 2},
+    "Granite": {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
+}
 _SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -41,7 +47,9 @@ def hf_model(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> A
     """
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**{**_SIZES, **MODELS[name], **options})
+    config = getattr(transformers, f"{name}Config")(
+        **{**_SIZES, **(MODELS | DECODERS)[name], **options}
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype).eval()

@@ -67,6 +67,12 @@ def test_run_with_attention_and_cache(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "attention int8, cache int8/int4" in " ".join(capsys.readouterr().out.split())
 
 
+def test_run_fuses_decoding(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("numba")
+    assert run(["run", *TINY, "--kv", "int8", "--decode", "fused", "--backend", "cpu"]) == 0
+    assert "decode: one compiled call per token" in " ".join(capsys.readouterr().out.split())
+
+
 def test_packed_codes_come_from_the_checkpoint_not_from_its_rounding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +115,8 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--model", "tiny", "--dtype", "float8"], "dtype must be one of"),
         (["run", "--model", "tiny", "--attention", "int4"], "attention must be"),
         (["run", "--model", "tiny", "--kv", "k3v4"], "kv must be one of"),
+        (["run", "--model", "tiny", "--decode", "quick"], "decode must be one of"),
+        (["run", "--model", "tiny", "--decode", "fused"], "needs a paged cache"),
         (["run", "--threads", "many"], "--threads"),
         (["run", "--threads", "-1"], "--threads"),
         (["run", "--max-new-tokens", "0"], "--max-new-tokens"),

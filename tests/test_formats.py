@@ -15,6 +15,7 @@ import lath
 from lath.formats import packing
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
+from lath.formats.memory import Packing
 from lath.formats.qtensor import QTensor
 from lath.reference import codecs as reference
 
@@ -290,3 +291,18 @@ def test_a_view_is_built_once_and_again_after_a_change() -> None:
     packed.scales.mul_(2)
     packed.view("test", lambda: built.append(1))
     assert len(built) == 2
+
+
+def test_memory_for_weights_is_shared_out_and_given_back() -> None:
+    """Pieces do not overlap, are aligned, and small or very large ones keep no chunk."""
+    memory = Packing()
+    pieces = [memory.room((size,)) for size in (40_000, 100_001, 5 << 20, 11 << 20, 70_000)]
+    for number, piece in enumerate(pieces):
+        piece.fill_(number)
+    assert [int(piece.unique()) for piece in pieces] == [0, 1, 2, 3, 4]
+    assert all(piece.data_ptr() % 64 == 0 for piece in pieces)
+    shared = {piece.untyped_storage().data_ptr() for piece in pieces}
+    assert len(shared) == 2  # 5 and 11 MB do not fit into one chunk beside the others
+    for size in (0, 16, 17 << 20):
+        alone = memory.room((size,))
+        assert alone.untyped_storage().nbytes() == size

@@ -78,43 +78,84 @@ def attend(
         raise NotImplementedError("scheme 'unified' has no CPU kernel: scheme must be 'online'")
     if q.dtype not in DTYPES:
         raise TypeError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
-    batch, heads, rows, _ = q.shape
-    fmt, packed = pages.format, queries.offsets is not None
-    shape = (batch, heads, rows)
-    o = q.new_empty((*shape, fmt.value_dim))
-    lse = q.new_empty(shape, dtype=torch.float32)
-    if packed:  # rows of no sequence stay as they are here
-        o.zero_()
-        lse.fill_(-math.inf)
+    o, lse = outputs_of(queries, pages)
     if o.numel() == 0 or pages.num_sequences == 0:
         return o, lse
-    lists = lists_of(pages, heads)
-    kept = options_tensors(options, pages.longest)
-    division = _divide(
-        pages.num_sequences, lists, queries.longest if packed else rows, plan.split_k,
-        torch.get_num_threads(),
+    bound = BoundAttention(
+        queries, pages, options, o, lse, plan.split_k, torch.get_num_threads()
     )  # fmt: skip
-    kernel, layout = _prepared(
-        fmt, q.dtype, options.query, options.precision, pages.draft, division.tile_rows
-    )
-    block = array("q", layout.block)
-    scratch = _place(block, layout, division)
-    block[INDEX["row_limit"]] = 0 if packed else rows
-    fill_rows(block, queries, o, lse)
-    fill_pages(block, pages, lists)
-    fill_options(block, options, kept)
     counts = None
     if traffic is not None:
-        counts = torch.zeros((division.threads, 8), dtype=torch.int64)
-        block[INDEX["traffic"]] = counts.data_ptr()
-    address = block.buffer_info()[0]
-    run_units(kernel, block, address, division.units, _SLOTS)
-    if division.splits > 1:
-        run_units(_merge(q.dtype), block, address, division.units // division.splits, _SLOTS)
-    del scratch  # until here the kernels wrote into it
+        counts = torch.zeros((bound.division.threads, 8), dtype=torch.int64)
+        bound.block[INDEX["traffic"]] = counts.data_ptr()
+    bound.run()
     if traffic is not None and counts is not None:
         _add(traffic, pages, int(counts.sum()))
     return o, lse
+
+
+def outputs_of(queries: Queries, pages: PageView) -> tuple[Tensor, Tensor]:
+    """Room for o and lse; rows of no sequence are there already."""
+    q = queries.q
+    shape = q.shape[:3]
+    o = q.new_empty((*shape, pages.format.value_dim))
+    lse = q.new_empty(shape, dtype=torch.float32)
+    if queries.offsets is not None:
+        o.zero_()
+        lse.fill_(-math.inf)
+    return o, lse
+
+
+class BoundAttention:
+    """One attention whose arguments are in place: it may run again and again, over the numbers
+    that then lie in q, in the pages and in their lengths.
+
+    It keeps the memory alive that it made, not that of q, o, lse and the pages. threads: that it
+    is divided among. scratch: of another one that does not run at the same time, to be used again.
+    """
+
+    def __init__(
+        self,
+        queries: Queries,
+        pages: PageView,
+        options: ScoreOptions,
+        o: Tensor,
+        lse: Tensor,
+        splits: int,
+        threads: int,
+        scratch: Tensor | None = None,
+    ) -> None:
+        q = queries.q
+        _, heads, rows, _ = q.shape
+        packed = queries.offsets is not None
+        self._lists = lists_of(pages, heads)
+        self._kept = options_tensors(options, pages.longest)
+        self.division = _divide(
+            pages.num_sequences, self._lists, queries.longest if packed else rows, splits, threads
+        )
+        self.kernel, layout = _prepared(
+            pages.format, q.dtype, options.query, options.precision, pages.draft,
+            self.division.tile_rows,
+        )  # fmt: skip
+        self._merge = _merge(q.dtype) if splits > 1 else None
+        self.block = array("q", layout.block)
+        self.address = self.block.buffer_info()[0]
+        self.scratch = _place(self.block, layout, self.division, scratch)
+        self.block[INDEX["row_limit"]] = 0 if packed else rows
+        fill_rows(self.block, queries, o, lse)
+        self.move(pages)
+        fill_options(self.block, options, self._kept)
+
+    def move(self, pages: PageView) -> None:
+        """Read other pages, or the same where they lie now; of the same format and parts."""
+        fill_pages(self.block, pages, self._lists)
+
+    def run(self) -> None:
+        division = self.division
+        run_units(self.kernel, self.block, self.address, division.units, _SLOTS)
+        if self._merge is not None:
+            tiles = division.units // division.splits
+            run_units(self._merge, self.block, self.address, tiles, _SLOTS)
 
 
 def _add(traffic: Traffic, pages: PageView, read: int) -> None:
@@ -157,11 +198,16 @@ def _divide(sequences: int, lists: Lists, longest: int, splits: int, threads: in
     return _Division(lists, tile_rows, tiles, splits, chunk, chunks, units, threads, states)
 
 
-def _place(block: array[int], layout: _Layout, division: _Division) -> Tensor:
-    """Memory for scratch and states; enters it and the division into the block."""
+def _place(
+    block: array[int], layout: _Layout, division: _Division, scratch: Tensor | None
+) -> Tensor:
+    """Memory for scratch and states, the given one where it is enough; enters it and the division
+    into the block."""
     slot = layout.shared + division.chunk * layout.rows
     threads = division.threads
-    scratch = torch.empty(threads * slot + division.states * layout.state, dtype=torch.uint8)
+    size = threads * slot + division.states * layout.state
+    if scratch is None or scratch.numel() < size:
+        scratch = torch.empty(size, dtype=torch.uint8)
     start = scratch.data_ptr()
     for name in ("heads", "group", "repeat"):
         block[INDEX[name]] = getattr(division.lists, name)

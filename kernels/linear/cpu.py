@@ -122,6 +122,16 @@ class CpuLinear:
         """Bytes of what was made beside the weight's view."""
         return 0 if self._look_up is None else self._look_up.nbytes
 
+    def block_of_one(self, x_type: int) -> NDArray[np.int64]:
+        """The argument block that multiplies one token of x of `x_type` (FP32, FP16, BF16), for
+        programs; x, y, bias and the prepared activations are still to be entered."""
+        return self._block(x_type, x_type, 1)
+
+    @property
+    def offsets(self) -> Tensor:
+        """The bias as fp32 [16 * panels], zeros where there is none."""
+        return self._bias
+
     def _padded(self, bias: Tensor | None) -> Tensor:
         """The bias as fp32 [16 * panels], zeros where there is none."""
         padded = torch.zeros(16 * self._view.panels)

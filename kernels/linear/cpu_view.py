@@ -24,6 +24,7 @@ from lath.formats import packing
 from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import GROUP_MULTIPLE, Codec, PlanesCodec
+from lath.formats.memory import WEIGHTS
 from lath.formats.qtensor import QTensor
 from lath.formats.sparse import SparseCodec
 from lath.kernels.linear.cpu_record import (
@@ -166,7 +167,8 @@ def build_view(weight: QTensor, group: int, record: Record) -> CpuView:
     codec, (rows, columns) = weight.codec, weight.shape
     scales, record = _scales_of(weight, record)
     panels, groups = -(-rows // packing.PANEL), -(-columns // group)
-    records = torch.empty((panels, groups, record.nbytes(group)), dtype=torch.uint8)
+    # In huge pages: SmolLM2's products take 1.17 times as long in pages of 4 KB (2.80, 2.40 ms).
+    records = WEIGHTS.room((panels, groups, record.nbytes(group)))
     out = records.numpy()
     if record.stored == "trits":
         _put_trits(out, weight.unpack_codes(), group, record)

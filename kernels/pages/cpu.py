@@ -36,6 +36,16 @@ def write_pages(
     (row b, first token, count 1 .. 64, page number); no page number twice. TypeError for other
     dtypes than float32, float16 and bfloat16.
     """
+    _check_sources(keys, values)
+    if len(jobs) == 0 or keys.shape[1] == 0:
+        return
+    units = len(jobs) * keys.shape[1]
+    writer = BoundWriter(fmt, keys.dtype, jobs.contiguous(), units, torch.get_num_threads())
+    writer.move(keys, values, records, index)
+    run_units(writer.kernel, writer.block, writer.address, units, _SLOTS)
+
+
+def _check_sources(keys: Tensor, values: Tensor) -> None:
     if keys.dtype not in DTYPES or keys.dtype != values.dtype:
         raise TypeError(
             "keys and values must both be float32, float16 or bfloat16, "
@@ -44,27 +54,44 @@ def write_pages(
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.stride(3) != 1:
             raise ValueError(f"{name} must have last stride 1, got strides {tensor.stride()}")
-    units = len(jobs) * keys.shape[1]
-    if units == 0:
-        return
-    template, slot = _layout(fmt)
-    block = array("q", template)
-    jobs = jobs.contiguous()
-    threads = min(torch.get_num_threads(), units)
-    scratch = torch.empty(threads * slot, dtype=torch.uint8)
-    for name, tensor in (("source_keys", keys), ("source_values", values)):
-        size, at = tensor.element_size(), INDEX[name]
-        batch, head, row, _ = tensor.stride()
-        block[at] = tensor.data_ptr()
-        block[at + 1], block[at + 2], block[at + 3] = batch * size, head * size, row * size
-    for name, tensor in (("records", records), ("index", index)):
-        at = INDEX[name]
-        page, head, _ = tensor.stride()
-        block[at], block[at + 1], block[at + 2] = tensor.data_ptr(), page, head
-    block[INDEX["jobs"]], block[INDEX["units"]] = jobs.data_ptr(), units
-    block[INDEX["kv_heads"]], block[INDEX["scratch"]] = keys.shape[1], scratch.data_ptr()
-    kernel = compile_kernel(emit_write, fmt.key.name, fmt.value.name, DTYPES[keys.dtype])
-    run_units(kernel, block, block.buffer_info()[0], units, _SLOTS)
+
+
+class BoundWriter:
+    """A writing of pages, to be run again and again over what then lies in its sources.
+
+    jobs: int32, contiguous; kept, and read anew at each run. units: jobs times KV heads.
+    """
+
+    def __init__(
+        self, fmt: PageFormat, dtype: torch.dtype, jobs: Tensor, units: int, threads: int
+    ) -> None:
+        self.jobs, self.units = jobs, units
+        template, slot = _layout(fmt)
+        self.block = array("q", template)
+        self.address = self.block.buffer_info()[0]
+        self._scratch = torch.empty(min(threads, units) * slot, dtype=torch.uint8)
+        self.block[INDEX["jobs"]], self.block[INDEX["units"]] = jobs.data_ptr(), units
+        self.block[INDEX["kv_heads"]] = units // len(jobs)
+        self.block[INDEX["scratch"]] = self._scratch.data_ptr()
+        self.kernel = compile_kernel(emit_write, fmt.key.name, fmt.value.name, DTYPES[dtype])
+
+    def move(self, keys: Tensor, values: Tensor, records: Tensor, index: Tensor) -> None:
+        """Read from these tokens and write into these records and index rows, none of them kept
+        alive."""
+        for name, tensor in (("source_keys", keys), ("source_values", values)):
+            size, at = tensor.element_size(), INDEX[name]
+            batch, head, row, _ = tensor.stride()
+            self.block[at], self.block[at + 1] = tensor.data_ptr(), batch * size
+            self.block[at + 2], self.block[at + 3] = head * size, row * size
+        for name, tensor in (("records", records), ("index", index)):
+            at = INDEX[name]
+            page, head, _ = tensor.stride()
+            self.block[at], self.block[at + 1] = tensor.data_ptr(), page
+            self.block[at + 2] = head
+
+    def switch(self, on: bool) -> None:
+        """Whether a run writes anything."""
+        self.block[INDEX["units"]] = self.units if on else 0
 
 
 @functools.lru_cache(maxsize=64)

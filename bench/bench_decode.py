@@ -1,0 +1,269 @@
+"""Decoding of a whole model on a CPU through `generate()`, contenders interleaved in one process.
+
+    python bench/bench_decode.py [--model smollm2] [--rounds 9] [--threads 1] [--positions 2048]
+                                 [--llama-bench PATH --gguf PATH] [--output bench/results]
+
+writes decode_cpu.md and decode_cpu.json. Contenders take turns within each round, one greedy
+`generate` of 48 tokens each behind the same prompt of 256; a ratio is the median over rounds of the
+round's own, so that what else the machine does hits both. The clock is the thread's CPU time with
+one thread, wall time with more. llama-bench, where given, runs once in each round, in its own
+process and by its own clock.
+
+--positions: the logits of the fused step, one token at a time over that many tokens of text,
+against those of the unpatched model in fp32, and the modules' likewise: KL divergence in nats and
+how often the largest logit is the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from torch import Tensor
+
+import lath
+from lath.integration.benchmark import machine_facts
+from lath.integration.cache import LathCache, cache_argument
+from lath.integration.find import OUTPUT_LAYER
+from lath.integration.measure import generate
+from lath.integration.models import load_model
+from lath.integration.run_command import DEFAULT_HEAD, DEFAULT_WEIGHTS
+from lath.integration.text_sample import english_text
+
+PROMPT, TOKENS, WINDOW = 256, 48, 512
+KV = "int8"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """milliseconds: medians of a token. ratio: this contender's time over the fused step's."""
+
+    name: str
+    milliseconds: float
+    tokens_per_second: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Against the unpatched fp32 model: mean KL in nats, share of equal largest logits,
+    perplexities of both."""
+
+    name: str
+    positions: int
+    kl: float
+    top_1: float
+    perplexity: float
+    perplexity_unpatched: float
+
+
+class Clock:
+    """A streamer that notes when each token is out."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now, self.times = now, [now()]
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(self.now())
+
+    def end(self) -> None:
+        pass
+
+
+class Contenders:
+    """One model and what can be made of it: each name is a call that brings the model there."""
+
+    def __init__(self, model: Any, weights: str) -> None:
+        self.model = model
+        self._reports: dict[str, list[lath.PatchReport]] = {"unpatched": []}
+        for name, decode in (("modules", "modules"), ("fused", "auto")):
+            body = lath.patch(model, weights, attention="int8", kv=KV, decode=decode)
+            head = lath.patch(model, DEFAULT_HEAD, skip=(), only=(OUTPUT_LAYER,))
+            self._reports[name] = [body, head]
+            self._undo(name)
+        self.now = "unpatched"
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._reports)
+
+    def _undo(self, name: str) -> None:
+        for one in reversed(self._reports[name]):
+            one.undo()
+
+    def choose(self, name: str) -> None:
+        self._undo(self.now)
+        for one in self._reports[name]:
+            one.redo()
+        self.now = name
+
+    def decode_report(self, name: str) -> str:
+        return str(self._reports[name][0].decode)
+
+
+def token_times(model: Any, ids: Tensor, now: Callable[[], float]) -> list[float]:
+    """Seconds of each token but the first two: the prompt, and what the first step prepares."""
+    clock = Clock(now)
+    generate(model, ids, TOKENS, min_new_tokens=TOKENS, streamer=clock)
+    times = clock.times[2:]  # the first is the start, the second the prompt itself
+    return [after - before for before, after in itertools.pairwise(times)][1:]
+
+
+def llama_seconds(program: Path, gguf: Path, threads: int) -> float:
+    """Seconds of a token by llama-bench, one repetition behind the same prompt."""
+    command = [program, "-m", gguf, "-t", threads, "-p", 0, "-n", TOKENS, "-d", PROMPT, "-r", 1,
+               "-o", "json"]  # fmt: skip
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{program} failed: {done.stderr[-400:]}")
+    return 1 / float(json.loads(done.stdout)[0]["avg_ts"])
+
+
+def measure(
+    contenders: Contenders, ids: Tensor, rounds: int, threads: int, llama: tuple[Path, Path] | None
+) -> list[Speed]:
+    now = time.thread_time if threads == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {}
+    for turn in range(rounds + 1):
+        order = contenders.names if turn % 2 else contenders.names[::-1]
+        for name in order:
+            contenders.choose(name)
+            own = statistics.median(token_times(contenders.model, ids, now))
+            if turn:  # the first round compiles and warms up
+                seconds.setdefault(name, []).append(own)
+        if turn and llama is not None:
+            seconds.setdefault("llama-bench", []).append(llama_seconds(*llama, threads))
+    fused = seconds["fused"]
+    return [
+        Speed(
+            name, 1e3 * statistics.median(own), 1 / statistics.median(own),
+            statistics.median(b / a for a, b in zip(fused, own, strict=True)),
+        )
+        for name, own in seconds.items()
+    ]  # fmt: skip
+
+
+def stepwise(model: Any, ids: Tensor) -> Tensor:
+    """Logits [n, V] fp32 of a window, its first token as a prompt, the others one at a time."""
+    cache = LathCache(model.config, KV)
+    name = cache_argument(model)
+    rows = [
+        model(ids[:, i : i + 1], use_cache=True, **{name: cache}).logits[0, -1].float()
+        for i in range(ids.shape[1])
+    ]
+    return torch.stack(rows)
+
+
+def fidelity(
+    contenders: Contenders, unpatched: Any, text: Tensor, positions: int
+) -> list[Fidelity]:
+    """unpatched: the model in its checkpoint's own numbers."""
+    model = contenders.model
+    windows = text[:, : positions // WINDOW * WINDOW].split(WINDOW, dim=1)
+    names = [name for name in contenders.names if name != "unpatched"]
+    sums = {name: [0.0, 0.0, 0.0, 0.0] for name in names}
+    for ids in windows:
+        exact = unpatched(ids, use_cache=False).logits[0].float().log_softmax(-1)
+        targets = ids[0, 1:, None]
+        for name in names:
+            contenders.choose(name)
+            own = stepwise(model, ids).log_softmax(-1)
+            added = (
+                float((exact.exp() * (exact - own)).sum()),
+                float((own.argmax(-1) == exact.argmax(-1)).sum()),
+                *(-float(logits[:-1].gather(1, targets).sum()) for logits in (own, exact)),
+            )
+            sums[name] = [a + b for a, b in zip(sums[name], added, strict=True)]
+    count, predicted = WINDOW * len(windows), (WINDOW - 1) * len(windows)
+    return [
+        Fidelity(
+            name, count, kl / count, same / count,
+            *(float(torch.tensor(nats / predicted).exp()) for nats in (own, exact)),
+        )
+        for name, (kl, same, own, exact) in sums.items()
+    ]  # fmt: skip
+
+
+def table_of(
+    options: Any, speeds: list[Speed], found: list[Fidelity], how: str, command: str
+) -> str:
+    facts = machine_facts()
+    clock = "CPU time of the thread" if options.threads == 1 else "wall time"
+    lines = [
+        f"# Decoding through `generate()`: {options.model}, {options.weights}, output layer "
+        f"{DEFAULT_HEAD}, cache {KV}",
+        "",
+        f"`{command}`; {', '.join(facts.values())}; {options.threads} thread(s), {clock}, load "
+        f"average {load_average()}; medians of {options.rounds} rounds, {TOKENS} greedy tokens "
+        f"behind {PROMPT}.",
+        "",
+        "| | ms per token | tokens/s | time / fused |",
+        "|---|---|---|---|",
+        *(
+            f"| {s.name} | {s.milliseconds:.2f} | {s.tokens_per_second:.0f} | {s.ratio:.2f} |"
+            for s in speeds
+        ),
+        "",
+        how,
+        "",
+    ]
+    if found:
+        lines += [
+            f"Over {found[0].positions} positions of text, one token at a time, against the "
+            f"unpatched model in fp32 (perplexity {found[0].perplexity_unpatched:.2f}):",
+            "",
+            "| | KL, nats | same largest logit | perplexity |",
+            "|---|---|---|---|",
+            *(f"| {f.name} | {f.kl:.4f} | {f.top_1:.1%} | {f.perplexity:.2f} |" for f in found),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def load_average() -> str:
+    path = Path("/proc/loadavg")
+    return " ".join(path.read_text().split()[:3]) if path.exists() else "unknown"
+
+
+def main() -> None:
+    parser = report.parser_of(__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--weights", default=DEFAULT_WEIGHTS)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--positions", type=int, default=0)
+    parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--gguf", type=Path)
+    options = report.parsed(parser)
+    if (options.llama_bench is None) != (options.gguf is None):
+        sys.exit("--llama-bench and --gguf go together")
+    llama = None if options.llama_bench is None else (options.llama_bench, options.gguf)
+    torch.set_grad_enabled(False)
+    model, tokenizer = load_model(options.model)
+    contenders = Contenders(model, options.weights)
+    model.to(getattr(torch, options.dtype))
+    text = tokenizer(english_text(), return_tensors="pt", verbose=False).input_ids
+    speeds = measure(contenders, text[:, :PROMPT], options.rounds, options.threads, llama)
+    found = []
+    if options.positions:
+        unpatched, _ = load_model(options.model, "float32")
+        found = fidelity(contenders, unpatched, text, options.positions)
+    command = report.command_of("bench_decode.py")
+    table = table_of(options, speeds, found, contenders.decode_report("fused"), command)
+    report.save(
+        options, "decode_cpu", table, command, load_average=load_average(),
+        speeds=[asdict(s) for s in speeds], fidelity=[asdict(f) for f in found],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""A LathCache and a compiled step in step: which slot a token takes, and what is counted where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lath.formats.attention import ScoreOptions
+from lath.formats.page_step import Part, close_page, count_token, is_plain, open_part
+from lath.formats.pages import PAGE
+from lath.integration.cache import LathCache, PagedLayer
+from lath.integration.decode_recognise import NotFusedError
+from lath.kernels.decode_step.cpu import BoundStep, DecodeStep
+from lath.kernels.decode_step.cpu_arguments import STATE
+from lath.kernels.simd.program import Program
+from lath.verbs.attention_options import choose_precision, choose_query
+from lath.verbs.backends import resolve_backend
+
+
+class StepCache:
+    """One cache of one sequence, as a step reads it.
+
+    Between two steps anything may have happened to the cache (a prompt, a crop, another beam): each
+    step looks whether every layer is as the last one left it, and looks anew where it is not.
+    """
+
+    def __init__(self, cache: LathCache, step: DecodeStep) -> None:
+        # Not the cache itself: who keeps this for a cache must not keep the cache alive.
+        self._step, self._reading = step, cache.reading
+        self._layers: list[Any] = list(cache.layers)
+        _check_layers(cache, step)
+        self._stale = False  # whether the open part is full, so that the next token goes elsewhere
+        self._part: Part = "last"
+        self._bound: BoundStep | None = None
+        self._seen: list[tuple[Any, ...]] = []
+        self.slots = 0
+        self._locate()
+
+    @property
+    def bound(self) -> BoundStep:
+        assert self._bound is not None
+        return self._bound
+
+    def prepare(self) -> None:
+        """Make `bound` fit the cache as it is now; NotFusedError where it cannot be."""
+        if self._reading.draft:
+            raise NotFusedError("the cache is read as a draft")
+        if self._stale:
+            self._locate()
+            return
+        slots = self.slots
+        for layer, pages, span, structure, records, last in self._seen:
+            if (
+                layer.pages is not pages
+                or pages._structure is not structure
+                or pages.spans[0] is not span
+                or pages.pool.records is not records
+                or pages.last_keys is not last
+                or layer.slots != slots
+                or layer.valid is not None
+                or layer.pending is not None
+            ):
+                self._locate()
+                return
+
+    def _locate(self) -> None:
+        slots = {layer.slots for layer in self._layers}
+        if len(slots) != 1:
+            raise NotFusedError("the layers of the cache have different lengths")
+        parts = set()
+        for layer in self._layers:
+            _check_contents(layer, self._step)
+            parts.add(open_part(layer.pages))
+        if len(parts) != 1:
+            raise NotFusedError("the layers of the cache fill different slots")
+        self.slots = slots.pop()
+        ((self._part, _),) = parts
+        self._stale = False
+        self._bind()
+
+    def _bind(self) -> None:
+        stores = [layer.pages for layer in self._layers]
+        views = [store.view() for store in stores]
+        if self._bound is None:
+            options = [
+                ScoreOptions(
+                    layer.scale, causal=True, window=layer.window,
+                    query=choose_query("auto", view.format),
+                    precision=choose_precision("auto", view.format),
+                )
+                for layer, view in zip(self._step.stack.layers, views, strict=True)
+            ]  # fmt: skip
+            self._bound = BoundStep(self._step, views, options, self._part)
+        else:
+            self._bound.move(views, self._part)
+        self._seen = [
+            (layer, store, store.spans[0], store._structure, store.pool.records, store.last_keys)
+            for layer, store in zip(self._layers, stores, strict=True)
+        ]
+
+    def advance(self) -> tuple[int, int]:
+        """Count one token in every layer, and its page where it fills one. Returns its slot in the
+        open part, and 1 where the kernel has to count it in the tables that attention reads."""
+        span = self._seen[0][2]
+        slot = span.first if self._part == "first" else span.last
+        if self._part == "last" and slot == PAGE - 1:
+            for n, layer in enumerate(self._layers):
+                self.bound.pages[n] = close_page(layer.pages)
+                layer.slots += 1
+            self.slots += 1
+            self._bind()
+            self.bound.switch(True)
+            return slot, 0
+        self.bound.switch(False)
+        for layer, _, own, *_ in self._seen:
+            count_token(own, self._part)
+            layer.slots += 1
+        self.slots += 1
+        self._stale = self._part == "first" and slot == PAGE - 1
+        return slot, 1
+
+    def run(self, program: Program | None = None) -> None:
+        """One token, whose number and position the step knows: counted, stored, computed."""
+        state = self._step.state
+        state[STATE["slot"]], state[STATE["grown"]] = self.advance()
+        self.bound.run(program)
+
+
+def _check_layers(cache: LathCache, step: DecodeStep) -> None:
+    if len(cache.layers) != len(step.stack.layers):
+        raise NotFusedError(f"the cache has {len(cache.layers)} layers")
+    for layer in cache.layers:
+        if type(layer) is not PagedLayer:
+            raise NotFusedError(f"the cache has a {type(layer).__name__}")
+        if layer.lists is not None:
+            raise NotFusedError("a selection chooses what is read, step by step")
+
+
+def _check_contents(layer: PagedLayer, step: DecodeStep) -> None:
+    pages = layer.pages
+    if pages is None or layer.slots == 0:
+        raise NotFusedError("the cache is empty")
+    if layer.pending is not None:
+        raise NotFusedError("the cache holds tokens that were not stored")
+    stack, fmt = step.stack, pages.format
+    have = (pages.dtype, pages.num_kv_heads, fmt.key_dim, fmt.value_dim, pages.device.type)
+    if have != (stack.dtype, stack.kv_heads, stack.head_dim, stack.head_dim, "cpu"):
+        raise NotFusedError(f"the cache is of another kind: {have}")
+    if (
+        pages.key_channel_scales is not None
+        or resolve_backend(pages.backend, pages.device) != "cpu"
+    ):
+        raise NotFusedError("the cache is not read by the compiled CPU kernels as it is")
+    if pages.batch != 1:
+        raise NotFusedError(f"a batch of {pages.batch}")
+    if layer.valid is not None:
+        raise NotFusedError("padding in the cache")
+    if not is_plain(pages.spans[0]) or len(pages) != layer.slots:
+        raise NotFusedError("tokens were dropped from the cache")

@@ -1,0 +1,182 @@
+"""The loop over new tokens inside `generate`, for one sequence of a fused model.
+
+transformers' loop prepares arguments, masks and positions for every token, which costs about half
+a millisecond; this one has a compiled step and calls nothing of the model between two tokens. What
+the user brings (logits processors, stopping criteria, streamer) is called as transformers does; a
+random draw is another one of the same distribution (decode_sample.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lath.integration.cache import LathCache, cache_argument
+from lath.integration.decode_recognise import NotFusedError
+from lath.integration.decode_sample import Sampler
+
+if TYPE_CHECKING:
+    from lath.integration.decode_step import FusedDecoding, Ready
+
+_CACHES = ("cache", "past_key_values")
+# Arguments of the model that a loop over single tokens knows what to do with.
+_HANDLED = frozenset({"attention_mask", "position_ids", "logits_to_keep", "use_cache",
+                      "cache_position", *_CACHES})  # fmt: skip
+_ROOM = 4096  # new tokens that are made room for at once
+# What transformers' loop calls for every token and this one does not.
+_REPLACED = ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+
+
+class Stop:
+    """When to stop: the length and the end tokens known from the criteria, the others asked."""
+
+    def __init__(self, criteria: Any) -> None:
+        from transformers.generation import stopping_criteria as known
+
+        self.length: int | None = None
+        self.ends: set[int] = set()
+        self._others = known.StoppingCriteriaList()
+        for one in criteria:
+            if type(one) is known.MaxLengthCriteria:
+                longest = int(one.max_length)
+                self.length = longest if self.length is None else min(self.length, longest)
+            elif type(one) is known.EosTokenCriteria:
+                self.ends |= {int(token) for token in one.eos_token_id.reshape(-1)}
+            else:
+                self._others.append(one)
+
+    def __call__(self, ids: Tensor, token: int) -> bool:
+        """ids [1, T], whose last is `token`."""
+        others = bool(self._others(ids, None).any()) if len(self._others) else False
+        full = self.length is not None and ids.shape[1] >= self.length
+        return others or full or token in self.ends
+
+
+def check_loop(
+    model: Any, ids: Tensor, config: Any, synced: bool, arguments: dict[str, Any]
+) -> None:
+    """NotFusedError where transformers' own loop must be taken (whose steps may still be fused)."""
+    if tuple(ids.shape[:1]) != (1,) or ids.shape[1] == 0 or not ids.is_cpu:
+        raise NotFusedError("the loop: a batch, or no prompt")
+    if config.return_dict_in_generate or synced or getattr(config, "is_assistant", False):
+        raise NotFusedError("the loop: return_dict_in_generate, synced_gpus or an assistant")
+    if not hasattr(model, "_prefill"):
+        raise NotFusedError("the loop: this version of transformers has no _prefill")
+    if not arguments.get("use_cache"):
+        raise NotFusedError("the loop: use_cache is False")
+    for name, value in arguments.items():
+        if value is not None and name not in _HANDLED:
+            raise NotFusedError(f"the loop: the argument {name}")
+    hooks = (model._forward_hooks, model._forward_pre_hooks)
+    if any(hooks) or any(name in model.__dict__ for name in _REPLACED):
+        raise NotFusedError("the loop: hooks on the model, or methods replaced on the instance")
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+    if mask is not None and (mask.dim() != 2 or not bool(mask.all())):
+        raise NotFusedError("the loop: padding, or a mask that is not 2-D")
+    if positions is not None and positions.dim() != 2:
+        raise NotFusedError("the loop: position_ids that are not 2-D")
+    if not any(type(arguments.get(name)) is LathCache for name in _CACHES):
+        raise NotFusedError("the loop: another cache")
+
+
+class Loop:
+    """New tokens of one sequence. `tokens` runs to the end and returns ids [1, T]."""
+
+    def __init__(
+        self,
+        model: Any,
+        state: FusedDecoding,
+        ids: Tensor,
+        processors: Any,
+        criteria: Any,
+        sample: bool,
+        streamer: Any,
+    ) -> None:
+        self.model, self.state, self.streamer = model, state, streamer
+        self.sampler, self.stop = Sampler(processors, sample), Stop(criteria)
+        self.length = ids.shape[1]
+        wanted = _ROOM if self.stop.length is None else self.stop.length - self.length
+        self._ids = torch.zeros(1, self.length + min(max(wanted, 1), _ROOM), dtype=ids.dtype)
+        self._ids[:, : self.length] = ids
+
+    @property
+    def ids(self) -> Tensor:
+        return self._ids[:, : self.length]
+
+    def put(self, token: int) -> None:
+        if self.length == self._ids.shape[1]:
+            self._ids = torch.cat([self._ids, torch.zeros_like(self._ids)], dim=1)
+        self._ids[0, self.length] = token
+        self.length += 1
+        if self.streamer is not None:
+            self.streamer.put(self._ids[0, self.length - 1 : self.length].clone())
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token of logits [1, V] fp32."""
+        return self.sampler(self.ids, logits)
+
+    def run(self, outputs: Any, positions: Tensor | None) -> Tensor:
+        """outputs: of the prompt. positions: its position_ids."""
+        cache = next(outputs[name] for name in _CACHES if name in outputs)
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+        del outputs
+        token = self.choose(logits)
+        position = cache.get_seq_length() if positions is None else int(positions[0, -1]) + 1
+        step = self._step(cache)
+        while True:
+            self.put(token)
+            if self.stop(self.ids, token):
+                break
+            try:
+                token = step(token, position)
+            except NotFusedError:  # before anything was counted or computed
+                step = functools.partial(self._by_modules, cache)
+                token = step(token, position)
+            position += 1
+        if self.streamer is not None:
+            self.streamer.end()
+        return self.ids.clone()
+
+    def _step(self, cache: Any) -> Callable[[int, int], int]:
+        """step(token, its position) → the next token."""
+        try:
+            with self.state.lock:
+                ready = self.state.ready(self.model)
+                ready.cache_of(cache)
+        except NotFusedError:
+            return functools.partial(self._by_modules, cache)
+        return _FusedTokens(self, ready, cache)
+
+    def _by_modules(self, cache: Any, token: int, position: int) -> int:
+        """A step through `forward`, which counts why it is not fused."""
+        outputs = self.model(
+            input_ids=torch.tensor([[token]]), position_ids=torch.tensor([[position]]),
+            use_cache=True, **{cache_argument(self.model): cache},
+        )  # fmt: skip
+        return self.choose(outputs.logits[:, -1].to(copy=True, dtype=torch.float32))
+
+
+class _FusedTokens:
+    """The compiled step of one call of `generate`; the model was looked over at its beginning."""
+
+    def __init__(self, loop: Loop, ready: Ready, cache: Any) -> None:
+        self.loop, self.ready, self.cache = loop, ready, cache
+        self.logits = torch.empty(1, 1, ready.vocabulary, dtype=ready.step.stack.dtype)
+        own = ready.cache_of(cache)
+        self.greedy = loop.sampler.is_plain and ready.head is None
+        self.program = own.bound.greedy_program(self.logits) if self.greedy else None
+
+    def __call__(self, token: int, position: int) -> int:
+        loop, ready = self.loop, self.ready
+        with loop.state.lock:
+            own = ready.cache_of(self.cache)
+            logits = ready.run(own, token, position, self.logits, self.program)
+            following = ready.token
+        loop.state.counts["fused"] += 1
+        if self.greedy:
+            return following
+        return loop.choose(logits[:, -1].to(copy=True, dtype=torch.float32))

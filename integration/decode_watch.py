@@ -1,0 +1,82 @@
+"""Whether a model is still what a compiled step was made of: modules, weights, hooks."""
+
+from __future__ import annotations
+
+from itertools import repeat
+from operator import contains, is_
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as module_globals
+
+from lath.integration.decode_recognise import Decoder
+
+# Hooks of a backward pass are called in none: where gradients are recorded nothing is fused.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_GLOBAL_HOOKS = (
+    module_globals._global_forward_hooks, module_globals._global_forward_pre_hooks,
+)  # fmt: skip
+
+
+class Skipped:
+    """The modules below a model's root, whose calls a compiled step leaves out."""
+
+    def __init__(self, root: nn.Module) -> None:
+        parents = list(root.modules())
+        self._places = [(m._modules, name) for m in parents for name in m._modules]
+        self._children = [table[name] for table, name in self._places]
+        inner = [m for m in parents if m is not root]
+        self._hooks = [getattr(m, name) for m in inner for name in _HOOKS]
+        self._own = [m.__dict__ for m in inner]
+
+    @property
+    def changed(self) -> bool:
+        """Whether another module stands anywhere."""
+        now = [table.get(name) for table, name in self._places]
+        return not all(map(is_, now, self._children))
+
+    @property
+    def obstacle(self) -> str:
+        """Why the modules must be called one by one, or ""."""
+        if any(self._hooks) and not all(map(_is_idle, self._hooks)):
+            return "a module has hooks"
+        if any(_GLOBAL_HOOKS):
+            return "there are hooks of all modules"
+        if any(map(contains, self._own, repeat("forward"))):
+            return "the forward of a module was replaced on the instance"
+        return ""
+
+
+def _is_idle(hooks: dict[int, Any]) -> bool:
+    """Whether they are but transformers' own, which note outputs that nobody asked for here."""
+    return all(
+        getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+        for hook in hooks.values()
+    )
+
+
+class Weights:
+    """The packed weights, and the parameters that a step reads where they lie.
+
+    What a module makes of a packed weight it forgets when one of its tensors is replaced.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        linears = list(decoder.linears())
+        self._linears = [linear.__dict__ for linear in linears]
+        self._packed = [linear.qtensor for linear in linears]
+        self._parameters = [
+            (m._parameters, name, getattr(m, name)) for m, name in decoder.weights()
+        ]
+        self._pointers = [parameter.data_ptr() for _, _, parameter in self._parameters]
+
+    @property
+    def changed(self) -> bool:
+        packed = [own["_packed"] for own in self._linears]
+        if not all(map(is_, packed, self._packed)):
+            return True
+        for table, name, parameter in self._parameters:
+            if table[name] is not parameter:
+                return True
+        pointers = [parameter.data_ptr() for _, _, parameter in self._parameters]
+        return pointers != self._pointers

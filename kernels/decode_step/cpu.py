@@ -1,0 +1,340 @@
+"""A step of decoding on a CPU as one program: the kernels of `linear`, `pages` and `attention` over
+one token, with small ones between them (cpu_vectors.py, cpu_heads.py).
+
+A DecodeStep belongs to a model: weights, scratch, numbers of the step. A BoundStep belongs to a
+cache besides: where its pages and float parts lie, which changes when a page fills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lath.formats.attention import PageView, Queries, ScoreOptions
+from lath.formats.decode_step import DecoderLayer, DecoderStack, Norm, Product
+from lath.formats.page_step import Part
+from lath.formats.pages import PAGE
+
+try:
+    import numba  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "the compiled CPU kernels need numba: pip install 'lath[cpu]'", name=error.name
+    ) from error
+
+from lath.kernels.attention.cpu import BoundAttention
+from lath.kernels.decode_step.cpu_arguments import (
+    HEAD,
+    STATE_FIELDS,
+    VECTOR,
+    block_of,
+    float_bits,
+)
+from lath.kernels.decode_step.cpu_heads import LONGEST_HEAD, emit_heads
+from lath.kernels.decode_step.cpu_vectors import (
+    emit_add,
+    emit_embed,
+    emit_gate,
+    emit_largest,
+    emit_normalise,
+)
+from lath.kernels.linear.cpu import prepare
+from lath.kernels.linear.cpu_arguments import INDEX as LINEAR
+from lath.kernels.linear.cpu_kernels import FLOAT_KINDS
+from lath.kernels.pages.cpu import BoundWriter
+from lath.kernels.simd.compile import compile_kernel
+from lath.kernels.simd.emitter import FP32, LANES
+from lath.kernels.simd.program import Program, row
+
+Row = tuple[int, ...]
+Block = NDArray[np.int64]
+
+
+class DecodeStep:
+    """What all caches share.
+
+    ValueError for sizes that are no multiples of 16. The stack's tensors are kept; a weight's codes
+    are read from the view that was made of them here.
+    """
+
+    def __init__(self, stack: DecoderStack) -> None:
+        for name in ("hidden_size", "head_dim"):
+            if getattr(stack, name) % LANES or getattr(stack, name) == 0:
+                raise ValueError(
+                    f"{name} must be a multiple of {LANES}, got {getattr(stack, name)}"
+                )
+        if stack.head_dim > LONGEST_HEAD:
+            raise ValueError(f"head_dim must be at most {LONGEST_HEAD}, got {stack.head_dim}")
+        self.stack = stack
+        self.kind = FLOAT_KINDS[stack.dtype]
+        self.state: Block = np.zeros(len(STATE_FIELDS), np.int64)
+        self._kept: list[Any] = []
+        queries, kept = stack.query_heads * stack.head_dim, stack.kv_heads * stack.head_dim
+        wide = max(layer.gate.weight.shape[0] for layer in stack.layers)
+        self.residual, self.hidden = _floats(stack.hidden_size), _floats(stack.hidden_size)
+        self.query, self.key, self.value = _floats(queries), _floats(kept), _floats(kept)
+        self.gate, self.up = _floats(wide), _floats(wide)
+        shape = (1, stack.query_heads, 1, stack.head_dim)
+        self.q, self.o = (
+            torch.zeros(shape, dtype=stack.dtype),
+            torch.zeros(shape, dtype=stack.dtype),
+        )
+        self.lse = torch.zeros(shape[:3])
+        self.one = torch.ones(1, dtype=torch.int32)
+        self._blocks: list[Block] = []  # whose prepared activations are still to be placed
+        self._write_rows(stack)
+        self._place_activations()
+
+    def _write_rows(self, stack: DecoderStack) -> None:
+        self.before = [self._products_of(layer) for layer in stack.layers]
+        self.after = [self._mlp_of(layer) for layer in stack.layers]
+        embed = self._vector(weight=stack.embedding.data_ptr(), y=self.residual.data_ptr())
+        self._kept.append(stack.embedding)
+        self.first_row = row(compile_kernel(emit_embed, self.kind), 1, embed)
+        self.last_rows = [self._norm_row(stack.norm)]
+        self._head: Block | None = None
+        if stack.head is not None:
+            rows, blocks = self._products(self.hidden, FP32, [(stack.head, self.hidden, None)])
+            self._head = blocks[0]
+            self._head[LINEAR["y_type"]] = self.kind
+            self.last_rows += rows
+
+    def _products_of(self, layer: DecoderLayer) -> list[Row]:
+        """Up to queries, keys and values."""
+        outputs = [
+            (layer.query, self.query, None), (layer.key, self.key, None),
+            (layer.value, self.value, None),
+        ]  # fmt: skip
+        return [
+            self._norm_row(layer.attention_norm), *self._products(self.hidden, FP32, outputs)[0]
+        ]  # fmt: skip
+
+    def _mlp_of(self, layer: DecoderLayer) -> list[Row]:
+        """From attention's output on."""
+        rows = self._added(layer.output, self.o, self.kind)
+        rows.append(self._norm_row(layer.mlp_norm))
+        outputs = [(layer.gate, self.gate, None), (layer.up, self.up, None)]
+        rows += self._products(self.hidden, FP32, outputs)[0]
+        gate = self._vector(
+            x=self.gate.data_ptr(), second=self.up.data_ptr(), y=self.gate.data_ptr()
+        )
+        vectors = -(-layer.gate.weight.shape[0] // LANES)
+        rows.append(row(compile_kernel(emit_gate), vectors, gate))
+        return rows + self._added(layer.down, self.gate, FP32)
+
+    def _added(self, product: Product, x: Tensor, kind: int) -> list[Row]:
+        """residual += product of x: the residual stands in the place of the bias."""
+        rows, _ = self._products(x, kind, [(product, self.residual, self.residual)])
+        if product.bias is not None:
+            bias = _floats(self.stack.hidden_size)
+            bias[: len(product.bias)] = product.bias.detach().float()
+            self._kept.append(bias)
+            stream = self.residual.data_ptr()
+            block = self._vector(x=stream, second=bias.data_ptr(), y=stream)
+            rows.append(row(compile_kernel(emit_add), self.stack.hidden_size // LANES, block))
+        return rows
+
+    def _norm_row(self, norm: Norm) -> Row:
+        """hidden = norm of the residual."""
+        kind = FLOAT_KINDS[norm.weight.dtype]
+        self._kept.append(norm.weight)
+        block = self._vector(
+            x=self.residual.data_ptr(), weight=norm.weight.data_ptr(), y=self.hidden.data_ptr(),
+            epsilon=float_bits(norm.epsilon),
+        )  # fmt: skip
+        return row(compile_kernel(emit_normalise, kind), 1, block)
+
+    def _vector(self, columns: int | None = None, **fields: int) -> int:
+        columns = self.stack.hidden_size if columns is None else columns
+        block = block_of(VECTOR, state=self.state.ctypes.data, columns=columns, **fields)
+        self._kept.append(block)
+        return int(block.ctypes.data)
+
+    def _products(
+        self, x: Tensor, kind: int, outputs: Sequence[tuple[Product, Tensor, Tensor | None]]
+    ) -> tuple[list[Row], list[Block]]:
+        """Rows that multiply one vector x by several weights; x is rounded once where it can be."""
+        rows, blocks = [], []
+        prepared = None
+        for product, y, offsets in outputs:
+            layer = prepare(product.weight, product.bias, product.activations)
+            block = layer.block_of_one(kind)
+            bias = layer.offsets if offsets is None else offsets
+            _enter(block, x=x, y=y, bias=bias)
+            block[LINEAR["y_type"]], block[LINEAR["tokens"]] = FP32, 1
+            self._kept += [layer, block]
+            way = _preparation(block)
+            if way != prepared:
+                rows.append(row(int(block[LINEAR["prepare"]]), 1, block.ctypes.data))
+                prepared = way
+            kernel = int(block[LINEAR["kernel"]])
+            rows.append(row(kernel, int(block[LINEAR["panels"]]), block.ctypes.data))
+            blocks.append(block)
+        self._blocks += blocks
+        return rows, blocks
+
+    def _place_activations(self) -> None:
+        """One scratch for the prepared activations of every product: they run one by one."""
+        sizes = [_activation_bytes(block) for block in self._blocks]
+        self._scratch = torch.zeros(max(a + 2 * b for a, b in sizes) + LANES, dtype=torch.uint8)
+        start = self._scratch.data_ptr()
+        for block, (codes, side) in zip(self._blocks, sizes, strict=True):
+            block[LINEAR["codes"]] = start
+            block[LINEAR["scales"]] = start + codes
+            block[LINEAR["sums"]] = start + codes + side
+
+    def run_embedding(self) -> None:
+        """residual = the row of the token that the state names."""
+        Program([self.first_row]).run()
+
+    def run_end(self, logits: Tensor) -> None:
+        """hidden and, with a head, logits [V] of the stack's dtype, of the residual."""
+        if self._head is not None:
+            self.set_logits(logits)
+        Program(self.last_rows).run()
+
+    def heads_row(self, layer: DecoderLayer) -> tuple[Row, Block]:
+        """Heads rotated and stored; the cache's side of the block is still to be entered."""
+        stack = self.stack
+        block = block_of(
+            HEAD, state=self.state.ctypes.data, query=self.query.data_ptr(),
+            key=self.key.data_ptr(), value=self.value.data_ptr(), q=self.q.data_ptr(),
+            query_heads=stack.query_heads, kv_heads=stack.kv_heads, head_dim=stack.head_dim,
+        )  # fmt: skip
+        for side, norm in (("query", layer.query_norm), ("key", layer.key_norm)):
+            if norm is not None:
+                if norm.weight.dtype != stack.dtype:
+                    raise TypeError(
+                        f"{side}_norm must be {stack.dtype} like the model, got {norm.weight.dtype}"
+                    )
+                block[HEAD[f"{side}_weight"]] = norm.weight.data_ptr()
+                block[HEAD[f"{side}_epsilon"]] = float_bits(norm.epsilon)
+        kernel = compile_kernel(
+            emit_heads, self.kind, int(layer.rotate), int(layer.query_norm is not None),
+            int(layer.key_norm is not None),
+        )  # fmt: skip
+        return row(kernel, stack.query_heads + 2 * stack.kv_heads, block.ctypes.data), block
+
+    def largest_row(self, logits: Tensor) -> Row:
+        """The row that makes the place of the largest logit the next token."""
+        block = self._vector(columns=logits.numel(), x=logits.data_ptr())
+        self._kept.append(logits)
+        return row(compile_kernel(emit_largest, self.kind), 1, block)
+
+    def set_logits(self, logits: Tensor) -> None:
+        """Where the head writes: [.., V] of the stack's dtype. It is not kept alive."""
+        assert self._head is not None
+        self._head[LINEAR["y"]] = logits.data_ptr()
+
+
+class BoundStep:
+    """A step over one cache, one sequence. views, options: of each layer.
+
+    `move` says where the cache lies; it must be called again whenever that has changed.
+    """
+
+    def __init__(
+        self,
+        step: DecodeStep,
+        views: Sequence[PageView],
+        options: Sequence[ScoreOptions],
+        part: Part,
+    ) -> None:
+        self.step = step
+        self._layer_rows: list[list[Row]] = []
+        self._heads: list[Block] = []
+        self._attentions: list[BoundAttention] = []
+        self._writers: list[BoundWriter] = []
+        self.jobs = torch.zeros((len(views), 1, 4), dtype=torch.int32)
+        self.jobs[..., 2] = PAGE
+        self.pages = self.jobs.numpy()[:, 0, 3]  # of each layer: the one that is written
+        queries = Queries(step.q, step.one, 1)
+        for n, (view, scores) in enumerate(zip(views, options, strict=True)):
+            heads_row, heads = step.heads_row(step.stack.layers[n])
+            writer = BoundWriter(view.format, step.q.dtype, self.jobs[n], step.stack.kv_heads, 1)
+            # Layers run one by one: in one scratch, which stays in the cache.
+            scratch = self._attentions[-1].scratch if self._attentions else None
+            attention = BoundAttention(queries, view, scores, step.o, step.lse, 1, 1, scratch)
+            self._layer_rows.append([
+                *step.before[n], heads_row, row(writer.kernel, 1, writer.address),
+                row(attention.kernel, 1, attention.address), *step.after[n],
+            ])  # fmt: skip
+            self._heads.append(heads)
+            self._writers.append(writer)
+            self._attentions.append(attention)
+        inner = [row for rows in self._layer_rows for row in rows]
+        self._rows = [step.first_row, *inner, *step.last_rows]
+        self._program = Program(self._rows)
+        self.move(views, part)
+        self.writes = True
+        self.switch(False)
+
+    def move(self, views: Sequence[PageView], part: Part) -> None:
+        """views: of each layer, the same formats as ever. part: the open one, to which tokens are
+        added."""
+        self._views = views
+        for view, heads, attention, writer in zip(
+            views, self._heads, self._attentions, self._writers, strict=True
+        ):
+            attention.move(view)
+            assert view.last_keys is not None
+            assert view.last_values is not None
+            writer.move(view.last_keys, view.last_values, view.records, view.index)
+            _enter_part(heads, view, part)
+
+    def switch(self, writes: bool) -> None:
+        """Whether the open part becomes a page in each layer (`pages`) before attention reads."""
+        if writes != self.writes:
+            self.writes = writes
+            for writer in self._writers:
+                writer.switch(writes)
+
+    def greedy_program(self, logits: Tensor) -> Program:
+        """This step, and the next token besides."""
+        return Program([*self._rows, self.step.largest_row(logits)])
+
+    def run(self, program: Program | None = None) -> None:
+        """One token: `DecodeStep.state` says which and where."""
+        (program or self._program).run()
+
+    def run_layer(self, number: int) -> None:
+        """One layer: the residual goes in and comes out."""
+        Program(self._layer_rows[number]).run()
+
+
+def _enter_part(block: Block, view: PageView, part: Part) -> None:
+    keys, values = getattr(view, f"{part}_keys"), getattr(view, f"{part}_values")
+    for side, tensor in (("key", keys), ("value", values)):
+        size = tensor.element_size()
+        _, head, token, _ = tensor.stride()
+        block[HEAD[f"{side}s"]] = tensor.data_ptr()
+        block[HEAD[f"{side}_head"]], block[HEAD[f"{side}_row"]] = head * size, token * size
+    block[HEAD["lengths"]] = view.lengths.data_ptr()
+    block[HEAD["part_lengths"]] = getattr(view, f"{part}_lengths").data_ptr()
+
+
+def _enter(block: Block, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        block[LINEAR[name]] = tensor.data_ptr()
+
+
+def _preparation(block: Block) -> tuple[int, ...]:
+    """What settles the prepared activations of an x."""
+    names = ("prepare", "columns", "groups", "group", "shared", "tile", "item", "x")
+    return tuple(int(block[LINEAR[name]]) for name in names)
+
+
+def _activation_bytes(block: Block) -> tuple[int, int]:
+    groups, tile = int(block[LINEAR["groups"]]), int(block[LINEAR["tile"]])
+    codes = groups * int(block[LINEAR["group"]]) * tile * int(block[LINEAR["item"]])
+    return -(-codes // 64) * 64, -(-4 * groups * tile // 64) * 64
+
+
+def _floats(count: int) -> Tensor:
+    """fp32 zeros, whole panels of 16 rows."""
+    return torch.zeros(-(-count // LANES) * LANES)
