@@ -102,9 +102,13 @@ ATTENTION_SYSTEMS: tuple[System, ...] = (
     System(
         "FlashDecoding++",
         "decoding",
-        '`decode_attention(…, scheme="unified")`: one maximum from the page bound, with a fallback',
-        ("test_decode_attention.py::test_splits_and_schemes_change_nothing",),
-        "the flat GEMM and its dataflow are `linear`'s plan",
+        '`decode_attention(…, scheme="unified")`: one maximum from the page bound, with a fallback; '
+        "`plan(…)`: gemv, flat, tiled or decode-then-matmul by predicted crossovers, with a reason",
+        (
+            "test_decode_attention.py::test_splits_and_schemes_change_nothing",
+            "test_plan.py::test_dataflows_follow_one_another_as_m_grows",
+        ),
+        "the flat tile is padded to 8 tokens; K is split by a workspace that is summed in order",
     ),
     _selector(
         "Quest",
