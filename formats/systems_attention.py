@@ -102,7 +102,7 @@ ATTENTION_SYSTEMS: tuple[System, ...] = (
     System(
         "FlashDecoding++",
         "decoding",
-        '`decode_attention(…, scheme="unified")`: one maximum from the page bound, with a fallback; '
+        '`decode_attention(…, scheme="unified")`: one maximum from the page bound, a fallback; '
         "`plan(…)`: gemv, flat, tiled or decode-then-matmul by predicted crossovers, with a reason",
         (
             "test_decode_attention.py::test_splits_and_schemes_change_nothing",

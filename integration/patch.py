@@ -10,18 +10,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from lath.formats.activations import ActivationFormat, activation_format
-from lath.formats.families import weight_class, weight_codec
+from lath.formats.families import weight_codec
 from lath.formats.packed_weight import PackedWeight, WeightCodec
 from lath.formats.quantizer import RTN, Quantizer
 from lath.formats.quantizer import quantizer as parse_quantizer
-from lath.formats.vectors import VectorCodec
 from lath.integration.calibrate_layer import relative_error
 from lath.integration.calibration import (
     Calibrated,
@@ -34,8 +31,15 @@ from lath.integration.find import Found, check_selection, find_linears
 from lath.integration.linear import PackedLinear
 from lath.integration.patch_attention import AttentionPatch, attention_options
 from lath.integration.patch_decode import DecodePatch, check_decode
+from lath.integration.patch_rows import (
+    Packed,
+    PatchOptions,
+    is_to_do,
+    report_of,
+    why_nothing,
+)
 from lath.integration.progress import progress_bar, shows_progress
-from lath.integration.report import PatchReport, PatchRow, Place, model_bytes, unique_bytes
+from lath.integration.report import PatchReport, Place
 from lath.integration.scaled_norms import norm_places
 from lath.integration.tying import untie
 from lath.verbs.backends import BACKENDS, resolve_backend
@@ -48,29 +52,6 @@ logger = logging.getLogger("lath")
 # More work than this, in weights, takes more than about two seconds on one CPU core.
 _WORTH_A_BAR = 50_000_000
 _SEARCH_COST = 40
-
-
-@dataclass(frozen=True)
-class _Options:
-    codec: WeightCodec
-    activations: ActivationFormat | None  # None: as the device suggests
-    backend: str
-    search: bool
-    quantizer: Quantizer
-    importance: Mapping[str, Tensor] | None = None
-
-    def activations_on(self, device: torch.device) -> ActivationFormat:
-        if self.activations is not None:
-            return self.activations
-        return auto_activations(self.codec, device.type == "cpu" and self.backend != "triton")
-
-
-@dataclass(frozen=True)
-class _Packed:
-    dense: nn.Linear
-    module: PackedLinear
-    error: float
-    note: str
 
 
 def patch(
@@ -153,12 +134,12 @@ def patch(
     decodes = DecodePatch.of(model, check_decode(decode), attends)
     found = [] if weights is None else find_linears(model, check_selection(model, skip, only))
     _check_packed(found, options)
-    todo = [one for one in found if _is_to_do(one)]
+    todo = [one for one in found if is_to_do(one)]
     calibrated = None
     if texts is not None and todo and not dry_run:
         calibrated = _calibrate(model, todo, options, texts, progress)
     packed = {} if dry_run else _pack_all(todo, options, progress, calibrated)
-    report = _report(model, found, packed, options, dry_run)
+    report = report_of(model, found, packed, options, dry_run)
     if weights is None:
         report.weights = "unchanged"
     if attends is not None:
@@ -167,7 +148,7 @@ def patch(
         report._attention = None if dry_run else attends
         report._decode = None if dry_run else decodes
     if attends is None and not todo and all(row.action == "kept" for row in report.rows):
-        reason = _why_nothing(model, report.rows, weights)
+        reason = why_nothing(model, report.rows, weights)
         warnings.warn(f"lath.patch replaced nothing: {reason}", stacklevel=2)
     if packed:
         report._places = [
@@ -191,13 +172,6 @@ def patch(
     return report
 
 
-def auto_activations(codec: WeightCodec, on_cpu: bool) -> ActivationFormat:
-    """int8 on a CPU, where the integer dot is what makes it fast, grouped as the weight is; vectors
-    of a codebook are multiplied as fp32 there, which rounding would not make faster."""
-    rounded = on_cpu and not isinstance(codec, VectorCodec)
-    return ActivationFormat("int8", codec.group) if rounded else ActivationFormat()
-
-
 def _parse_options(
     model: nn.Module,
     weights: str | WeightCodec | None,
@@ -205,7 +179,7 @@ def _parse_options(
     backend: str,
     search: bool,
     quantizer: str | Quantizer,
-) -> _Options:
+) -> PatchOptions:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if backend not in BACKENDS:
@@ -216,10 +190,10 @@ def _parse_options(
     how = parse_quantizer(quantizer)
     if weights is None and not isinstance(how, RTN):
         raise ValueError(f"quantizer {str(how)!r} needs weights, got weights=None")
-    return _Options(codec, chosen, backend, check_flag("search", search), how)
+    return PatchOptions(codec, chosen, backend, check_flag("search", search), how)
 
 
-def _check_packed(found: list[Found], options: _Options) -> None:
+def _check_packed(found: list[Found], options: PatchOptions) -> None:
     """Layers packed before must have been packed with the options asked for now."""
     for one in found:
         module = one.module
@@ -242,7 +216,7 @@ def _check_packed(found: list[Found], options: _Options) -> None:
 def _calibrate(
     model: nn.Module,
     todo: list[Found],
-    options: _Options,
+    options: PatchOptions,
     texts: Calibration,
     progress: bool | None,
 ) -> Calibrated:
@@ -264,17 +238,17 @@ def _calibrate(
 
 def _pack_all(
     todo: list[Found],
-    options: _Options,
+    options: PatchOptions,
     progress: bool | None,
     calibrated: Calibrated | None,
-) -> dict[int, _Packed]:
+) -> dict[int, Packed]:
     """Quantise every layer before the model is touched; keyed by the id of the dense module."""
     if calibrated is not None:
         return {
             id(one.module): _calibrated(one.module, calibrated.linears[one.name], options)
             for one in todo
         }
-    packed: dict[int, _Packed] = {}
+    packed: dict[int, Packed] = {}
     weights: dict[int, tuple[PackedWeight, float]] = {}
     total = sum(one.module.weight.numel() for one in todo)
     worth = total * (_SEARCH_COST if options.search else 1) >= _WORTH_A_BAR
@@ -294,7 +268,7 @@ def _pack_all(
     return packed
 
 
-def _calibrated(dense: nn.Module, one: CalibratedLinear, options: _Options) -> _Packed:
+def _calibrated(dense: nn.Module, one: CalibratedLinear, options: PatchOptions) -> Packed:
     assert isinstance(dense, nn.Linear)
     bias = dense.bias if one.bias is None else one.bias.to(dense.bias)
     return _packed(dense, one.weight, bias, one.error, one.note, options)
@@ -306,8 +280,8 @@ def _packed(
     bias: Tensor | None,
     error: float,
     note: str,
-    options: _Options,
-) -> _Packed:
+    options: PatchOptions,
+) -> Packed:
     module = PackedLinear.from_qtensor(
         weight,
         None if bias is None else bias.detach().clone(),
@@ -316,10 +290,10 @@ def _packed(
         dtype=dense.weight.dtype,
     )
     module.quantizer = str(options.quantizer)
-    return _Packed(dense, module, error, note)
+    return Packed(dense, module, error, note)
 
 
-def _quantize(name: str, dense: Tensor, options: _Options) -> tuple[PackedWeight, float]:
+def _quantize(name: str, dense: Tensor, options: PatchOptions) -> tuple[PackedWeight, float]:
     """The packed weight and its relative error; checks that its backend can run where it is."""
     resolve_backend(options.backend, dense.device)
     try:
@@ -332,81 +306,3 @@ def _quantize(name: str, dense: Tensor, options: _Options) -> tuple[PackedWeight
     except (ValueError, TypeError) as error:
         raise type(error)(f"{name}: {error}") from error
     return weight, relative_error(dense, weight)
-
-
-def _report(
-    model: nn.Module,
-    found: list[Found],
-    packed: dict[int, _Packed],
-    options: _Options,
-    dry_run: bool,
-) -> PatchReport:
-    rows = [_row(one, packed.get(id(one.module)), options) for one in found]
-    return PatchReport(
-        rows=rows,
-        bytes_before=model_bytes(model),
-        bytes_after=_bytes_after(model, found, options),
-        weights=str(options.codec),
-        activations=_each(row.activations for row in rows),
-        backend=_each(row.backend for row in rows),
-        dry_run=dry_run,
-    )
-
-
-def _row(one: Found, packed: _Packed | None, options: _Options) -> PatchRow:
-    module = one.module
-    shape = (module.out_features, module.in_features)
-    own = unique_bytes(module.parameters(recurse=False))
-    row = PatchRow(one.name, shape, "kept", one.reason, also_named=one.also_named,
-                   bytes_before=own, bytes_after=own)  # fmt: skip
-    if one.reason:
-        return row
-    already = isinstance(module, PackedLinear)
-    bias = 0 if module.bias is None else unique_bytes([module.bias])
-    return dataclasses.replace(
-        row,
-        action="already packed" if already else "replaced",
-        codec=str(options.codec),
-        activations=str(options.activations_on(module.weight.device)),
-        backend=resolve_backend(options.backend, module.weight.device),
-        bytes_after=own if already else _weight_bytes(one, options) + bias,
-        error=packed.error if packed else None,
-        quantizer=packed.note if packed else "",
-    )
-
-
-def _weight_bytes(one: Found, options: _Options) -> int:
-    shape = (one.module.out_features, one.module.in_features)
-    return weight_class(options.codec).empty(options.codec, shape).nbytes
-
-
-def _bytes_after(model: nn.Module, found: list[Found], options: _Options) -> int:
-    """Bytes of the patched model; a weight that another module holds as well does not go away."""
-    replaced = {id(one.module): one for one in found if _is_to_do(one)}
-    stay = [
-        tensor
-        for module in model.modules()
-        if id(module) not in replaced
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    ]
-    stay += [one.module.bias for one in replaced.values() if one.module.bias is not None]
-    packed = {id(one.module.weight): _weight_bytes(one, options) for one in replaced.values()}
-    return unique_bytes(stay) + sum(packed.values())
-
-
-def _is_to_do(one: Found) -> bool:
-    return not one.reason and isinstance(one.module, nn.Linear)
-
-
-def _each(values: Iterable[str]) -> str:
-    """The one value, several joined, or "none"."""
-    return ", ".join(sorted({value for value in values if value})) or "none"
-
-
-def _why_nothing(model: nn.Module, rows: list[PatchRow], weights: str | WeightCodec | None) -> str:
-    if weights is None:
-        return "weights, attention and kv are None"
-    if not rows:
-        return f"{type(model).__name__} has no nn.Linear"
-    reasons = sorted({row.reason for row in rows})
-    return f"all {len(rows)} linear layers were kept ({'; '.join(reasons)})"

@@ -12,7 +12,7 @@ from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.families import weight_codec
 from lath.integration.find import check_selection, find_linears
 from lath.integration.models import empty_model
-from lath.integration.patch import auto_activations
+from lath.integration.patch_rows import auto_activations
 from lath.integration.report import PatchRow
 from lath.verbs.planning import describe_device, plan
 

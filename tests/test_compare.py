@@ -16,8 +16,8 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 import lath
-from lath.formats.codec import GRAMMAR_TABLE, Codec
 from lath.formats.compared import COMPARED, compared_codecs
+from lath.formats.families import GRAMMAR_TABLE, weight_codec
 from lath.integration import compare_plot, run_command
 from lath.integration.command_line import run
 from lath.integration.compare import CompareOptions, CompareRow, Comparison, compare
@@ -41,7 +41,7 @@ def test_every_form_of_the_grammar_is_compared() -> None:
     assert COMPARED.keys() == GRAMMAR_TABLE.keys()
     texts = compared_codecs()
     assert len(set(texts)) == len(texts)
-    assert all(str(Codec.parse(text)) == text for text in texts)
+    assert all(str(weight_codec(text)) == text for text in texts)
     assert all(COMPARED.values())
 
 

@@ -140,7 +140,7 @@ def test_the_verb_takes_them() -> None:
 
 def test_an_int8_dot_is_refused() -> None:
     weight = make_weight("vq8-256", 16, 64, np.random.default_rng(9))
-    with pytest.raises(ValueError, match=r"plan dot .* 'fp16', as the entries of .* got 'int8'"):
+    with pytest.raises(ValueError, match=r"plan dot .* 'fp16', as int8 times .* got 'int8'"):
         launcher.linear(
             torch.randn(3, 64), weight, None, ActivationFormat("int8"),
             plan_of("flat int8 16x32x128"),
