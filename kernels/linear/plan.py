@@ -202,9 +202,9 @@ def _tile(
     elif device.kind == "cuda" and m > many and (is_fine or rounds or _has_tensor_memory(device)):
         # Larger tiles spill here, or take the longer path through tensor memory.
         swap, tokens, rows, warps = True, min(tokens, 32), 64, 2
-    elif device.kind == "cuda" and m <= (8 if is_fine else 16):
+    elif device.kind == "cuda" and m <= (8 if is_fine or dot == "e4m3" else 16):
         # Two warps keep to the small dot of 8 or 16 tokens on every architecture; 16 and what needs
-        # more registers spill.
+        # more registers spill, and only four warps have sm_90's dot of 8-bit floats.
         swap, tokens, rows, warps = True, 8 if m <= 8 else 16, 64, 2
     elif device.kind == "cuda" and device.capability == 90:
         # A 1-bit plane is read in half runs, which the left operand would pass through memory.
