@@ -9,6 +9,8 @@ issued, not how long it takes.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 
@@ -22,11 +24,12 @@ from tools.fake_gpu import CompileError, compile_recorded, fake_gpu
 from tools.machine_code import analyze
 
 ROWS, TOKENS = 1024, 16
-# Architecture, orientation: n, x on the left; s, the weight on the left.
+# Architecture, orientation: n, x on the left; s, the weight on the left; 8, the same with what the
+# planner takes for up to 8 tokens.
 TARGETS = [
-    ("sm_80", "n"), ("sm_80", "s"), ("sm_86", "n"), ("sm_89", "n"), ("sm_90", "n"), ("sm_90", "s"),
-    ("sm_100", "n"), ("sm_120", "n"), ("gfx90a", "n"), ("gfx942", "n"), ("gfx942", "s"),
-    ("gfx950", "n"),
+    ("sm_80", "n"), ("sm_80", "s"), ("sm_80", "8"), ("sm_86", "n"), ("sm_86", "8"), ("sm_90", "n"),
+    ("sm_90", "s"), ("sm_90", "8"), ("sm_100", "n"), ("sm_100", "8"), ("sm_120", "n"),
+    ("sm_120", "8"), ("gfx90a", "n"), ("gfx942", "n"), ("gfx942", "s"), ("gfx950", "n"),
 ]  # fmt: skip
 # Codec, dtype of x, activations, K, dataflow.
 CASES = [
@@ -39,6 +42,8 @@ CASES = [
     ("int4-g32", "fp16", "float", 2048, "flat"),
     ("int4-g16", "fp16", "float", 2048, "flat"),
     *((f"int{bits}", "fp16", "int8", 2048, "flat") for bits in range(1, 9)),
+    ("ternary", "fp16", "int8", 2048, "flat"),
+    ("ternary-1.6", "fp16", "int8", 2000, "flat"),
     ("int4-g128", "fp16", "int8", 2048, "flat"),
     ("int4-g64", "fp16", "int8-g64", 2048, "flat"),
     ("int4-g32", "fp16", "int8-g32", 2048, "flat"),
@@ -47,8 +52,9 @@ CASES = [
 
 
 def plan_of(architecture: str, orientation: str, dataflow: str, dtype: str, act: str) -> Plan:
-    """The plan of a cell: 16 tokens by 128 rows, 4 warps; a gemv 1 token by 64 rows."""
+    """The plan of a cell: 16 tokens by 128 rows, 4 warps ("8": 8 by 64, 2); a gemv 1 by 64."""
     per_channel = act == "int8"
+    few = orientation == "8" and dataflow == "flat"
     return Plan(
         backend="triton",
         dataflow=dataflow,  # type: ignore[arg-type]
@@ -56,11 +62,11 @@ def plan_of(architecture: str, orientation: str, dataflow: str, dtype: str, act:
         reason="a measurement",
         bytes_moved=0,
         operations=0,
-        block_m=1 if dataflow == "gemv" else TOKENS,
-        block_n=64 if dataflow == "gemv" else 128,
+        block_m=1 if dataflow == "gemv" else 8 if few else TOKENS,
+        block_n=64 if dataflow == "gemv" or few else 128,
         block_k=256 if per_channel else 128,
-        swap=orientation == "s",
-        warps=4,
+        swap=orientation != "n",
+        warps=2 if few else 4,
         stages=2 if architecture.startswith("gfx") else 3,
     )
 
@@ -69,9 +75,11 @@ def cell(
     target: tuple[str, str], codec: str, dtype: str, activations: str, columns: int, dataflow: str
 ) -> str:
     architecture, orientation = target
-    if dataflow == "gemv" and orientation == "s":
+    if dataflow == "gemv" and orientation != "n":
         return "-"
     plan = plan_of(architecture, orientation, dataflow, dtype, activations)
+    if codec.startswith("ternary-1.6"):  # its blocks have 160 columns
+        plan = dataclasses.replace(plan, block_k=320 if activations == "int8" else 160)
     weight = QTensor.empty(weight_codec(codec), (ROWS, columns), device="cpu")
     x = torch.empty(plan.block_m, columns, dtype=DTYPES[dtype])
     with fake_gpu(architecture) as recording:
@@ -94,7 +102,11 @@ def main() -> None:
         f"Triton {triton.__version__}. {TOKENS} tokens, 128 rows of the weight, 4 warps;", end=" "
     )
     print("128 columns per step (256: int8 with a scale per row); gemv: 1 token, 64 rows.", end=" ")
-    print("n: x on the left of the dot; s: the weight. AMD has 64 lanes per wave.\n")
+    print(
+        "n: x on the left of the dot; s: the weight; 8: the weight, 8 tokens, 64 rows, 2 warps, ",
+        end="",
+    )
+    print("as planned for up to 8 tokens. AMD has 64 lanes per wave.\n")
     heads = [f"{architecture} {orientation}" for architecture, orientation in TARGETS]
     print("| loop, codec, x, activations, K |", " | ".join(heads), "|", flush=True)
     print("|---" * (len(heads) + 1) + "|")
