@@ -51,7 +51,7 @@ def emit_vectors(
             with e.loop(e.integer(LANES // _ROWS)) as quad:
                 row = e.add(e.multiply(panel, LANES), e.multiply(quad, _ROWS))
                 rows.start(row)
-                rows.prefetch(e.add(row, _ROWS), _ROWS)
+                rows.prefetch(e.add(row, _ROWS))
                 totals = _multiply(e, a, rows, first, tokens)
                 _put_sums(e, sums, quad, totals)
             _store(e, a, output, sums, panel, first, tokens)
@@ -71,7 +71,6 @@ def emit_staged(e: Emitter, begin: Any, end: Any, arguments: Any, tokens: int, *
         tiles = e.divide(e.add(count, tokens - 1), tokens)
         with e.loop(e.integer(_SPAN)) as m:
             e.store(e.offset(sums, m, 64), e.floats(0.0))
-        rows.prefetch(e.multiply(e.add(panel, 1), LANES), LANES)
         with e.loop(pieces) as piece:
             step = e.multiply(piece, _PIECE)
             steps = e.smaller_of(e.subtract(length, step), _PIECE)
@@ -198,14 +197,14 @@ class _Rows:
             book.start(row, self._length)
         self._scales = self._scales_of(row)
 
-    def prefetch(self, row: Any, count: int) -> None:
-        """Ask for the indices and scales of `count` rows, which need not be there: those of one are
-        a few lines, too few for the machine to see where they go on."""
+    def prefetch(self, row: Any) -> None:
+        """Ask for the indices and scales of four rows, which need not be there: those of one are a
+        few lines, too few for the machine to see where they go on."""
         e = self.e
         found = [book.row(row, self._length) for book in self.books]
         found += [(self._scales_of(row), e.multiply(self.a["groups"], 4))]
         for start, stride in found:
-            size = e.multiply(stride, count)
+            size = e.multiply(stride, _ROWS)
             with e.loop(e.divide(e.add(size, _LINE - 1), _LINE)) as line:
                 e.prefetch(e.offset(start, line, _LINE))
 
