@@ -171,8 +171,8 @@ LINEAR_SYSTEMS: tuple[System, ...] = (
             "test_triton_vectors.py::test_parity",
             "test_cpu_vectors.py::test_bounds",
         ),
-        "vectors lie along the inputs; importance is the diagonal of the Hessian, given to "
-        "`lath.kernels.quantize_vectors`; no outlier book, no error feedback between columns",
+        "vectors lie along the inputs; importance is the diagonal of the Hessian, the caller's; "
+        "no outlier book, no error feedback between columns",
     ),
     System(
         "GLVQ",

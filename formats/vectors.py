@@ -98,6 +98,11 @@ class VectorCodec:
         return (self.entries, self.residual) if self.residual else (self.entries,)
 
     @property
+    def takes_importance(self) -> bool:
+        """Whether `lath.quantize` chooses something by `importance`: the entries of the books."""
+        return True
+
+    @property
     def index_bits(self) -> tuple[int, ...]:
         """Bits of an index into each book."""
         return tuple(_INDEX_BITS[entries] for entries in self.books)

@@ -187,14 +187,15 @@ def test_importance_moves_the_error_where_it_counts_less() -> None:
     weight = correlated(64, 256, seed=2)
     importance = np.where(np.arange(256) % 4 < 2, 1.0, 0.05)
     errors = []
-    for share in (None, torch.from_numpy(importance)):
-        packed = quantize_vectors.quantize(
-            torch.from_numpy(weight), VectorCodec.parse("vq4-256"), importance=share
-        )
+    for share in (None, torch.from_numpy(importance).float()):
+        packed = lath.quantize(torch.from_numpy(weight), "vq4-256", importance=share)
         scaled = (packed.dequantize().numpy() - weight) / np.abs(weight).max(axis=1, keepdims=True)
         errors.append((scaled**2).mean(axis=0))
     assert (errors[1] * importance).sum() < 0.8 * (errors[0] * importance).sum()
     assert errors[1].sum() > errors[0].sum()
+    # The verb adds nothing of its own.
+    again = quantize_vectors.quantize(torch.from_numpy(weight), packed.codec, importance=share)  # type: ignore[arg-type]
+    assert packed.digest() == again.digest()
 
 
 def test_one_seed_gives_one_weight() -> None:
@@ -235,9 +236,13 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="table is for"):
         lath.quantize(weight, "vq8-256", table=torch.arange(4.0))
     codec = VectorCodec.parse("vq8-256")
+    with pytest.raises(ValueError, match=r"importance must be 32 .* got shape \[16, 32\]"):
+        lath.quantize(weight, "vq8-256", importance=torch.ones(16, 32))
     for share in (torch.zeros(32), torch.ones(31), -torch.ones(32), torch.full((32,), math.nan)):
         with pytest.raises(ValueError, match="importance"):
             quantize_vectors.quantize(weight, codec, importance=share)
+        with pytest.raises(ValueError, match="importance"):
+            lath.quantize(weight, "vq8-256", importance=share)
         with pytest.raises(ValueError, match="importance"):
             definition.quantize(weight.numpy(), codec, share.double().numpy())
 

@@ -35,6 +35,7 @@ _ROWS = 4  # whose accumulators and decoded weights fit the registers beside tho
 # the first-level cache. And the tokens that they serve.
 _PIECE = 32
 _SPAN = 256
+_LINE = 64  # bytes of a cache
 
 
 def emit_vectors(
@@ -48,7 +49,9 @@ def emit_vectors(
         with e.loop(_tiles(e, a, tokens)) as tile:
             first = e.multiply(tile, tokens)
             with e.loop(e.integer(LANES // _ROWS)) as quad:
-                rows.start(e.add(e.multiply(panel, LANES), e.multiply(quad, _ROWS)))
+                row = e.add(e.multiply(panel, LANES), e.multiply(quad, _ROWS))
+                rows.start(row)
+                rows.prefetch(e.add(row, _ROWS))
                 totals = _multiply(e, a, rows, first, tokens)
                 _put_sums(e, sums, quad, totals)
             _store(e, a, output, sums, panel, first, tokens)
@@ -132,12 +135,15 @@ def _multiply(e: Emitter, a: Arguments, rows: _Rows, first: Any, tokens: int) ->
     totals = _zeros(e, tokens)
     with e.loop(a["groups"]) as group:
         parts = _zeros(e, tokens)
-        with rows.steps(group) as step:
-            values = [e.load(e.offset(start, step, 4 * LANES), FLOATS) for start in x]
-            for r in range(_ROWS):
-                decoded = rows.numbers(r, step)
-                for m in range(tokens):
-                    parts[m][r].value = e.fma(decoded, values[m], parts[m][r].value)
+        # One book after the other: entries of a large one drive those of a small one from the
+        # first-level cache.
+        for book in rows.books:
+            with rows.steps(group) as step:
+                values = [e.load(e.offset(start, step, 4 * LANES), FLOATS) for start in x]
+                for r in range(_ROWS):
+                    decoded = book.numbers(r, step)
+                    for m in range(tokens):
+                        parts[m][r].value = e.fma(decoded, values[m], parts[m][r].value)
         for r in range(_ROWS):
             scale = rows.scale(r, group)
             for m in range(tokens):
@@ -179,18 +185,31 @@ class _Rows:
     def __init__(self, e: Emitter, a: Arguments, shape: tuple[int, ...]) -> None:
         self.e, self.a = e, a
         self._length = e.multiply(a["groups"], a["group"])
-        self._books = [_Book(e, a["records"], a["table"], *shape[:2])]
+        self.books = [_Book(e, a["records"], a["table"], *shape[:2])]
         if shape[2]:
             residual = (a["residual_records"], a["residual_table"])
-            self._books.append(_Book(e, *residual, *shape[2:]))
+            self.books.append(_Book(e, *residual, *shape[2:]))
         self._scales: Any = None
 
     def start(self, row: Any) -> None:
         """Go to the four rows from `row`."""
-        e, groups = self.e, self.a["groups"]
-        for book in self._books:
+        for book in self.books:
             book.start(row, self._length)
-        self._scales = e.add(self.a["outer"], e.multiply(e.multiply(row, groups), 4))
+        self._scales = self._scales_of(row)
+
+    def prefetch(self, row: Any) -> None:
+        """Ask for the indices and scales of four rows, which need not be there: those of one are a
+        few lines, too few for the machine to see where they go on."""
+        e = self.e
+        found = [book.row(row, self._length) for book in self.books]
+        found += [(self._scales_of(row), e.multiply(self.a["groups"], 4))]
+        for start, stride in found:
+            size = e.multiply(stride, _ROWS)
+            with e.loop(e.divide(e.add(size, _LINE - 1), _LINE)) as line:
+                e.prefetch(e.offset(start, line, _LINE))
+
+    def _scales_of(self, row: Any) -> Any:
+        return self.e.offset(self.a["outer"], self.e.multiply(row, self.a["groups"]), 4)
 
     @contextlib.contextmanager
     def steps(self, group: Any) -> Iterator[Any]:
@@ -207,8 +226,8 @@ class _Rows:
 
     def numbers(self, r: int, step: Any) -> Any:
         """Columns 16 * step .. 16 * step + 15 of row r, fp32, before the scale."""
-        total = self._books[0].numbers(r, step)
-        for book in self._books[1:]:
+        total = self.books[0].numbers(r, step)
+        for book in self.books[1:]:
             total = self.e.builder.fadd(total, book.numbers(r, step))
         return total
 
@@ -224,16 +243,28 @@ class _Book:
     def start(self, row: Any, length: Any) -> None:
         """Go to four rows; length: columns of a row."""
         e = self.e
-        stride = e.multiply(e.divide(length, self.vector), self.size)
-        first = e.add(self._indices, e.multiply(row, stride))
+        first, stride = self.row(row, length)
         self._rows = [e.add(first, e.multiply(stride, r)) for r in range(_ROWS)]
+
+    def row(self, row: Any, length: Any) -> tuple[Any, Any]:
+        """Where the indices of a row begin, and their bytes."""
+        e = self.e
+        stride = e.multiply(e.divide(length, self.vector), self.size)
+        return e.add(self._indices, e.multiply(row, stride)), stride
 
     def numbers(self, r: int, step: Any) -> Any:
         """Columns 16 * step .. 16 * step + 15 of row r, fp32."""
         e = self.e
         count = LANES // self.vector
         place = e.offset(self._rows[r], step, count * self.size)
-        entries = [self._entry(e.add(place, self.size * i)) for i in range(count)]
+        if count * self.size == 8:
+            # So many loads bound the loop: the indices come in one word and are taken apart.
+            word = e.load(place, I64)
+            indices = [self._field(word, i) for i in range(count)]
+        else:
+            item = I8 if self.size == 1 else I16
+            indices = [e.load(e.add(place, self.size * i), item) for i in range(count)]
+        entries = [self._entry(index) for index in indices]
         while len(entries) > 1:
             entries = [
                 e.shuffle(a, b, list(range(2 * a.type.count)))
@@ -243,10 +274,13 @@ class _Book:
             return e.builder.fpext(e.builder.bitcast(entries[0], HALVES), FLOATS)
         return half.widen(e, e.builder.zext(entries[0], INTS))
 
-    def _entry(self, address: Any) -> Any:
+    def _field(self, word: Any, i: int) -> Any:
+        bits = 8 * self.size
+        shifted = self.e.builder.lshr(word, ir.Constant(I64, bits * i))
+        return self.e.builder.trunc(shifted, ir.IntType(bits))
+
+    def _entry(self, index: Any) -> Any:
         """The bits of the v numbers of one entry."""
         e = self.e
-        index = e.builder.zext(e.load(address, I8 if self.size == 1 else I16), I64)
-        return e.load(
-            e.offset(self._table, index, 2 * self.vector), ir.VectorType(I16, self.vector)
-        )
+        place = e.offset(self._table, e.builder.zext(index, I64), 2 * self.vector)
+        return e.load(place, ir.VectorType(I16, self.vector))

@@ -67,8 +67,9 @@ def quantize(
     forty times the work, usually a better weight; see `lath.reference.codecs.quantize`). table: the
     ascending numbers of a "lut" codec, [2**bits]; None: found by k-means, in which a column counts
     as much as its mean squared input where the Hessian is given. importance: for
-    codecs that choose which weights matter (outliers, mix, billm): what a squared error of a weight
-    costs, not negative, [K] (such as the mean square of each input) or [N, K] (a squared gradient).
+    codecs that choose which weights matter (outliers, mix, billm) or entries of books (vectors):
+    what a squared error of a weight costs, not negative, [K] (such as the mean square of each
+    input) or, but for vectors, [N, K] (a squared gradient).
 
     Returns a QTensor, or another kind of packed weight if the codec is of another, on the same
     device. Raises ValueError if the weight has NaN or infinity, does not fit the codec's scale
@@ -102,7 +103,9 @@ def quantize(
 
 def _check_importance(importance: Tensor, weight: Tensor, codec: WeightCodec) -> Tensor:
     if not getattr(codec, "takes_importance", False):
-        raise ValueError(f"importance is for outliers, mix and billm, got codec {str(codec)!r}")
+        raise ValueError(
+            f"importance is for outliers, mix, billm and vectors, got codec {str(codec)!r}"
+        )
     importance = check_tensor("importance", importance).detach()
     rows, columns = weight.shape
     if tuple(importance.shape) not in ((columns,), (rows, columns)):
