@@ -7,7 +7,8 @@ cache besides: where its pages and float parts lie, which changes when a page fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,10 +50,12 @@ from lath.kernels.linear.cpu_kernels import FLOAT_KINDS
 from lath.kernels.pages.cpu import BoundWriter
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import FP32, LANES
-from lath.kernels.simd.program import Program, row
+from lath.kernels.simd.program import Pieces, Program, row
 
 Row = tuple[int, ...]
 Block = NDArray[np.int64]
+# Computes o of q in the place of attention over all pages; False: nothing was done.
+Reader = Callable[[], bool]
 
 
 class DecodeStep:
@@ -233,7 +236,8 @@ class DecodeStep:
 
 
 class BoundStep:
-    """A step over one cache, one sequence. views, options: of each layer.
+    """A step over one cache, one sequence. views, options: of each layer. readers: by number,
+    of the layers that may read a part of their pages (`DecodeStep.o` of `DecodeStep.q`).
 
     `move` says where the cache lies; it must be called again whenever that has changed.
     """
@@ -244,9 +248,10 @@ class BoundStep:
         views: Sequence[PageView],
         options: Sequence[ScoreOptions],
         part: Part,
+        readers: Mapping[int, Reader] | None = None,
     ) -> None:
-        self.step = step
-        self._layer_rows: list[list[Row]] = []
+        self.step, readers = step, readers or {}
+        self._layer_rows: list[list[Row | Callable[[], None]]] = []
         self._heads: list[Block] = []
         self._attentions: list[BoundAttention] = []
         self._writers: list[BoundWriter] = []
@@ -260,16 +265,18 @@ class BoundStep:
             # Layers run one by one: in one scratch, which stays in the cache.
             scratch = self._attentions[-1].scratch if self._attentions else None
             attention = BoundAttention(queries, view, scores, step.o, step.lse, 1, 1, scratch)
+            reads = row(attention.kernel, 1, attention.address)
             self._layer_rows.append([
                 *step.before[n], heads_row, row(writer.kernel, 1, writer.address),
-                row(attention.kernel, 1, attention.address), *step.after[n],
+                functools.partial(_read, readers[n], Program([reads])) if n in readers else reads,
+                *step.after[n],
             ])  # fmt: skip
             self._heads.append(heads)
             self._writers.append(writer)
             self._attentions.append(attention)
         inner = [row for rows in self._layer_rows for row in rows]
         self._rows = [step.first_row, *inner, *step.last_rows]
-        self._program = Program(self._rows)
+        self._program = Pieces(self._rows)
         self.move(views, part)
         self.writes = True
         self.switch(False)
@@ -294,17 +301,22 @@ class BoundStep:
             for writer in self._writers:
                 writer.switch(writes)
 
-    def greedy_program(self, logits: Tensor) -> Program:
+    def greedy_program(self, logits: Tensor) -> Pieces:
         """This step, and the next token besides."""
-        return Program([*self._rows, self.step.largest_row(logits)])
+        return Pieces([*self._rows, self.step.largest_row(logits)])
 
-    def run(self, program: Program | None = None) -> None:
+    def run(self, program: Pieces | None = None) -> None:
         """One token: `DecodeStep.state` says which and where."""
         (program or self._program).run()
 
     def run_layer(self, number: int) -> None:
         """One layer: the residual goes in and comes out."""
-        Program(self._layer_rows[number]).run()
+        Pieces(self._layer_rows[number]).run()
+
+
+def _read(reader: Reader, everything: Program) -> None:
+    if not reader():
+        everything.run()
 
 
 def _enter_part(block: Block, view: PageView, part: Part) -> None:
