@@ -8,15 +8,17 @@ from typing import Any
 from lath.formats.attention import ScoreOptions
 from lath.formats.page_step import Part, close_page, count_token, is_plain, open_part
 from lath.formats.pages import PAGE
+from lath.formats.selection import PageChoice
 from lath.integration.attention import Readable, Scores
 from lath.integration.cache import LathCache, PagedLayer
 from lath.integration.decode_recognise import NotFusedError
-from lath.kernels.decode_step.cpu import BoundStep, DecodeStep
+from lath.kernels.decode_step.cpu import BoundStep, DecodeStep, Reader
 from lath.kernels.decode_step.cpu_arguments import STATE
 from lath.kernels.simd.program import Pieces
 from lath.verbs.attention_options import choose_precision, choose_query
 from lath.verbs.backends import resolve_backend
 from lath.verbs.decode import decode_attention
+from lath.verbs.selection import page_choice
 
 
 class StepCache:
@@ -93,7 +95,7 @@ class StepCache:
                 for layer, view in zip(self._step.stack.layers, views, strict=True)
             ]  # fmt: skip
             readers = {
-                n: functools.partial(self._read_listed, n)
+                n: self._reader(n)
                 for n, layer in enumerate(self._layers)
                 if layer.lists is not None
             }
@@ -104,6 +106,15 @@ class StepCache:
             (layer, store, store.spans[0], store._structure, store.pool.records, store.last_keys)
             for layer, store in zip(self._layers, stores, strict=True)
         ]
+
+    def _reader(self, number: int) -> Reader | PageChoice:
+        """What a layer with a selection reads, or who reads it."""
+        stack, lists = self._step.stack, self._layers[number].lists
+        if lists.audit is None:
+            choice = page_choice(lists.selection, lists.number, stack.kv_heads, stack.query_heads)
+            if choice is not None:
+                return choice
+        return functools.partial(self._read_listed, number)
 
     def _read_listed(self, number: int) -> bool:
         """Attend to what the selection of a layer chooses for the step's query, whose token is

@@ -20,6 +20,7 @@ from lath.formats.attention import PageView, Queries, ScoreOptions
 from lath.formats.decode_step import DecoderLayer, DecoderStack, Norm, Product
 from lath.formats.page_step import Part
 from lath.formats.pages import PAGE
+from lath.formats.selection import PageChoice
 
 try:
     import numba  # noqa: F401
@@ -37,6 +38,7 @@ from lath.kernels.decode_step.cpu_arguments import (
     float_bits,
 )
 from lath.kernels.decode_step.cpu_heads import LONGEST_HEAD, emit_heads
+from lath.kernels.decode_step.cpu_select import BoundSelection
 from lath.kernels.decode_step.cpu_vectors import (
     emit_add,
     emit_embed,
@@ -237,7 +239,8 @@ class DecodeStep:
 
 class BoundStep:
     """A step over one cache, one sequence. views, options: of each layer. readers: by number,
-    of the layers that may read a part of their pages (`DecodeStep.o` of `DecodeStep.q`).
+    of the layers that may read a part of their pages (`DecodeStep.o` of `DecodeStep.q`), what they
+    read or who reads it.
 
     `move` says where the cache lies; it must be called again whenever that has changed.
     """
@@ -248,27 +251,38 @@ class BoundStep:
         views: Sequence[PageView],
         options: Sequence[ScoreOptions],
         part: Part,
-        readers: Mapping[int, Reader] | None = None,
+        readers: Mapping[int, Reader | PageChoice] | None = None,
     ) -> None:
         self.step, readers = step, readers or {}
         self._layer_rows: list[list[Row | Callable[[], None]]] = []
         self._heads: list[Block] = []
-        self._attentions: list[BoundAttention] = []
+        self._attentions: list[BoundAttention | BoundSelection] = []
         self._writers: list[BoundWriter] = []
         self.jobs = torch.zeros((len(views), 1, 4), dtype=torch.int32)
         self.jobs[..., 2] = PAGE
         self.pages = self.jobs.numpy()[:, 0, 3]  # of each layer: the one that is written
         queries = Queries(step.q, step.one, 1)
+        scratch: Tensor | None = None
         for n, (view, scores) in enumerate(zip(views, options, strict=True)):
             heads_row, heads = step.heads_row(step.stack.layers[n])
             writer = BoundWriter(view.format, step.q.dtype, self.jobs[n], step.stack.kv_heads, 1)
             # Layers run one by one: in one scratch, which stays in the cache.
-            scratch = self._attentions[-1].scratch if self._attentions else None
-            attention = BoundAttention(queries, view, scores, step.o, step.lse, 1, 1, scratch)
-            reads = row(attention.kernel, 1, attention.address)
+            reader = readers.get(n)
+            reads: list[Row | Callable[[], None]]
+            attention: BoundAttention | BoundSelection
+            if isinstance(reader, PageChoice):
+                attention = BoundSelection(
+                    queries, view, reader, scores, step.o, step.lse, scratch
+                )  # fmt: skip
+                reads, scratch = [*attention.rows], attention.attention.scratch
+            else:
+                attention = BoundAttention(queries, view, scores, step.o, step.lse, 1, 1, scratch)
+                own, scratch = row(attention.kernel, 1, attention.address), attention.scratch
+                reads = [
+                    own if reader is None else functools.partial(_read, reader, Program([own]))
+                ]
             self._layer_rows.append([
-                *step.before[n], heads_row, row(writer.kernel, 1, writer.address),
-                functools.partial(_read, readers[n], Program([reads])) if n in readers else reads,
+                *step.before[n], heads_row, row(writer.kernel, 1, writer.address), *reads,
                 *step.after[n],
             ])  # fmt: skip
             self._heads.append(heads)
