@@ -6,8 +6,8 @@
 writes decode_cpu.md and decode_cpu.json. Contenders take turns within each round, one greedy
 `generate` of 48 tokens each behind the same prompt of 256; a ratio is the median over rounds of the
 round's own, so that what else the machine does hits both. The clock is the thread's CPU time with
-one thread, wall time with more. llama-bench, where given, runs once in each round, in its own
-process and by its own clock.
+one thread, wall time with more. llama-bench, where given, takes turns with the fused step in rounds
+of their own, both by the wall (llama_bench.py).
 
 --positions: the logits of the fused step, one token at a time over that many tokens of text,
 against those of the unpatched model in fp32, and the modules' likewise: KL divergence in nats and
@@ -17,9 +17,7 @@ how often the largest logit is the same.
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,18 +27,20 @@ from typing import Any
 
 import report
 import torch
+from llama_bench import LlamaBench, Paired, Times, pair
 from torch import Tensor
 
 import lath
 from lath.integration.benchmark import machine_facts
 from lath.integration.cache import LathCache, cache_argument
 from lath.integration.find import OUTPUT_LAYER
-from lath.integration.measure import generate
+from lath.integration.measure import generate, time_generate
 from lath.integration.models import load_model
 from lath.integration.run_command import DEFAULT_HEAD, DEFAULT_WEIGHTS
 from lath.integration.text_sample import english_text
 
 PROMPT, TOKENS, WINDOW = 256, 48, 512
+LLAMA_TOKENS = 64
 KV = "int8"
 
 
@@ -119,19 +119,14 @@ def token_times(model: Any, ids: Tensor, now: Callable[[], float]) -> list[float
     return [after - before for before, after in itertools.pairwise(times)][1:]
 
 
-def llama_seconds(program: Path, gguf: Path, threads: int) -> float:
-    """Seconds of a token by llama-bench, one repetition behind the same prompt."""
-    command = [program, "-m", gguf, "-t", threads, "-p", 0, "-n", TOKENS, "-d", PROMPT, "-r", 1,
-               "-o", "json"]  # fmt: skip
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{program} failed: {done.stderr[-400:]}")
-    return 1 / float(json.loads(done.stdout)[0]["avg_ts"])
+def wall_times(contenders: Contenders, ids: Tensor) -> Times:
+    """Of the fused step, as llama-bench counts: means, the first token with its preparations."""
+    contenders.choose("fused")
+    prefill, steps = time_generate(contenders.model, ids, LLAMA_TOKENS + 1)
+    return Times(prefill, sum(steps) / len(steps))
 
 
-def measure(
-    contenders: Contenders, ids: Tensor, rounds: int, threads: int, llama: tuple[Path, Path] | None
-) -> list[Speed]:
+def measure(contenders: Contenders, ids: Tensor, rounds: int, threads: int) -> list[Speed]:
     now = time.thread_time if threads == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
@@ -141,8 +136,6 @@ def measure(
             own = statistics.median(token_times(contenders.model, ids, now))
             if turn:  # the first round compiles and warms up
                 seconds.setdefault(name, []).append(own)
-        if turn and llama is not None:
-            seconds.setdefault("llama-bench", []).append(llama_seconds(*llama, threads))
     fused = seconds["fused"]
     return [
         Speed(
@@ -230,6 +223,25 @@ def table_of(
     return "\n".join(lines)
 
 
+def table_of_pairs(peers: list[Paired], against: str, rounds: int) -> str:
+    if not peers:
+        return ""
+    lines = [
+        "",
+        f"llama-bench in turn with the fused step, both by the wall; {rounds} rounds; {against}.",
+        "",
+        "| | lath, tokens/s | llama.cpp, tokens/s | ratio, median of rounds | least, largest |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {p.what} | {p.ours:.0f} | {p.theirs:.0f} | {p.ratio:.2f} | "
+            f"{p.least:.2f}, {p.largest:.2f} |"
+            for p in peers
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def load_average() -> str:
     path = Path("/proc/loadavg")
     return " ".join(path.read_text().split()[:3]) if path.exists() else "unknown"
@@ -246,22 +258,30 @@ def main() -> None:
     options = report.parsed(parser)
     if (options.llama_bench is None) != (options.gguf is None):
         sys.exit("--llama-bench and --gguf go together")
-    llama = None if options.llama_bench is None else (options.llama_bench, options.gguf)
     torch.set_grad_enabled(False)
     model, tokenizer = load_model(options.model)
     contenders = Contenders(model, options.weights)
     model.to(getattr(torch, options.dtype))
     text = tokenizer(english_text(), return_tensors="pt", verbose=False).input_ids
-    speeds = measure(contenders, text[:, :PROMPT], options.rounds, options.threads, llama)
+    prompt = text[:, :PROMPT]
+    speeds = measure(contenders, prompt, options.rounds, options.threads)
+    peers, against = [], ""
+    if options.llama_bench is not None:
+        llama = LlamaBench(options.llama_bench, options.gguf, options.threads, PROMPT, LLAMA_TOKENS)
+        weights, before = llama.weights(), load_average()
+        peers = pair(llama, lambda: wall_times(contenders, prompt), options.rounds)
+        against = f"{llama.facts}; {weights}; load average {before}, after {load_average()}"
     found = []
     if options.positions:
         unpatched, _ = load_model(options.model, "float32")
         found = fidelity(contenders, unpatched, text, options.positions)
     command = report.command_of("bench_decode.py")
     table = table_of(options, speeds, found, contenders.decode_report("fused"), command)
+    table += table_of_pairs(peers, against, options.rounds)
     report.save(
         options, "decode_cpu", table, command, load_average=load_average(),
         speeds=[asdict(s) for s in speeds], fidelity=[asdict(f) for f in found],
+        llama_bench={"what": against, "rows": [asdict(p) for p in peers]},
     )  # fmt: skip
 
 

@@ -23,6 +23,17 @@ LOGISTIC = 1.702
 
 
 @dataclass(frozen=True)
+class PageChoice:
+    """A selection of pages by nothing but their scores: for each of `lists` lists (1, Hkv or Hq)
+    the `pages` pages of the most votes by `score`, and the last `recent`."""
+
+    score: PageScore
+    lists: int
+    pages: int
+    recent: int
+
+
+@dataclass(frozen=True)
 class IndexList:
     """Lists of pages or tokens, one of each sequence and head.
 

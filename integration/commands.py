@@ -23,6 +23,8 @@ from lath.integration.patch_attention import attention_options
 from lath.integration.patch_decode import check_decode
 from lath.integration.plan_command import plan_table
 from lath.integration.run_command import (
+    AUTO_CACHE,
+    DEFAULT_CACHE,
     DEFAULT_HEAD,
     DEFAULT_PROMPT,
     DEFAULT_WEIGHTS,
@@ -69,8 +71,12 @@ def run(
         str, typer.Option(help="'int8', or 'none' for the model's own.")
     ] = NOT_PATCHED,
     kv: Annotated[
-        str, typer.Option(help="Codecs of the cache, such as int8 or k8v4; 'none': not paged.")
-    ] = NOT_PATCHED,
+        str,
+        typer.Option(
+            help="Codecs of the cache, such as int8 or k8v4; 'none': not paged; 'auto': int8 where "
+            "compiled kernels decode."
+        ),
+    ] = AUTO_CACHE,
     select: Annotated[
         str | None,
         typer.Option(help="What of the cache is read, such as quest:1024; needs --kv."),
@@ -121,7 +127,10 @@ def run(
     _check_backend(backend)
     patched = [None if value == NOT_PATCHED else value for value in (attention, kv)]
     mending = True if repair else None
-    attention_options(patched[0], patched[1], backend, select, mending, audit)
+    if kv == AUTO_CACHE and (check_decode(decode) == "fused" or select is not None):
+        patched[1] = DEFAULT_CACHE
+    checked = None if patched[1] == AUTO_CACHE else patched[1]
+    attention_options(patched[0], checked, backend, select, mending, audit)
     if json is not None:
         _check_writable(json)
     if threads:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from lath.formats.attention import ScoreOptions
 from lath.formats.page_step import Part, close_page, count_token, is_plain, open_part
 from lath.formats.pages import PAGE
+from lath.formats.selection import PageChoice
+from lath.integration.attention import Readable, Scores
 from lath.integration.cache import LathCache, PagedLayer
 from lath.integration.decode_recognise import NotFusedError
-from lath.kernels.decode_step.cpu import BoundStep, DecodeStep
+from lath.kernels.decode_step.cpu import BoundStep, DecodeStep, Reader
 from lath.kernels.decode_step.cpu_arguments import STATE
-from lath.kernels.simd.program import Program
+from lath.kernels.simd.program import Pieces
 from lath.verbs.attention_options import choose_precision, choose_query
 from lath.verbs.backends import resolve_backend
+from lath.verbs.decode import decode_attention
+from lath.verbs.selection import page_choice
 
 
 class StepCache:
@@ -89,13 +94,40 @@ class StepCache:
                 )
                 for layer, view in zip(self._step.stack.layers, views, strict=True)
             ]  # fmt: skip
-            self._bound = BoundStep(self._step, views, options, self._part)
+            readers = {
+                n: self._reader(n)
+                for n, layer in enumerate(self._layers)
+                if layer.lists is not None
+            }
+            self._bound = BoundStep(self._step, views, options, self._part, readers)
         else:
             self._bound.move(views, self._part)
         self._seen = [
             (layer, store, store.spans[0], store._structure, store.pool.records, store.last_keys)
             for layer, store in zip(self._layers, stores, strict=True)
         ]
+
+    def _reader(self, number: int) -> Reader | PageChoice:
+        """What a layer with a selection reads, or who reads it."""
+        stack, lists = self._step.stack, self._layers[number].lists
+        if lists.audit is None:
+            choice = page_choice(lists.selection, lists.number, stack.kv_heads, stack.query_heads)
+            if choice is not None:
+                return choice
+        return functools.partial(self._read_listed, number)
+
+    def _read_listed(self, number: int) -> bool:
+        """Attend to what the selection of a layer chooses for the step's query, whose token is
+        stored and counted already; False where that is everything."""
+        layer, step = self._layers[number], self._step
+        scores, readable = Scores(step.stack.layers[number].scale), Readable(causal=True)
+        given: dict[str, Any] = {"query_lengths": None, "backend": self._reading.backend}
+        query = step.q.clone()  # a list may be kept with the query that it was made for
+        lists = layer.lists.arguments(query, layer.pages, readable, scores, given, False)
+        if lists:
+            given |= readable.arguments | scores.arguments | lists
+            step.o.copy_(decode_attention(query, layer.pages, **given))
+        return bool(lists)
 
     def advance(self) -> tuple[int, int]:
         """Count one token in every layer, and its page where it fills one. Returns its slot in the
@@ -118,7 +150,7 @@ class StepCache:
         self._stale = self._part == "first" and slot == PAGE - 1
         return slot, 1
 
-    def run(self, program: Program | None = None) -> None:
+    def run(self, program: Pieces | None = None) -> None:
         """One token, whose number and position the step knows: counted, stored, computed."""
         state = self._step.state
         state[STATE["slot"]], state[STATE["grown"]] = self.advance()
@@ -131,8 +163,6 @@ def _check_layers(cache: LathCache, step: DecodeStep) -> None:
     for layer in cache.layers:
         if type(layer) is not PagedLayer:
             raise NotFusedError(f"the cache has a {type(layer).__name__}")
-        if layer.lists is not None:
-            raise NotFusedError("a selection chooses what is read, step by step")
 
 
 def _check_contents(layer: PagedLayer, step: DecodeStep) -> None:

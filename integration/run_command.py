@@ -23,11 +23,13 @@ from lath.integration.find import OUTPUT_LAYER
 from lath.integration.measure import generate, measure_speeds
 from lath.integration.models import load_model, parse_dtype
 from lath.integration.patch import patch
+from lath.integration.patch_attention import AttentionPatch, attention_options
 from lath.integration.perplexity import cached_perplexity, num_windows, perplexity
 from lath.integration.progress import progress_bar, shows_progress
 from lath.integration.report import PatchReport, model_bytes
 from lath.integration.report_table import selection_line
 from lath.integration.text_sample import english_text
+from lath.verbs.backends import resolve_backend
 from lath.verbs.planning import describe_device
 from lath.verbs.selection import DECODE_ROWS
 
@@ -38,6 +40,9 @@ DEFAULT_WEIGHTS = "int4-g32-fzero"
 # The output layer reads a fifth of SmolLM2 for every token; eight bits of it cost no quality.
 DEFAULT_HEAD = "int8-g64"
 NO_HEAD = "none"
+# A cache in pages is what one compiled call per token reads; eight bits cost no quality.
+DEFAULT_CACHE = "int8"
+AUTO_CACHE = "auto"
 WINDOW = 512
 CHUNK = 128
 PREFILL_TOKENS = 256
@@ -52,7 +57,7 @@ LONG_CHUNK = DECODE_ROWS
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options of `lath run`; see its help."""
+    """The options of `lath run`; see its help. kv: None, codecs, or AUTO_CACHE."""
 
     model: str
     weights: str
@@ -177,6 +182,7 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
     model, tokenizer = load_model(options.model)
     text_ids = tokenizer(english_text(), return_tensors="pt", verbose=False).input_ids
     text_ids, calibration = _split(text_ids, options)
+    options, cache_note = with_cache(model, options)
     patches = Patches(model, options, calibration)
     patches.undo()
     dtype = parse_dtype(options.dtype)
@@ -206,6 +212,8 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
             f"Calibrated on {calibration.ids.numel()} tokens of the text; perplexity is of "
             f"{text_ids.numel()} others."
         )
+    if cache_note:
+        console.print(cache_note, highlight=False)
     if patches.body.decode is not None:
         console.print(str(patches.body.decode), highlight=False)
     if patches.body.selection is not None:
@@ -215,6 +223,29 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
         console.print(str(patches.body.misses), highlight=False)
     console.print(difference(result.text_before, result.text_after))
     return result
+
+
+def with_cache(model: Any, options: RunOptions) -> tuple[RunOptions, str]:
+    """The options with AUTO_CACHE resolved, and why the cache stays the model's own, or "".
+
+    DEFAULT_CACHE where tokens can go through one compiled call: with the compiled kernels of a CPU,
+    in a model whose attention takes pages. Whether it is then fused, the decode report says.
+    """
+    if options.kv != AUTO_CACHE:
+        return options, ""
+    chosen = dataclasses.replace(options, kv=DEFAULT_CACHE)
+    without = dataclasses.replace(options, kv=None)
+    backend = resolve_backend(options.backend, torch.device("cpu"))
+    if options.decode == "modules" or backend != "cpu":
+        why = "--decode modules" if options.decode == "modules" else f"backend {backend}"
+        return without, f"cache: the model's own ({why})"
+    attending = attention_options(options.attention, chosen.kv, options.backend)
+    assert attending is not None
+    try:
+        AttentionPatch.prepare(model, attending)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        return without, f"cache: the model's own ({error})"
+    return chosen, ""
 
 
 def _split(ids: Tensor, options: RunOptions) -> tuple[Tensor, Calibration | None]:

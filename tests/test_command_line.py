@@ -73,6 +73,26 @@ def test_run_fuses_decoding(capsys: pytest.CaptureFixture[str]) -> None:
     assert "decode: one compiled call per token" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (["--backend", "reference"], "cache: the model's own (backend reference)"),
+        (["--decode", "modules"], "cache: the model's own (--decode modules)"),
+        (["--kv", "none"], ""),
+        ([], "decode: one compiled call per token"),
+    ],
+)
+def test_the_cache_is_paged_where_that_fuses_decoding(
+    options: list[str], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("numba")
+    assert run(["run", *TINY, "--backend", "cpu", *options]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert shown in text
+    assert ("cache int8" in text) == (not options)
+    assert ("decode:" in text) == (not options)
+
+
 def test_packed_codes_come_from_the_checkpoint_not_from_its_rounding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +136,7 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--model", "tiny", "--attention", "int4"], "attention must be"),
         (["run", "--model", "tiny", "--kv", "k3v4"], "kv must be one of"),
         (["run", "--model", "tiny", "--decode", "quick"], "decode must be one of"),
-        (["run", "--model", "tiny", "--decode", "fused"], "needs a paged cache"),
+        (["run", "--model", "tiny", "--decode", "fused", "--kv", "none"], "paged cache"),
         (["run", "--threads", "many"], "--threads"),
         (["run", "--threads", "-1"], "--threads"),
         (["run", "--max-new-tokens", "0"], "--max-new-tokens"),
@@ -176,3 +196,13 @@ def test_difference_marks_words() -> None:
         "Difference of the answers: a [-b-] {+x+} c {+d+}"
     )
     assert "same" in str(run_command.difference("a b", "a b"))
+
+
+def test_a_model_that_takes_no_pages_keeps_its_cache() -> None:
+    pytest.importorskip("numba")
+    options = run_command.RunOptions(
+        "x", "int8", "auto", "cpu", (), "none", False, "x", 1, "auto", 1, kv=run_command.AUTO_CACHE
+    )
+    chosen, note = run_command.with_cache(torch.nn.Linear(16, 16), options)
+    assert chosen.kv is None
+    assert "PreTrainedModel" in note

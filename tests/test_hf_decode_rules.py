@@ -332,13 +332,3 @@ def test_foreign_caches(models: tuple[Any, Any]) -> None:
     found = reasons(models[1])
     assert "fused" not in found
     assert found["DynamicCache"] == 5
-
-
-def test_a_selection(no_grad: None) -> None:
-    both = decoder("Llama"), decoder("Llama")
-    for model, decode in zip(both, ("modules", "auto"), strict=True):
-        patched(model, decode, kv="int8", activations="float", select="quest:128")
-    ids = tokens(1, 400)
-    expected, out = (generate(model, ids, 5) for model in both)
-    assert torch.equal(out, expected)
-    assert "fused" not in reasons(both[1])

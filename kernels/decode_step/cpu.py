@@ -7,7 +7,8 @@ cache besides: where its pages and float parts lie, which changes when a page fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from lath.formats.attention import PageView, Queries, ScoreOptions
 from lath.formats.decode_step import DecoderLayer, DecoderStack, Norm, Product
 from lath.formats.page_step import Part
 from lath.formats.pages import PAGE
+from lath.formats.selection import PageChoice
 
 try:
     import numba  # noqa: F401
@@ -36,6 +38,7 @@ from lath.kernels.decode_step.cpu_arguments import (
     float_bits,
 )
 from lath.kernels.decode_step.cpu_heads import LONGEST_HEAD, emit_heads
+from lath.kernels.decode_step.cpu_select import BoundSelection
 from lath.kernels.decode_step.cpu_vectors import (
     emit_add,
     emit_embed,
@@ -49,10 +52,12 @@ from lath.kernels.linear.cpu_kernels import FLOAT_KINDS
 from lath.kernels.pages.cpu import BoundWriter
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import FP32, LANES
-from lath.kernels.simd.program import Program, row
+from lath.kernels.simd.program import Pieces, Program, row
 
 Row = tuple[int, ...]
 Block = NDArray[np.int64]
+# Computes o of q in the place of attention over all pages; False: nothing was done.
+Reader = Callable[[], bool]
 
 
 class DecodeStep:
@@ -233,7 +238,9 @@ class DecodeStep:
 
 
 class BoundStep:
-    """A step over one cache, one sequence. views, options: of each layer.
+    """A step over one cache, one sequence. views, options: of each layer. readers: by number,
+    of the layers that may read a part of their pages (`DecodeStep.o` of `DecodeStep.q`), what they
+    read or who reads it.
 
     `move` says where the cache lies; it must be called again whenever that has changed.
     """
@@ -244,32 +251,46 @@ class BoundStep:
         views: Sequence[PageView],
         options: Sequence[ScoreOptions],
         part: Part,
+        readers: Mapping[int, Reader | PageChoice] | None = None,
     ) -> None:
-        self.step = step
-        self._layer_rows: list[list[Row]] = []
+        self.step, readers = step, readers or {}
+        self._layer_rows: list[list[Row | Callable[[], None]]] = []
         self._heads: list[Block] = []
-        self._attentions: list[BoundAttention] = []
+        self._attentions: list[BoundAttention | BoundSelection] = []
         self._writers: list[BoundWriter] = []
         self.jobs = torch.zeros((len(views), 1, 4), dtype=torch.int32)
         self.jobs[..., 2] = PAGE
         self.pages = self.jobs.numpy()[:, 0, 3]  # of each layer: the one that is written
         queries = Queries(step.q, step.one, 1)
+        scratch: Tensor | None = None
         for n, (view, scores) in enumerate(zip(views, options, strict=True)):
             heads_row, heads = step.heads_row(step.stack.layers[n])
             writer = BoundWriter(view.format, step.q.dtype, self.jobs[n], step.stack.kv_heads, 1)
             # Layers run one by one: in one scratch, which stays in the cache.
-            scratch = self._attentions[-1].scratch if self._attentions else None
-            attention = BoundAttention(queries, view, scores, step.o, step.lse, 1, 1, scratch)
+            reader = readers.get(n)
+            reads: list[Row | Callable[[], None]]
+            attention: BoundAttention | BoundSelection
+            if isinstance(reader, PageChoice):
+                attention = BoundSelection(
+                    queries, view, reader, scores, step.o, step.lse, scratch
+                )  # fmt: skip
+                reads, scratch = [*attention.rows], attention.attention.scratch
+            else:
+                attention = BoundAttention(queries, view, scores, step.o, step.lse, 1, 1, scratch)
+                own, scratch = row(attention.kernel, 1, attention.address), attention.scratch
+                reads = [
+                    own if reader is None else functools.partial(_read, reader, Program([own]))
+                ]
             self._layer_rows.append([
-                *step.before[n], heads_row, row(writer.kernel, 1, writer.address),
-                row(attention.kernel, 1, attention.address), *step.after[n],
+                *step.before[n], heads_row, row(writer.kernel, 1, writer.address), *reads,
+                *step.after[n],
             ])  # fmt: skip
             self._heads.append(heads)
             self._writers.append(writer)
             self._attentions.append(attention)
         inner = [row for rows in self._layer_rows for row in rows]
         self._rows = [step.first_row, *inner, *step.last_rows]
-        self._program = Program(self._rows)
+        self._program = Pieces(self._rows)
         self.move(views, part)
         self.writes = True
         self.switch(False)
@@ -294,17 +315,22 @@ class BoundStep:
             for writer in self._writers:
                 writer.switch(writes)
 
-    def greedy_program(self, logits: Tensor) -> Program:
+    def greedy_program(self, logits: Tensor) -> Pieces:
         """This step, and the next token besides."""
-        return Program([*self._rows, self.step.largest_row(logits)])
+        return Pieces([*self._rows, self.step.largest_row(logits)])
 
-    def run(self, program: Program | None = None) -> None:
+    def run(self, program: Pieces | None = None) -> None:
         """One token: `DecodeStep.state` says which and where."""
         (program or self._program).run()
 
     def run_layer(self, number: int) -> None:
         """One layer: the residual goes in and comes out."""
-        Program(self._layer_rows[number]).run()
+        Pieces(self._layer_rows[number]).run()
+
+
+def _read(reader: Reader, everything: Program) -> None:
+    if not reader():
+        everything.run()
 
 
 def _enter_part(block: Block, view: PageView, part: Part) -> None:

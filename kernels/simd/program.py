@@ -8,7 +8,8 @@ whether the threads wait for each other behind it. One thread runs all units of 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,23 @@ class Program:
 
     def run(self) -> None:
         self._run(*self._call)
+
+
+class Pieces:
+    """Rows and calls of Python, run in their order: rows that follow one another as one program."""
+
+    def __init__(self, parts: Sequence[tuple[int, ...] | Callable[[], None]]) -> None:
+        self._calls: list[Callable[[], None]] = []
+        for is_call, group in itertools.groupby(parts, callable):
+            members: list[Any] = list(group)
+            self._calls += members if is_call else [Program(members).run]
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def run(self) -> None:
+        for call in self._calls:
+            call()
 
 
 def row(kernel: Any, units: int, arguments: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lath.formats.attention import PageView, Queries
 from lath.formats.pages import PAGE
 from lath.formats.plan import Backend
-from lath.formats.selection import Granularity, Heads
+from lath.formats.selection import Granularity, Heads, PageScore
 from lath.verbs.paged_kv import PagedKV
 
 
@@ -105,6 +105,11 @@ class Selector(ABC):
         if option:
             raise ValueError(f"selector {cls.name!r} takes no option, got {option!r}")
         return cls()
+
+    @property
+    def page_score(self) -> PageScore | None:
+        """The score of pages that `scores` is the vote of, where it is just that."""
+        return None
 
     @property
     def option(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lath.formats.page_pool import SideTable
 from lath.formats.pages import PAGE, SUBPAGE, PageFormat
+from lath.formats.selection import PageScore
 from lath.selectors.base import Request, Scored, Selector, hide, pool
 from lath.verbs.page_decode import decode_pages, mean_over_tokens, read_field
 from lath.verbs.select_backends import page_scores
@@ -54,6 +55,10 @@ class Quest(_FromIndex):
     def option(self) -> str:
         return str(SUBPAGE) if self.subpages else ""
 
+    @property
+    def page_score(self) -> PageScore | None:
+        return None if self.subpages else "bound"
+
     def scores(self, request: Request) -> Scored:
         extremes = subpage_extremes(request) if self.subpages else None
         return Scored(pool(_pages_by(request, "bound", extremes), request.lists, full=request.full))
@@ -80,9 +85,13 @@ class Centroid(_FromIndex):
     def option(self) -> str:
         return "mass" if self.mass else ""
 
+    @property
+    def page_score(self) -> PageScore:
+        return "mass" if self.mass else "mean"
+
     def scores(self, request: Request) -> Scored:
-        kind = "mass" if self.mass else "mean"
-        return Scored(pool(_pages_by(request, kind), request.lists, full=request.full))
+        own = _pages_by(request, self.page_score)
+        return Scored(pool(own, request.lists, full=request.full))
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lath.formats.selection import Heads, IndexList
+from lath.formats.selection import Heads, IndexList, PageChoice
 from lath.selectors import Selector
 from lath.selectors import selector as parse_selector
 from lath.verbs.attention_options import integers
-from lath.verbs.budgets import Budget, TopMass, budget_tokens, parse_budget
+from lath.verbs.budgets import Budget, TopMass, budget_pages, budget_tokens, parse_budget
 from lath.verbs.checks import check_flag, check_size
 from lath.verbs.paged_kv import PagedKV
 from lath.verbs.repairs import parse_repair
@@ -98,6 +98,22 @@ class Selection:
                 f"layer {layer}"
             )
         return self.layer_budgets[layer]
+
+
+def page_choice(
+    selection: Selection, layer: int, kv_heads: int, query_heads: int
+) -> PageChoice | None:
+    """What a step of one token takes of a layer's pages, where that is a vote over pages within a
+    budget in tokens, made anew for each step; None where more is asked."""
+    wish, budget = selection, selection.budget_of(layer)
+    score = wish.selector.page_score
+    plain = (wish.repair, wish.dense_below, wish.reuse, wish.reuse_cosine) == (False, 0, 1, None)
+    if score is None or not plain or not isinstance(budget, int) or layer in wish.dense_layers:
+        return None
+    whose = wish.selector.default_heads if wish.heads is None else wish.heads
+    lists = {"kv": kv_heads, "query": query_heads, "layer": 1}[whose]
+    recent = wish.selector.recent if wish.recent is None else wish.recent
+    return PageChoice(score, lists, budget_pages(budget), recent)
 
 
 class Selecting:
