@@ -40,68 +40,52 @@ def _multiply_add(words, EXPONENT: tl.constexpr, addend, TYPE: tl.constexpr, PAC
 
 
 @triton.jit
-def _add_plane(
-    numbers,
-    plane,
-    rows,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    UPPER: tl.constexpr,
-    UP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TYPE: tl.constexpr,
-    PACKED: tl.constexpr,
+def _fields(
+    plane, rows, FIRST: tl.constexpr, COUNT: tl.constexpr, UPPER: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """numbers plus the codes of a plane times 2**UP of its type's smallest subnormal.
+    """Fields of COUNT words where they stand in the lower byte of both lanes: uint32 [rows, COUNT].
 
-    FIRST, COUNT: words, as in `triton_decode._plane`. UPPER: the upper byte of each lane.
+    FIRST: as in `triton_decode._plane`. UPPER: of the upper byte, which is moved down. Of a 1-bit
+    plane the two halves of a run are brought to one bit.
     """
     WORDS: tl.constexpr = 4 * WIDTH
     SLOT: tl.constexpr = WIDTH * (FIRST // WORDS)
-    # The two halves of a run in a 1-bit plane are brought to one bit, and so share their factor.
     AT: tl.constexpr = SLOT // 2 * 2 if WIDTH == 1 else SLOT
     SHIFT: tl.constexpr = (8 if UPPER else 0) + SLOT - AT
     offsets = rows[:, None] * WORDS + (FIRST % WORDS + tl.arange(0, COUNT))[None, :]
     words = tl.load(plane + offsets).to(tl.uint32, bitcast=True)
     if SHIFT > 0:
         words >>= SHIFT
-    fields = words & ((((1 << WIDTH) - 1) * HALVES) << AT)
-    # The largest power of two of fp16 is 2**15.
-    LIFT: tl.constexpr = max(UP - AT - 15, 0) if tl.float16 == TYPE else 0
-    return _multiply_add(fields << LIFT, UP - AT - LIFT, numbers, TYPE, PACKED)
+    return words & ((((1 << WIDTH) - 1) * HALVES) << AT)
 
 
 @triton.jit
-def _numbers_of_words(
-    planes,
+def _add_plane(
+    numbers,
+    plane,
     rows,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    UPPER: tl.constexpr,
-    FORM: tl.constexpr,
-    WIDTHS: tl.constexpr,
+    RUN: tl.constexpr,
+    UP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    IN_HALVES: tl.constexpr,
     TYPE: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """q / 2**FORM[1] - FORM[0] of COUNT words: TYPE [rows, 2 * COUNT] (PACKED: words)."""
-    UP: tl.constexpr = (24 if tl.float16 == TYPE else 133) - FORM[1]
-    numbers = tl.full((1, 1), -FORM[0], TYPE)
-    if PACKED:
-        pair = numbers.to(tl.uint16, bitcast=True).to(tl.uint32) * HALVES
-        numbers = tl.broadcast_to(pair, (rows.shape[0], COUNT))
-    numbers = _add_plane(
-        numbers, planes[0], rows, FIRST, COUNT, UPPER, UP, WIDTHS[0], TYPE, PACKED
-    )  # fmt: skip
-    if WIDTHS[1] > 0:
-        numbers = _add_plane(
-            numbers, planes[1], rows, FIRST, COUNT, UPPER, UP + WIDTHS[0], WIDTHS[1], TYPE, PACKED
-        )  # fmt: skip
-    if WIDTHS[2] > 0:
-        numbers = _add_plane(
-            numbers, planes[2], rows, FIRST, COUNT, UPPER, UP + WIDTHS[0] + WIDTHS[1], WIDTHS[2],
-            TYPE, PACKED,
-        )  # fmt: skip
-    return numbers
+    """numbers plus the codes of a run in a plane times 2**UP of its type's smallest subnormal.
+
+    IN_HALVES: in the order of `triton_decode.eight_words` where there is a 1-bit plane.
+    """
+    FIRST: tl.constexpr = 8 * (RUN // 2)
+    if IN_HALVES:
+        left = _fields(plane, rows, FIRST, 4, RUN % 2, WIDTH)
+        right = _fields(plane, rows, FIRST + 4, 4, RUN % 2, WIDTH)
+        words = tl.reshape(tl.join(left, right), (left.shape[0], 8))
+    else:
+        words = _fields(plane, rows, FIRST, 8, RUN % 2, WIDTH)
+    SLOT: tl.constexpr = WIDTH * (FIRST // (4 * WIDTH))
+    # The largest power of two of fp16 is 2**15.
+    LIFT: tl.constexpr = max(UP - SLOT - 15, 0) if tl.float16 == TYPE else 0
+    return _multiply_add(words << LIFT, UP - SLOT - LIFT, numbers, TYPE, PACKED)
 
 
 @triton.jit
@@ -114,20 +98,26 @@ def _numbers_in_place(
     TYPE: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Run RUN (16 columns) of a block: TYPE [rows, 16], ordered by `column_order`."""
-    FIRST: tl.constexpr = 8 * (RUN // 2)
-    if WIDTHS[3]:
-        left = _numbers_of_words(planes, rows, FIRST, 4, RUN % 2, FORM, WIDTHS, TYPE, PACKED)
-        right = _numbers_of_words(planes, rows, FIRST + 4, 4, RUN % 2, FORM, WIDTHS, TYPE, PACKED)
-        if PACKED:
-            words = tl.reshape(tl.join(left, right), (left.shape[0], 8))
-            return halves(words).to(TYPE, bitcast=True)
-        else:
-            pairs = tl.reshape(tl.join(left, right), (left.shape[0], 4, 2, 2))
-            return tl.reshape(tl.permute(pairs, (0, 1, 3, 2)), (left.shape[0], 16))
-    else:
-        numbers = _numbers_of_words(planes, rows, FIRST, 8, RUN % 2, FORM, WIDTHS, TYPE, PACKED)
-        return halves(numbers).to(TYPE, bitcast=True) if PACKED else numbers
+    """Run RUN (16 columns) of a block: q / 2**FORM[1] - FORM[0], TYPE [rows, 16], ordered by
+    `column_order`."""
+    UP: tl.constexpr = (24 if tl.float16 == TYPE else 133) - FORM[1]
+    numbers = tl.full((1, 1), -FORM[0], TYPE)
+    if PACKED:
+        pair = numbers.to(tl.uint16, bitcast=True).to(tl.uint32) * HALVES
+        numbers = tl.broadcast_to(pair, (rows.shape[0], 8))
+    numbers = _add_plane(
+        numbers, planes[0], rows, RUN, UP, WIDTHS[0], WIDTHS[3], TYPE, PACKED
+    )  # fmt: skip
+    if WIDTHS[1] > 0:
+        numbers = _add_plane(
+            numbers, planes[1], rows, RUN, UP + WIDTHS[0], WIDTHS[1], WIDTHS[3], TYPE, PACKED
+        )  # fmt: skip
+    if WIDTHS[2] > 0:
+        numbers = _add_plane(
+            numbers, planes[2], rows, RUN, UP + WIDTHS[0] + WIDTHS[1], WIDTHS[2], WIDTHS[3], TYPE,
+            PACKED,
+        )  # fmt: skip
+    return halves(numbers).to(TYPE, bitcast=True) if PACKED else numbers
 
 
 @triton.jit
