@@ -59,8 +59,8 @@ VARIANTS = [
 CHOICE = [
     "quest", "quest-16", "quest+outliers", "quest-16+outliers", "centroid", "centroid+outliers",
     "centroid-mass", "centroid-mass+outliers", "paged_eviction", "paged_eviction+outliers",
-    "double_sparsity", "double_sparsity-16", "double_sparsity-32", "clusterkv",
-    "clusterkv+outliers", "clusterkv-10",
+    "double_sparsity", "double_sparsity-16", "double_sparsity-24", "double_sparsity-32",
+    "clusterkv", "clusterkv+outliers", "clusterkv-20", "clusterkv-10",
 ]  # fmt: skip
 HELD = ["quest", "centroid", "centroid-mass", "paged_eviction", "clusterkv"]
 EVERY_BUDGET = {"double_sparsity-32"}  # the others at the largest alone
@@ -126,6 +126,7 @@ def contenders() -> Iterator[Contender]:
     for selector in VARIANTS:
         for budget in BUDGETS if selector in EVERY_BUDGET else BUDGETS[-1:]:
             yield Contender(selector, budget)
+    yield Contender("centroid-mass+outliers", BUDGETS[-1], heads="query")
 
 
 def choices() -> Iterator[Contender]:
@@ -135,7 +136,12 @@ def choices() -> Iterator[Contender]:
         yield Contender(selector, BUDGETS[-1])
     for selector in ("quest", "centroid", "centroid-mass", "paged_eviction"):
         yield Contender(selector, BUDGETS[-1], dense_layers=(0, 1))
-    for selector in ("quest", "quest-16", "centroid-mass"):
+    yield Contender("paged_eviction+outliers", BUDGETS[-1], dense_layers=(0, 1))
+    # The heads that look at the needle begin in layer 18: is it lost below them or by their lists?
+    yield Contender("quest", BUDGETS[-1], dense_layers=tuple(range(18)))
+    yield Contender("quest", BUDGETS[-1], dense_layers=tuple(range(18, 30)))
+    per_head = [one for one in CHOICE if one.endswith(SUFFIX)]
+    for selector in ("quest", "quest-16", "centroid-mass", *per_head):
         yield Contender(selector, BUDGETS[-1], heads="query")
 
 

@@ -13,7 +13,8 @@ def named(row: dict[str, Any]) -> str:
     if row["heads"] is not None:
         return f"{row['selector']}, a list per query head"
     if row.get("dense_layers"):
-        return f"{row['selector']}, the first {len(row['dense_layers'])} layers read whole"
+        first, last = row["dense_layers"][0], row["dense_layers"][-1]
+        return f"{row['selector']}, layers {first}-{last} read whole"
     if isinstance(row["repair"], str):
         return f"{row['selector']}, repair='{row['repair']}'"
     return row["selector"] + (" with repair" if row["repair"] else "")
