@@ -137,9 +137,6 @@ def choices() -> Iterator[Contender]:
     for selector in ("quest", "centroid", "centroid-mass", "paged_eviction"):
         yield Contender(selector, BUDGETS[-1], dense_layers=(0, 1))
     yield Contender("paged_eviction+outliers", BUDGETS[-1], dense_layers=(0, 1))
-    # The heads that look at the needle begin in layer 18: is it lost below them or by their lists?
-    yield Contender("quest", BUDGETS[-1], dense_layers=tuple(range(18)))
-    yield Contender("quest", BUDGETS[-1], dense_layers=tuple(range(18, 30)))
     per_head = [one for one in CHOICE if one.endswith(SUFFIX)]
     for selector in ("quest", "quest-16", "centroid-mass", *per_head):
         yield Contender(selector, BUDGETS[-1], heads="query")
