@@ -1,7 +1,7 @@
 """Needles and perplexity of SmolLM2-135M-Instruct when decoding reads only what is selected.
 
     python bench/selection_needle.py [--lengths 1024,2048,4096,8192] [--needles 2] [--threads 1]
-        [--missing [--parts needles,choice,held,perplexities]]
+        [--missing [--parts needles,choice,held,layers,perplexities]]
 
 writes bench/results/selection_needle.md and .json; --missing keeps the lines of that .json and
 measures those that it has not. Needle: a sentence with a random number, at five
@@ -33,6 +33,7 @@ from selection_needle_report import (
     BUDGETS,
     CHOICE_LENGTH,
     CHOICE_SEEDS,
+    LAYERS_LENGTH,
     SEQUENCES,
     STEPS,
     named,
@@ -64,7 +65,7 @@ CHOICE = [
 ]  # fmt: skip
 HELD = ["quest", "centroid", "centroid-mass", "paged_eviction", "clusterkv"]
 EVERY_BUDGET = {"double_sparsity-32"}  # the others at the largest alone
-PARTS = ("needles", "choice", "held", "perplexities")
+PARTS = ("needles", "choice", "held", "layers", "perplexities")
 DEPTHS = [0, 0.25, 0.5, 0.75, 1]
 CHUNK = 256
 ANSWER = 8  # tokens; the number needs 6
@@ -140,6 +141,13 @@ def choices() -> Iterator[Contender]:
     per_head = [one for one in CHOICE if one.endswith(SUFFIX)]
     for selector in ("quest", "quest-16", "centroid-mass", *per_head):
         yield Contender(selector, BUDGETS[-1], heads="query")
+
+
+def by_layers() -> Iterator[Contender]:
+    """Where needles are lost: the heads that look at them lie in layers 18 and up."""
+    for selector in ("quest", "centroid"):
+        for layers in ((), tuple(range(18)), tuple(range(18, 30))):
+            yield Contender(selector, BUDGETS[-1], dense_layers=layers)
 
 
 def read_on() -> Iterator[Contender]:
@@ -358,6 +366,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         if "held" in asked and not kept["held"]:
             kept["held"] += lists_hold(runner, tokenizer)
+        if "layers" in asked:
+            seeds = range(options.needles)
+            kept["layers"] += needles(
+                runner, tokenizer, [LAYERS_LENGTH], seeds, list(by_layers()), kept["layers"]
+            )
         if "perplexities" in asked:
             measured, result["context"] = perplexities(runner, tokenizer, kept["perplexities"])
             kept["perplexities"] += measured

@@ -6,6 +6,7 @@ from typing import Any
 
 BUDGETS = [256, 512, 1024]
 CHOICE_SEEDS, CHOICE_LENGTH = [2, 3], 8192  # shorter prompts tell the forms less well apart
+LAYERS_LENGTH = 4096  # where dense finds all and pages find half
 SEQUENCES, STEPS = 8, 16  # of the perplexity: 128 tokens
 
 
@@ -142,6 +143,11 @@ def report(result: dict[str, Any], about: str) -> str:
         f"tokens, budget {BUDGETS[-1]}.", "", *table(["reads", "found"], lines),
     ]  # fmt: skip
     parts += held_table(result["held"])
+    lines = [[name, hits(own)] for name, own in by_name(result["layers"]).items()]
+    parts += [
+        f"Needles of the first table, {LAYERS_LENGTH} tokens, budget {BUDGETS[-1]}, with some "
+        "layers read whole:", "", *table(["reads", "found"], lines),
+    ]  # fmt: skip
     parts += [
         "## Perplexity", "",
         f"{SEQUENCES * STEPS} tokens, each behind {result['context']} tokens or more of the same "
