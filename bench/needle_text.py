@@ -30,11 +30,15 @@ def filler(tokenizer: Any, rng: random.Random, count: int) -> list[int]:
     return ids[:count]
 
 
+def sentence(number: str) -> str:
+    return f" The special magic number is {number}."
+
+
 def prompt(tokenizer: Any, length: int, depth: float, seed: int) -> tuple[list[int], str]:
     """`length` tokens and the number that is asked for."""
     rng = random.Random(f"{length} {depth} {seed}")
     number = str(rng.randint(10000, 99999))
-    needle = tokenizer(f" The special magic number is {number}.").input_ids
+    needle = tokenizer(sentence(number)).input_ids
     question = tokenizer(QUESTION).input_ids
     text = filler(tokenizer, rng, length - len(needle) - len(question))
     at = int(depth * len(text))

@@ -1,7 +1,7 @@
 """Needles and perplexity of SmolLM2-135M-Instruct when decoding reads only what is selected.
 
     python bench/selection_needle.py [--lengths 1024,2048,4096,8192] [--needles 2] [--threads 1]
-        [--missing]
+        [--missing [--parts needles,choice,held,layers,perplexities]]
 
 writes bench/results/selection_needle.md and .json; --missing keeps the lines of that .json and
 measures those that it has not. Needle: a sentence with a random number, at five
@@ -9,7 +9,8 @@ depths of a filler text in which no sentence comes twice; the number is asked fo
 prompt is read once into an int8 cache, but for its last token; every selection goes on from there,
 on a fork of the cache, and its greedy answer holds the number or not. Perplexity: of the last 128
 tokens of the shipped English text, one token after the other. Captured mass and recall: of the
-first of those tokens, means over layers, heads and pieces.
+first of those tokens, means over layers, heads and pieces. Forms of selectors were chosen on other
+needles (other seeds), which have a table of their own.
 """
 
 from __future__ import annotations
@@ -19,13 +20,25 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from needle_text import prompt
+from needle_probe import BUDGET as PROBE_BUDGET
+from needle_probe import Probe, needle_rows, place_of
+from needle_text import prompt, sentence
+from selection_needle_report import (
+    BUDGETS,
+    CHOICE_LENGTH,
+    CHOICE_SEEDS,
+    LAYERS_LENGTH,
+    SEQUENCES,
+    STEPS,
+    named,
+    report,
+)
 from torch import Tensor
 from torch.nn import functional
 
@@ -35,17 +48,27 @@ from lath.integration.benchmark import machine_facts
 from lath.integration.cache import LathCache, cache_argument
 from lath.integration.models import load_model
 from lath.integration.text_sample import english_text
-from lath.selectors import Request, Scored, Selector
+from lath.selectors import SUFFIX, Request, Scored, Selector
 
 RESULTS = Path(__file__).parent / "results"
 SELECTORS = [*lath.selectors.SELECTORS, "centroid-mass"]
-# With options other than the default, chosen by captured mass in the text of the perplexity.
-VARIANTS = ["double_sparsity-32"]
-BUDGETS = [256, 512, 1024]
+# Other forms than the default: chosen, or the nearest to dense of their selector, on CHOICE_SEEDS.
+VARIANTS = [
+    "double_sparsity-32", "clusterkv+outliers", "quest+outliers", "centroid+outliers",
+    "centroid-mass+outliers", "paged_eviction+outliers",
+]  # fmt: skip
+CHOICE = [
+    "quest", "quest-16", "quest+outliers", "quest-16+outliers", "centroid", "centroid+outliers",
+    "centroid-mass", "centroid-mass+outliers", "paged_eviction", "paged_eviction+outliers",
+    "double_sparsity", "double_sparsity-16", "double_sparsity-24", "double_sparsity-32",
+    "clusterkv", "clusterkv+outliers", "clusterkv-20", "clusterkv-10",
+]  # fmt: skip
+HELD = ["quest", "centroid", "centroid-mass", "paged_eviction", "clusterkv"]
+EVERY_BUDGET = {"double_sparsity-32"}  # the others at the largest alone
+PARTS = ("needles", "choice", "held", "layers", "perplexities")
 DEPTHS = [0, 0.25, 0.5, 0.75, 1]
 CHUNK = 256
 ANSWER = 8  # tokens; the number needs 6
-SEQUENCES, STEPS = 8, 16  # of the perplexity: 128 tokens
 
 
 class RecentOnly(Selector):
@@ -67,18 +90,28 @@ class Contender:
     budget: int = 0
     repair: bool | str = False
     heads: Heads | None = None
+    dense_layers: tuple[int, ...] = ()
 
     @property
     def selection(self) -> lath.Selection | None:
         if self.selector == "dense":
             return None
         chosen = RecentOnly() if self.selector == "recent" else lath.selector(self.selector)
-        return lath.Selection(chosen, self.budget, heads=self.heads, repair=self.repair)
+        return lath.Selection(
+            chosen, self.budget, self.heads, repair=self.repair,
+            dense_layers=frozenset(self.dense_layers),
+        )  # fmt: skip
 
     def is_in(self, rows: list[dict[str, Any]], **wanted: Any) -> bool:
         """Whether one of the rows is its own."""
-        wanted |= vars(self)
-        return any(all(row[key] == value for key, value in wanted.items()) for row in rows)
+        wanted |= self.facts
+        bare = {"dense_layers": []}  # older rows do not name them
+        return any(all((bare | row)[key] == own for key, own in wanted.items()) for row in rows)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row says about it."""
+        return {**vars(self), "dense_layers": list(self.dense_layers)}
 
 
 def contenders() -> Iterator[Contender]:
@@ -92,8 +125,29 @@ def contenders() -> Iterator[Contender]:
             if lath.selector(selector).default_heads == "kv" and selector != "paged_eviction":
                 yield Contender(selector, budget, heads="query")
     for selector in VARIANTS:
-        for budget in BUDGETS:
+        for budget in BUDGETS if selector in EVERY_BUDGET else BUDGETS[-1:]:
             yield Contender(selector, budget)
+    yield Contender("centroid-mass+outliers", BUDGETS[-1], heads="query")
+
+
+def choices() -> Iterator[Contender]:
+    """What was compared before the forms were chosen, at the largest budget."""
+    yield Contender("dense")
+    for selector in CHOICE:
+        yield Contender(selector, BUDGETS[-1])
+    for selector in ("quest", "centroid", "centroid-mass", "paged_eviction"):
+        yield Contender(selector, BUDGETS[-1], dense_layers=(0, 1))
+    yield Contender("paged_eviction+outliers", BUDGETS[-1], dense_layers=(0, 1))
+    per_head = [one for one in CHOICE if one.endswith(SUFFIX)]
+    for selector in ("quest", "quest-16", "centroid-mass", *per_head):
+        yield Contender(selector, BUDGETS[-1], heads="query")
+
+
+def by_layers() -> Iterator[Contender]:
+    """Where needles are lost: the heads that look at them lie in layers 18 and up."""
+    for selector in ("quest", "centroid"):
+        for layers in ((), tuple(range(18)), tuple(range(18, 30))):
+            yield Contender(selector, BUDGETS[-1], dense_layers=layers)
 
 
 def read_on() -> Iterator[Contender]:
@@ -127,10 +181,12 @@ class Runner:
             self.step(piece, cache)
         return cache
 
-    def fork(self, cache: LathCache, contender: Contender, audit: float | None = None) -> LathCache:
-        """A cache that shares the pages of `cache`, and reads by the contender's selection."""
+    def fork(
+        self, cache: LathCache, selection: lath.Selection | None, audit: float | None = None
+    ) -> LathCache:
+        """A cache that shares the pages of `cache`, and reads by the selection."""
         other = LathCache(
-            self.model.config, "int8", backend=self.backend, select=contender.selection, audit=audit
+            self.model.config, "int8", backend=self.backend, select=selection, audit=audit
         )
         for mine, theirs in zip(other.layers, cache.layers, strict=True):
             states = theirs.pages.first_keys[:, :, :0]
@@ -152,29 +208,30 @@ class Runner:
 
 
 def needles(
-    runner: Runner, tokenizer: Any, lengths: list[int], count: int, known: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+    runner: Runner, tokenizer: Any, lengths: list[int], seeds: Sequence[int],
+    asked: list[Contender], known: list[dict[str, Any]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each of those asked for, at each length, that is not known."""
     rows = []
     for length in lengths:
-        wanted = [one for one in contenders() if not one.is_in(known, length=length)]
+        wanted = [one for one in asked if not one.is_in(known, length=length)]
         if not wanted:
             continue
         start = time.perf_counter()
-        # The answer stays within the length.
-        made = [
-            prompt(tokenizer, length - ANSWER, depth, seed)
-            for seed in range(count)
-            for depth in DEPTHS
-        ]
-        ids, numbers = torch.tensor([own for own, _ in made]), [number for _, number in made]
+        ids, numbers = prompts(tokenizer, length, seeds)
         filled = runner.prefill(ids[:, :-1])
         read = time.perf_counter()
         for contender in wanted:
+            before = rows[-1]["selector"] if rows else contender.selector
+            if not alike(before, contender.selector):
+                forget(filled)
             began = time.perf_counter()
-            got = runner.answers(runner.fork(filled, contender), ids[:, -1:], tokenizer, numbers)
+            got = runner.answers(
+                runner.fork(filled, contender.selection), ids[:, -1:], tokenizer, numbers
+            )
             found = [number in text for number, text in zip(numbers, got, strict=True)]
             rows.append({
-                "length": length, **vars(contender), "found": found, "answers": got,
+                "length": length, **contender.facts, "found": found, "answers": got,
                 "wanted": numbers, "seconds": time.perf_counter() - began,
             })  # fmt: skip
             print(
@@ -183,6 +240,35 @@ def needles(
         seconds = f"prompts {read - start:.0f} s, answers {time.perf_counter() - read:.0f} s"
         print(f"{length} tokens: {seconds}", file=sys.stderr, flush=True)
     return rows
+
+
+def prompts(tokenizer: Any, length: int, seeds: Sequence[int]) -> tuple[Tensor, list[str]]:
+    """Prompts [B, length] less the room for the answer, and the numbers that are asked for."""
+    made = [prompt(tokenizer, length - ANSWER, depth, seed) for seed in seeds for depth in DEPTHS]
+    return torch.tensor([own for own, _ in made]), [number for _, number in made]
+
+
+def lists_hold(runner: Runner, tokenizer: Any, length: int = CHOICE_LENGTH) -> list[dict[str, Any]]:
+    """See `needle_probe.needle_rows`, in the step behind the prompts of CHOICE_SEEDS."""
+    ids, numbers = prompts(tokenizer, length, CHOICE_SEEDS)
+    probe = Probe(others=tuple(map(lath.selector, HELD)))
+    filled = runner.prefill(ids[:, :-1])
+    runner.step(ids[:, -1:], runner.fork(filled, lath.Selection(probe, PROBE_BUDGET)))
+    wanted = [tokenizer(sentence(number)).input_ids for number in numbers]
+    places = [place_of(row, own) for row, own in zip(ids[:, :-1].tolist(), wanted, strict=True)]
+    return needle_rows(probe, places)
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether selectors use the same tables of the cache's pages."""
+    return other in (one, one + SUFFIX) or (one.endswith(SUFFIX) and other.endswith(SUFFIX))
+
+
+def forget(cache: LathCache) -> None:
+    """Drop what selectors keep of the cache's pages: of 82,000 tokens it is gigabytes."""
+    for layer in cache.layers:
+        layer.pages.pool.side_tables.clear()
+        layer.pages.pool.constants.clear()
 
 
 def perplexities(
@@ -196,15 +282,15 @@ def perplexities(
     rows = []
     for contender in (one for one in read_on() if not one.is_in(known)):
         began = time.perf_counter()
-        own, total = runner.fork(cache, contender), 0.0
+        own, total = runner.fork(cache, contender.selection), 0.0
         for i in range(STEPS):
             logits, wanted = piece_step(runner, ids, first, i, own, mask)
             total += functional.cross_entropy(logits, wanted, reduction="sum").item()
         seconds = time.perf_counter() - began
         perplexity = math.exp(total / (SEQUENCES * STEPS))
-        row = {**vars(contender), "perplexity": perplexity, "seconds": seconds}
+        row = {**contender.facts, "perplexity": perplexity, "seconds": seconds}
         if contender.selection is not None and not contender.repair:
-            audited = runner.fork(cache, contender, audit=0.5)
+            audited = runner.fork(cache, contender.selection, audit=0.5)
             piece_step(runner, ids, first, 0, audited, mask)
             missed = audited.misses.rows
             row["mass"] = sum(one.mean_mass for one in missed) / len(missed)
@@ -239,157 +325,68 @@ def staggered(runner: Runner, ids: Tensor, first: int) -> tuple[LathCache, Tenso
     return cache, mask
 
 
-# The report
-
-
-def named(row: dict[str, Any]) -> str:
-    if row["heads"] is not None:
-        return f"{row['selector']}, a list per query head"
-    if isinstance(row["repair"], str):
-        return f"{row['selector']}, repair='{row['repair']}'"
-    return row["selector"] + (" with repair" if row["repair"] else "")
-
-
-def by_name(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault(named(row), []).append(row)
-    return lines
-
-
-def table(head: list[str], lines: list[list[str]]) -> list[str]:
-    rows = [f"| {' | '.join(line)} |" for line in [head, *lines]]
-    return [rows[0], "|---" * len(head) + "|", *rows[1:], ""]
-
-
-def hits(rows: list[dict[str, Any]], **wanted: Any) -> str:
-    found = [hit for row in rows for hit in row["found"]
-             if all(row[key] == value for key, value in wanted.items())]  # fmt: skip
-    return f"{sum(found)}/{len(found)}"
-
-
-def needle_table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for name, own in by_name(rows).items():
-        # Dense and the control have no budget.
-        fixed = len({row["budget"] for row in own}) == 1
-        cells = [hits(own) if fixed else hits(own, budget=budget) for budget in BUDGETS]
-        lines.append([name, *cells])
-    return table(["reads", *(f"budget {budget}" for budget in BUDGETS)], lines)
-
-
-def length_table(rows: list[dict[str, Any]], budget: int) -> list[str]:
-    lengths = sorted({row["length"] for row in rows})
-    some = [row for row in rows if row["budget"] in (0, 64, budget)]
-    lines = [
-        [name, *(hits(own, length=length) for length in lengths)]
-        for name, own in by_name(some).items()
-    ]
-    return table([f"budget {budget}", *(f"{length} tokens" for length in lengths)], lines)
-
-
-def perplexity_table(rows: list[dict[str, Any]]) -> list[str]:
-    dense = next(row["perplexity"] for row in rows if row["selector"] == "dense")
-    lines = []
-    for name, own in by_name(rows).items():
-        cells = [f"{r['perplexity']:.3f} ({r['perplexity'] / dense - 1:+.2%})" for r in own]
-        lines.append([name, *(cells if len(cells) > 1 else cells * len(BUDGETS))])
-    return table(["reads", *(f"budget {budget}" for budget in BUDGETS)], lines)
-
-
-def mass_table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for name, own in by_name([row for row in rows if "mass" in row]).items():
-        cells = [f"{r['mass']:.3f}, {r['recall']:.2f}" for r in own]
-        lines.append([name, *(cells if len(cells) > 1 else cells * len(BUDGETS))])
-    return table(["reads", *(f"budget {budget}" for budget in BUDGETS)], lines)
-
-
-def as_good_as_dense(rows: list[dict[str, Any]], budget: int) -> list[str]:
-    """Lines that find as many needles as dense, with the budget."""
-    dense = sum(sum(row["found"]) for row in rows if row["selector"] == "dense")
-    some = by_name([row for row in rows if row["budget"] == budget])
-    return [name for name, own in some.items() if sum(sum(r["found"]) for r in own) >= dense]
-
-
-def circumstances(run: dict[str, Any]) -> str:
-    facts = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
-    return (
-        f"{facts}; backend {run['backend']}, {run['threads']} thread(s), bf16 model, "
-        f"{run['seconds']:.0f} s in all, {run['processor_seconds']:.0f} s of a processor. "
-        f"Command: `{run['command']}`"
-    )
-
-
-def report(result: dict[str, Any]) -> str:
-    assert __doc__ is not None
-    rows = result["needles"]
-    parts = [
-        "# SmolLM2-135M-Instruct: decoding over selections", "", __doc__.strip(), "",
-        *(line for run in result["runs"] for line in (circumstances(run), "")),
-        "## Needles found", "",
-        f"{result['count']} at each of five depths (0, 25, 50, 75, 100 %) of "
-        f"{', '.join(map(str, result['lengths']))} tokens. recent: the first 64 tokens and the "
-        "last 64 to 128 alone, the negative control: it finds needles that stand there. A budget "
-        "counts the tokens of pages that are read besides those (clusterkv: besides the last 5 "
-        "pages, hgca: the last 4). A list serves the 3 query heads of a KV head; tokenselect has "
-        "one for all 9, hgca one for each, and so has what is named so.", "",
-        *needle_table(rows),
-    ]  # fmt: skip
-    good = as_good_as_dense(rows, BUDGETS[-1])
-    parts += [f"As many as dense at budget {BUDGETS[-1]}: {'; '.join(good) or 'none'}.", ""]
-    parts += length_table(rows, BUDGETS[-1])
-    parts += [
-        "## Perplexity", "",
-        f"{SEQUENCES * STEPS} tokens, each behind {result['context']} tokens or more of the same "
-        f"text, in {SEQUENCES} pieces of {STEPS}: within a piece every token is read with the "
-        "selection, what stands before a piece was read whole. In brackets the change against "
-        "dense.", "", *perplexity_table(result["perplexities"]),
-        "## Captured mass, recall", "", *mass_table(result["perplexities"]),
-    ]  # fmt: skip
-    return "\n".join(parts)
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--lengths", default="1024,2048,4096,8192")
     parser.add_argument("--needles", type=int, default=2, help="at each depth of each length")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parts", default="all", help=f"of {', '.join(PARTS)}; with --missing")
     parser.add_argument("--missing", action="store_true", help="keep the lines that are stored")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.parts != "all" and not (
+        options.missing and set(options.parts.split(",")) <= set(PARTS)
+    ):
+        parser.error(f"--parts must be of {', '.join(PARTS)}, with --missing, got {options.parts}")
     lengths = [int(length) for length in options.lengths.split(",")]
     stored = options.output / "selection_needle.json"
     before = json.loads(stored.read_text()) if options.missing else {}
     if before and (before["lengths"], before["count"]) != (lengths, options.needles):
         parser.error(f"{stored} has other lengths or needles: {before['lengths']}")
     torch.set_num_threads(options.threads)
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     model, tokenizer = load_model("smollm2", "bfloat16")
     runner = Runner(model, options.backend)
+    asked = PARTS if options.parts == "all" else options.parts.split(",")
+    result: dict[str, Any] = {"lengths": lengths, "count": options.needles, **before}
+    kept = {part: result.setdefault(part, []) for part in PARTS}
     with (
         lath.patch(model, None, attention="int8", kv="int8", backend=options.backend),
         torch.inference_mode(),
     ):
-        kept = [before.get(name, []) for name in ("needles", "perplexities")]
-        found = kept[0] + needles(runner, tokenizer, lengths, options.needles, kept[0])
-        measured, context = perplexities(runner, tokenizer, kept[1])
+        if "needles" in asked:
+            kept["needles"] += needles(
+                runner, tokenizer, lengths, range(options.needles), list(contenders()),
+                kept["needles"],
+            )  # fmt: skip
+        if "choice" in asked:
+            kept["choice"] += needles(
+                runner, tokenizer, [CHOICE_LENGTH], CHOICE_SEEDS, list(choices()), kept["choice"]
+            )
+        if "held" in asked and not kept["held"]:
+            kept["held"] += lists_hold(runner, tokenizer)
+        if "layers" in asked:
+            seeds = range(options.needles)
+            kept["layers"] += needles(
+                runner, tokenizer, [LAYERS_LENGTH], seeds, list(by_layers()), kept["layers"]
+            )
+        if "perplexities" in asked:
+            measured, result["context"] = perplexities(runner, tokenizer, kept["perplexities"])
+            kept["perplexities"] += measured
     command = "python bench/selection_needle.py"
-    for name in ("lengths", "needles", "threads"):
+    for name in ("lengths", "needles", "threads", "parts"):
         if getattr(options, name) != parser.get_default(name):
             command += f" --{name} {getattr(options, name)}"
     run = {
         "machine": machine_facts(), "backend": options.backend, "threads": options.threads,
         "command": command + " --missing" * options.missing,
-        "seconds": time.perf_counter() - start, "processor_seconds": time.process_time(),
+        "seconds": time.perf_counter() - start,
+        "processor_seconds": time.process_time() - processor,
     }  # fmt: skip
-    result = {
-        "runs": [*before.get("runs", []), run], "lengths": lengths, "count": options.needles,
-        "context": context, "needles": found, "perplexities": kept[1] + measured,
-    }  # fmt: skip
+    result["runs"] = [*result.get("runs", []), run]
     stored.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    stored.with_suffix(".md").write_text(report(result))
+    stored.with_suffix(".md").write_text(report(result, __doc__ or ""))
 
 
 if __name__ == "__main__":
