@@ -220,9 +220,11 @@ def _tile(
     )
     # Loads of 8-bit codes are twice as wide: two stages hold what three hold of 4-bit ones. Scales
     # that change every 16 columns take the registers of a third, and so do entries that are looked
-    # up by codes in half runs, or put together from bytes where tensor memory is addressed.
+    # up by codes in half runs, or put together from bytes where tensor memory is addressed, and
+    # half runs under scales that change inside a block.
     wide = _has_tensor_memory(device) and (codec.bits == 8 or (codec.is_table and dot == "int8"))
-    scattered = codec.values in LOOKED_UP and 1 in codec.plane_widths
+    in_parts = codec.values in LOOKED_UP or (run < packing.BLOCK and dot != "int8")
+    scattered = in_parts and 1 in codec.plane_widths
     slowest = device.kind == "hip" or has_no_tensor_core(dot, device)
     stages = 2 if slowest or wide or scattered or run % 32 else 3
     while stages > 1 and shared_bytes(draft, stages, codec, device) > device.shared_memory:
