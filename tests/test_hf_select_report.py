@@ -297,7 +297,7 @@ def measured_queries(tokens_of_text: int) -> int:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--select", "quest:64"], "needs kv"),
+        (["--kv", "none", "--select", "quest:64"], "needs kv"),
         (["--kv", "int8", "--repair"], "repair=True needs select"),
         (["--kv", "int8", "--audit", "0.5"], "audit=0.5 needs select"),
         (["--kv", "int8", "--select", "quest", "--audit", "2"], "audit must lie between"),
