@@ -23,6 +23,7 @@ from lath.formats.activations import ActivationFormat
 from lath.formats.families import weight_codec
 from lath.integration.peers import PEERS, PeerMissingError, PeerSetting, make_peer
 from lath.verbs.backends import resolve_backend
+from lath.verbs.kinds import kind_of
 
 # Copies of a weight together exceed any cache met so far (eight times a 32 MB L3).
 COLD_BYTES = 256 << 20
@@ -139,9 +140,10 @@ def _lath_call(
         return packed.from_tensors(packed.codec, packed.shape, tensors)
 
     weights = [copy() for _ in range(_copies(packed.nbytes))]
-    for weight in weights:  # each is repacked for this CPU once, before anything is timed
-        lath.linear(x, weight, activations=activations)
-    return lambda i: lath.linear(x, weights[i % len(weights)], activations=activations)
+    # As a patched module calls it: prepared once. Each weight is repacked for this CPU by that.
+    prepare = kind_of(packed).function("cpu", "prepare")
+    layers = [prepare(weight, None, activations) for weight in weights]
+    return lambda i: layers[i % len(layers)](x)
 
 
 def _copies(nbytes: int) -> int:

@@ -25,6 +25,10 @@ from lath.kernels.linear.cpu_streams import Scratch, Streams, streams_of
 from lath.kernels.simd import tables
 from lath.kernels.simd.emitter import F32, Emitter
 
+# Bytes that one token asks for ahead of use, of codes of 2 bits and fewer: the hardware's own
+# prefetching stops at every 4 KB, and their products are done sooner than the next page comes.
+# 6 to 8 KB were the fastest (2560 x 6912: 150 to 121 us); wider codes took longer with it.
+_AHEAD = 6144
 # With up to this many accumulators, registers last for one per field of a byte.
 _APART = 16
 
@@ -51,6 +55,7 @@ def emit_tile(
     a, record = Arguments(e, arguments), Record(width, zero, half, stored, byte_scale, sparse)
     tile = _Tile(e, a, record, tokens, panels)
     scratch = Scratch(e, a, tile.reader) if expand else None
+    ahead = _AHEAD if tokens == 1 and record.fields >= 4 else 0
     count = e.divide(e.add(e.subtract(end, begin), panels - 1), panels)
     token_tiles = e.divide(e.add(a["tokens"], tokens - 1), tokens)
     last = e.subtract(end, 1)
@@ -61,7 +66,7 @@ def emit_tile(
         if scratch is not None:
             scratch.fill(columns)
         with e.loop(token_tiles) as token_tile:
-            streams = streams_of(tile.reader, columns) if scratch is None else scratch.streams()
+            streams = scratch.streams() if scratch else streams_of(tile.reader, columns, ahead)
             tile.emit(columns, streams, token_tile)
 
 

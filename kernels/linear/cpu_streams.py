@@ -42,28 +42,35 @@ class Streams(Protocol):
     def end_group(self) -> None: ...
 
 
-def streams_of(reader: RecordReader, panels: list[Any]) -> Streams:
-    """The streams of panels by their number, from the records of the weight."""
+def streams_of(reader: RecordReader, panels: list[Any], ahead: int = 0) -> Streams:
+    """The streams of panels by their number, from the records of the weight.
+
+    ahead: bytes that dense records are asked for before they are read, 0: they are not.
+    """
     e, a = reader.e, reader.a
     if reader.record.sparse:
         starts = [e.load(e.offset(a["starts"], panel, 8), I64) for panel in panels]
         return _SparseStreams(reader, [e.add(a["records"], start) for start in starts])
     sizes = [e.multiply(panel, reader.panel_bytes) for panel in panels]
-    return _DenseStreams(reader, [e.add(a["records"], size) for size in sizes])
+    return _DenseStreams(reader, [e.add(a["records"], size) for size in sizes], ahead)
 
 
 class _DenseStreams:
     """All panels move together."""
 
-    def __init__(self, reader: RecordReader, starts: list[Any]) -> None:
-        self.e, self.record, self.starts = reader.e, reader.record, starts
+    def __init__(self, reader: RecordReader, starts: list[Any], ahead: int = 0) -> None:
+        self.e, self.record, self.starts, self.ahead = reader.e, reader.record, starts, ahead
         self.moved = self.e.variable(self.e.integer(0))
 
     def begin_group(self) -> None:
         pass
 
     def vectors(self) -> list[Any]:
-        return [self.e.load(address) for address in self.addresses()]
+        addresses = self.addresses()
+        if self.ahead:
+            for address in addresses:
+                self.e.prefetch(self.e.add(address, self.ahead))
+        return [self.e.load(address) for address in addresses]
 
     def addresses(self) -> list[Any]:
         return [self.e.add(start, self.moved.value) for start in self.starts]
