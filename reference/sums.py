@@ -11,6 +11,7 @@ groups move. Sums are float64 here; a backend adds terms in fp32, first to last,
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,6 @@ from lath.formats.codec import Codec
 from lath.formats.outliers import OutlierCodec
 from lath.formats.sum_codec import MixCodec, Part, SignsCodec, SumCodec
 from lath.reference import codecs
-from lath.reference.linear import multiply as multiply_one
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -39,9 +39,12 @@ class Summed(NamedTuple):
 
 
 class DecodedTerm(NamedTuple):
-    """weight: float64 [N, K_t]. columns: [K_t] of x, None for all. exact: multiplies x itself."""
+    """weight: float64 [N, K_t]. multiply: the term's own definition of a product, x [M, K_t] and an
+    activation format to float64 [M, N]. columns: [K_t] of x, None for all. exact: multiplies x
+    itself."""
 
     weight: Doubles
+    multiply: Callable[[Floats, ActivationFormat], Doubles]
     columns: Places | None = None
     exact: bool = False
 
@@ -53,10 +56,11 @@ def multiply(
     activations: ActivationFormat | None = None,
 ) -> Doubles:
     """x [M, K], decoded terms, bias [N] → y [M, N] float64."""
+    chosen = activations or ActivationFormat()
     y = np.zeros((len(x), len(terms[0].weight)))
     for term in terms:
         own = x if term.columns is None else x[:, term.columns]
-        y = y + multiply_one(own, term.weight, None, None if term.exact else activations)
+        y = y + term.multiply(own, ActivationFormat() if term.exact else chosen)
     return y if bias is None else y + bias.astype(np.float64)
 
 

@@ -139,3 +139,30 @@ def test_patch_takes_an_importance_for_each_layer() -> None:
     with pytest.raises(ValueError, match="0: importance is for"):
         lath.patch(model, "int4-g16", importance=importance)
     assert isinstance(model[0], nn.Linear)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("activations", ["float", "int8", "int8-g64", "fp8"])
+@pytest.mark.parametrize(
+    "base",
+    ["vq8-256", "vq8-256-g64", "lattice4-d8-g64", "sparse50-int8-g64", "sparse50-bf16",
+     "ternary-1.6", "int8-g64-nested", "int4-g64-fp8"],
+)  # fmt: skip
+def test_outliers_beside_every_other_kind(base: str, activations: str, backend: str) -> None:
+    """The base alone by its own definition, and x itself times the outliers: nothing else.
+
+    Both are fp32: the outliers' sum has as many roundings as a row has of them, and two additions
+    follow.
+    """
+    weight = lath.quantize(torch.randn(37, 300), f"{base}+out1%")
+    assert isinstance(weight, lath.SumTensor)
+    first, outliers = weight.terms
+    assert str(first.codec) == base
+    x = torch.randn(3, 300)
+    found = lath.linear(x, weight, activations=activations, backend=backend)
+    alone = lath.linear(x, first, activations=activations, backend=backend)
+    dense = outliers.dequantize().double()
+    expected = alone.double() + x.double() @ dense.T
+    most = int((dense != 0).sum(dim=1).max())
+    sizes = alone.double().abs() + x.double().abs() @ dense.abs().T
+    assert bool(((found.double() - expected).abs() <= (most + 4) * 2.0**-24 * sizes).all())

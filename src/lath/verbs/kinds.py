@@ -12,6 +12,7 @@ Every kind has the same functions, so that the verbs know no kind by name:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -66,17 +67,6 @@ class Kind:
         return reference_linear.multiply(x, self.decode(weight), bias, activations)
 
 
-class LatticeKind(Kind):
-    """A kind whose activations are transformed before a format rounds them."""
-
-    def reference(
-        self, x: Floats, weight: PackedWeight, bias: Floats | None, activations: ActivationFormat
-    ) -> NDArray[np.float64]:
-        assert isinstance(weight, LatticeTensor)
-        turned = reference_lattice.transform(x, array(weight.generators), weight.codec)
-        return reference_linear.multiply(turned, _decode_planes(weight.points), bias, activations)
-
-
 def array(tensor: Tensor | None, rows: int | None = None) -> Any:
     """A tensor in NumPy, its last axis cut to `rows` where padding follows."""
     return None if tensor is None else tensor[..., :rows].cpu().numpy()
@@ -99,11 +89,17 @@ def _decode_outliers(weight: Outliers) -> NDArray[np.float64]:
     return decoded
 
 
+def _multiply_term(
+    term: PackedWeight, x: Floats, activations: ActivationFormat
+) -> NDArray[np.float64]:
+    return KINDS[type(term)].reference(x, term, None, activations)
+
+
 def _decoded_terms(weight: SumTensor) -> list[reference_sums.DecodedTerm]:
     return [
         reference_sums.DecodedTerm(
-            KINDS[type(term)].decode(term), array(weight.columns_of(index)),
-            exact=isinstance(term, Outliers),
+            KINDS[type(term)].decode(term), functools.partial(_multiply_term, term),
+            array(weight.columns_of(index)), exact=isinstance(term, Outliers),
         )
         for index, term in enumerate(weight.terms)
     ]  # fmt: skip
@@ -147,6 +143,14 @@ def _decode_lattice(weight: LatticeTensor) -> NDArray[np.float64]:
     )
 
 
+def _multiply_lattice(
+    x: Floats, weight: LatticeTensor, bias: Floats | None, activations: ActivationFormat
+) -> NDArray[np.float64]:
+    """A format rounds what the generators make of x."""
+    turned = reference_lattice.transform(x, array(weight.generators), weight.codec)
+    return reference_linear.multiply(turned, _decode_planes(weight.points), bias, activations)
+
+
 KINDS: dict[type[PackedWeight], Kind] = {
     QTensor: Kind(
         quantize="lath.kernels.quantize",
@@ -185,12 +189,13 @@ KINDS: dict[type[PackedWeight], Kind] = {
         cpu="lath.kernels.linear.cpu_vectors",
         decode=_decode_vectors,
     ),
-    LatticeTensor: LatticeKind(
+    LatticeTensor: Kind(
         quantize="lath.kernels.quantize_lattice",
         plan="lath.kernels.linear.lattice",
         triton="lath.kernels.linear.lattice",
         cpu="lath.kernels.linear.lattice",
         decode=_decode_lattice,
+        multiply=_multiply_lattice,
     ),
 }
 
