@@ -348,7 +348,7 @@ def test_other_instruction_sets(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["nf4-g64", "mxfp4", "nvfp4", "e4m3", "lut8"])
+@pytest.mark.parametrize("text", ["nf4-g64", "mxfp4", "nvfp4", "e4m3", "lut8", "int4-g64-fp8"])
 def test_small_and_empty_weights(text: str) -> None:
     codec = Codec.parse(text)
     for rows, columns in ((0, 64), (16, 0), (1, 1), (3, 17)):

@@ -3,8 +3,8 @@
 Codes are widened to 2, 4 or 8 bits and moved so that the stored code of a symmetric zero is
 2**(width - 1) whatever the codec's bits: one kernel serves several codecs. 6-bit floats become the
 8-bit ones that hold them, or whole numbers, and codes whose products with a scale are E4M3 numbers
-become those. A group of the view is the longest run of columns that
-has one scale of the weight and one of the activations.
+become those. A group of the view is the longest run of columns that has one scale of the weight and
+one of the activations.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def _multiplied_out(weight: QTensor) -> QTensor:
     ones = QTensor(weight.codec, weight.shape, weight.codes, weight.scales, None,
                    torch.ones_like(weight.outer))  # fmt: skip
     numbers = ones.dequantize().to(torch.float8_e4m3fn).view(torch.uint8)
-    return QTensor(codec, weight.shape, packing.pack(numbers, codec), weight.outer[None])
+    scales = weight.outer[None][: codec.num_groups(weight.shape[1])]  # none where K is 0
+    return QTensor(codec, weight.shape, packing.pack(numbers, codec), scales)
 
 
 def view_group(
