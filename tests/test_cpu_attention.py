@@ -11,7 +11,7 @@ import numba
 import numpy as np
 import pytest
 import torch
-from test_cpu_processes import LOWERINGS, run_python
+from test_cpu_processes import LOWERINGS, run_lowered
 from test_triton_attention import ratios
 
 from cases_attention import CATALOGUE, AttentionCase, integers, make_attention
@@ -330,7 +330,8 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("name", LOWERINGS)
 def test_other_instruction_sets(name: str) -> None:
-    run_python(
+    run_lowered(
+        name,
         """
         import torch; torch.set_num_threads(1)
         from test_cpu_attention import AttentionCase, check
@@ -339,5 +340,4 @@ def test_other_instruction_sets(name: str) -> None:
                      "e4m3/e4m3 4/2 32/32 2 150 fp32 e4m3 parts;mask;e4m3"):
             check(AttentionCase.parse(text), 1, 2)
         """,
-        **LOWERINGS[name],
     )

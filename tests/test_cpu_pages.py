@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_cpu_processes import LOWERINGS, run_python
+from test_cpu_processes import LOWERINGS, run_lowered
 from test_triton_pages import JOBS, differences, inputs, layout
 from torch import Tensor
 
@@ -151,7 +151,8 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("name", LOWERINGS)
 def test_other_instruction_sets(name: str) -> None:
-    run_python(
+    run_lowered(
+        name,
         """
         import torch; torch.set_num_threads(1)
         from test_cpu_pages import check
@@ -159,5 +160,4 @@ def test_other_instruction_sets(name: str) -> None:
             for dims, count in (((64, 64), 64), ((80, 33), 17)):
                 check(codecs, dims, dtype, count)
         """,
-        **LOWERINGS[name],
     )

@@ -11,7 +11,7 @@ import numpy as np
 import oracle_select as oracle
 import pytest
 import torch
-from test_cpu_processes import LOWERINGS, run_python
+from test_cpu_processes import LOWERINGS, run_lowered
 from test_triton_select import extremes_of, labels_of, unread_of
 from torch import Tensor
 
@@ -385,7 +385,8 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("name", LOWERINGS)
 def test_other_instruction_sets(name: str) -> None:
-    run_python(
+    run_lowered(
+        name,
         """
         import torch; torch.set_num_threads(1)
         from test_cpu_select import AttentionCase, LABELS, check, test_label_scores
@@ -396,5 +397,4 @@ def test_other_instruction_sets(name: str) -> None:
         test_label_scores(*LABELS[1], 4)
         check_cpu()
         """,
-        **LOWERINGS[name],
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases_sparse import definition, make_inputs, make_weight
 from llvmlite import ir
-from test_cpu_processes import LOWERINGS, run_python
+from test_cpu_processes import LOWERINGS, run_lowered
 
 import lath
 import oracle
@@ -20,7 +20,7 @@ from lath.formats.sparse import SparseCodec, SparseTensor
 from lath.kernels.linear import cpu, cpu_kernels, cpu_streams
 from lath.kernels.linear.cpu_record import Record
 from lath.kernels.linear.cpu_sparse import sparse_view
-from lath.kernels.simd import emitter, host_isa, isa
+from lath.kernels.simd import emitter, host_isa
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.expand import expand
 
@@ -183,9 +183,8 @@ def test_a_wrong_kernel_is_refused(kind: Any, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", LOWERINGS)
 def test_other_instruction_sets(name: str) -> None:
-    if not (isa.cpu_features() >= {"avx2", "fma", "f16c"}) and name == "avx2":
-        pytest.skip("this CPU has no AVX2")
-    run_python(
+    run_lowered(
+        name,
         """
         import torch; torch.set_num_threads(1)
         from test_cpu_sparse import check
@@ -197,7 +196,6 @@ def test_other_instruction_sets(name: str) -> None:
             for m in (1, 9):
                 check(text.format(m=m))
         """,
-        **LOWERINGS[name],
     )
 
 

@@ -13,7 +13,7 @@ from cases_sums import (
     ratio_of,
     slow_but_every_second,
 )
-from test_cpu_processes import LOWERINGS, run_python
+from test_cpu_processes import LOWERINGS, run_lowered
 
 import cases
 import lath
@@ -21,7 +21,6 @@ from lath.formats.activations import ActivationFormat
 from lath.formats.outliers import OutlierCodec, Outliers
 from lath.kernels.outliers import cpu as outliers_cpu
 from lath.kernels.outliers import cpu_kernels
-from lath.kernels.simd import isa
 from lath.kernels.simd.compile import compile_kernel
 
 TOKENS = (1, 3, 4, 5, 16, 17, 70)
@@ -155,16 +154,14 @@ def test_one_wrong_number_is_seen(text: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOWERINGS)
 def test_other_instruction_sets(name: str) -> None:
-    if not (isa.cpu_features() >= {"avx2", "fma", "f16c"}) and name == "avx2":
-        pytest.skip("this CPU has no AVX2")
-    run_python(
+    run_lowered(
+        name,
         """
         import torch; torch.set_num_threads(1)
         from test_cpu_sums import test_outliers_are_exact
         for m in (1, 17):
             test_outliers_are_exact(m, 70)
         """,
-        **LOWERINGS[name],
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from test_cpu_processes import LOWERINGS, run_python
+from test_cpu_processes import LOWERINGS, run_lowered
 
 import cases
 import lath
@@ -22,7 +22,7 @@ from lath.formats.qtensor import QTensor
 from lath.kernels.linear import cpu, cpu_kernels
 from lath.kernels.linear.cpu_record import Record
 from lath.kernels.linear.cpu_view import cpu_view, kind_of
-from lath.kernels.simd import emitter, host_isa, isa, tables
+from lath.kernels.simd import emitter, host_isa, tables
 from lath.kernels.simd.compile import compile_kernel
 from lath.reference import linear as reference
 
@@ -331,9 +331,8 @@ def test_a_wrong_kernel_is_refused(
 
 @pytest.mark.parametrize("name", LOWERINGS)
 def test_other_instruction_sets(name: str) -> None:
-    if not (isa.cpu_features() >= {"avx2", "fma", "f16c"}) and name == "avx2":
-        pytest.skip("this CPU has no AVX2")
-    run_python(
+    run_lowered(
+        name,
         """
         import torch; torch.set_num_threads(1)
         from test_cpu_tables import check
@@ -344,7 +343,6 @@ def test_other_instruction_sets(name: str) -> None:
         check("int4-g64-fp8", 9, 37, 201, "fp16", "fp8", True)
         check("int4-g64", 9, 37, 201, "fp16", "fp8-e5m2", True)
         """,
-        **LOWERINGS[name],
     )
 
 

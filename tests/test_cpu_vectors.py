@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases_vectors import answer, bound_of, make_weight
-from test_cpu_processes import LOWERINGS, run_python
+from test_cpu_processes import LOWERINGS, run_lowered
 
 import cases
 import lath
@@ -18,7 +18,7 @@ from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.vectors import VectorTensor
 from lath.integration.linear import PackedLinear
 from lath.kernels.linear import cpu_vector_loops, cpu_vectors
-from lath.kernels.simd import emitter, host_isa, isa
+from lath.kernels.simd import emitter, host_isa
 from lath.kernels.simd.compile import compile_kernel
 
 CODECS = [
@@ -151,9 +151,8 @@ def test_a_wrong_kernel_is_refused(
 
 @pytest.mark.parametrize("name", LOWERINGS)
 def test_other_instruction_sets(name: str) -> None:
-    if not (isa.cpu_features() >= {"avx2", "fma", "f16c"}) and name == "avx2":
-        pytest.skip("this CPU has no AVX2")
-    run_python(
+    run_lowered(
+        name,
         """
         import torch; torch.set_num_threads(1)
         from test_cpu_vectors import check
@@ -161,7 +160,6 @@ def test_other_instruction_sets(name: str) -> None:
             for m, activations in ((1, "float"), (3, "int8"), (9, "int8-g32")):
                 check(text, m, 20, 100, "fp16", activations, True)
         """,
-        **LOWERINGS[name],
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from test_cpu_processes import LOWERINGS, run_python
+from test_cpu_processes import LOWERINGS, run_lowered
 
 import lath
 from lath.formats import packing
@@ -20,7 +20,7 @@ from lath.formats.qtensor import QTensor
 from lath.kernels.linear import cpu, cpu_kernels
 from lath.kernels.linear.cpu_record import Record
 from lath.kernels.linear.cpu_view import build_view, view_group
-from lath.kernels.simd import emitter, isa, lanes
+from lath.kernels.simd import emitter, lanes
 from lath.kernels.simd.compile import compile_kernel
 from lath.reference import ternary as reference
 from lath.verbs.planning import describe_device
@@ -325,9 +325,8 @@ def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", LOWERINGS)
 def test_other_instruction_sets(name: str) -> None:
     """`lath.linear` looks up where there is no VNNI; five codes a byte are taken apart too."""
-    if not (isa.cpu_features() >= {"avx2", "fma", "f16c"}) and name == "avx2":
-        pytest.skip("this CPU has no AVX2")
-    run_python(
+    run_lowered(
+        name,
         """
         import torch; torch.set_num_threads(1)
         from test_ternary import check_planned_look_up, check_trit_view
@@ -336,7 +335,6 @@ def test_other_instruction_sets(name: str) -> None:
         for tokens in (1, 9):
             check_trit_view(tokens, 37, 501, None)
         """,
-        **LOWERINGS[name],
     )
 
 
