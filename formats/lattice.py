@@ -11,7 +11,6 @@ the activations and no loop knows of them. Companding, which the paper adds, is 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from lath.formats import packing
 from lath.formats.codec import GROUP_MULTIPLE, Codec
-from lath.formats.packed_weight import PackedWeight, check_names
+from lath.formats.packed_weight import PackedWeight
 from lath.formats.qtensor import QTensor
 
 LATTICE_CLAIMS = r"lattice[^+]*"
@@ -131,13 +130,6 @@ class LatticeTensor(PackedWeight):
         points = QTensor.empty(codec.points, (shape[0], columns), device)
         sizes = (codec.points.num_groups(columns), codec.dimension, codec.dimension)
         return cls(codec, shape, points.codes, points.scales, torch.empty(sizes, device=device))
-
-    @classmethod
-    def from_tensors(
-        cls, codec: LatticeCodec, shape: tuple[int, int], tensors: Mapping[str, Tensor]
-    ) -> LatticeTensor:
-        check_names(cls, codec, tensors)
-        return cls(codec, shape, **tensors)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K]: points times generators in float64, rounded once to dtype."""

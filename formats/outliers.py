@@ -8,13 +8,12 @@ without any cost nothing, and all of them may be in one row.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lath.formats.packed_weight import PackedWeight, check_layout, check_names
+from lath.formats.packed_weight import PackedWeight, check_layout
 
 # Columns of which int16 holds every number; wider weights take int32.
 SHORT_COLUMNS = 1 << 15
@@ -91,13 +90,6 @@ class Outliers(PackedWeight):
             name: torch.zeros(size, dtype=dtype, device=device)
             for name, (size, dtype) in _layout(codec, shape).items()
         }
-        return cls(codec, shape, **tensors)
-
-    @classmethod
-    def from_tensors(
-        cls, codec: OutlierCodec, shape: tuple[int, int], tensors: Mapping[str, Tensor]
-    ) -> Outliers:
-        check_names(cls, codec, tensors)
         return cls(codec, shape, **tensors)
 
     @classmethod

@@ -41,8 +41,8 @@ class PackedWeight(abc.ABC):
     """A weight of logical shape `[N, K]` in some codec.
 
     Treated as immutable: `to` and `dequantize` make new tensors, nothing writes into these. A kind
-    says which tensors it holds (`tensor_names`, "codes" first, and attributes of those names), how
-    it is decoded, and what is wrong with tensors that no quantiser writes.
+    says which tensors it holds (`tensor_names`, "codes" first, and attributes of those names, which
+    it takes by name), how it is decoded, and what is wrong with tensors that no quantiser writes.
     """
 
     codec: Any
@@ -66,12 +66,14 @@ class PackedWeight(abc.ABC):
         depend on the numbers, as many as `lath.quantize` would expect."""
 
     @classmethod
-    @abc.abstractmethod
     def from_tensors(
         cls, codec: Any, shape: tuple[int, int], tensors: Mapping[str, Tensor]
     ) -> Self:
         """The weight of tensors by name; ValueError if one is missing, too many or of a wrong shape
         or dtype."""
+        check_names(cls, codec, tensors)
+        build: Callable[..., Self] = cls  # a kind takes its tensors by their names
+        return build(codec, shape, **tensors)
 
     @abc.abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

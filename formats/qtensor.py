@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from lath.formats import packing
 from lath.formats import values as value_tables
 from lath.formats.codec import Codec
-from lath.formats.packed_weight import PackedWeight, check_layout, check_names
+from lath.formats.packed_weight import PackedWeight, check_layout
 from lath.formats.shard import check_shard, shard_codes, shard_side
 
 SCALE_DTYPES = {
@@ -76,13 +74,6 @@ class QTensor(PackedWeight):
             name: torch.empty(size, dtype=dtype, device=device)
             for name, (size, dtype) in _layout(codec, shape).items()
         }
-        return cls(codec, shape, **tensors)
-
-    @classmethod
-    def from_tensors(
-        cls, codec: Codec, shape: tuple[int, int], tensors: Mapping[str, Tensor]
-    ) -> QTensor:
-        check_names(cls, codec, tensors)
         return cls(codec, shape, **tensors)
 
     @property

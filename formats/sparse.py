@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from lath.formats import packing
 from lath.formats.codec import Codec, ScaleDtype, Zero
-from lath.formats.packed_weight import PackedWeight, check_layout, check_names
+from lath.formats.packed_weight import PackedWeight, check_layout
 from lath.formats.qtensor import SCALE_DTYPES
 
 TILE_WORDS = packing.BLOCK // 32  # words of the bitmap in a row of a tile
@@ -170,13 +169,6 @@ class SparseTensor(PackedWeight):
             name: torch.empty(size, dtype=dtype, device=device)
             for name, (size, dtype) in _layout(codec, shape, count).items()
         }
-        return cls(codec, shape, **tensors)
-
-    @classmethod
-    def from_tensors(
-        cls, codec: SparseCodec, shape: tuple[int, int], tensors: Mapping[str, Tensor]
-    ) -> SparseTensor:
-        check_names(cls, codec, tensors)
         return cls(codec, shape, **tensors)
 
     @property

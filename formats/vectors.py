@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lath.formats import packing
 from lath.formats.codec import GROUP_MULTIPLE, ScaleDtype, Zero
-from lath.formats.packed_weight import PackedWeight, check_layout, check_names
+from lath.formats.packed_weight import PackedWeight, check_layout
 from lath.formats.values import Values
 
 # A plus sign before anything but a number is none of ours.
@@ -189,13 +189,6 @@ class VectorTensor(PackedWeight):
             name: torch.empty(size, dtype=dtype, device=device)
             for name, (size, dtype) in _layout(codec, shape).items()
         }
-        return cls(codec, shape, **tensors)
-
-    @classmethod
-    def from_tensors(
-        cls, codec: VectorCodec, shape: tuple[int, int], tensors: Mapping[str, Tensor]
-    ) -> VectorTensor:
-        check_names(cls, codec, tensors)
         return cls(codec, shape, **tensors)
 
     # What the loops over planes ask of a weight, besides.

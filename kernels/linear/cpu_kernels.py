@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lath.formats import values as value_tables
+from lath.formats.activations import LARGEST_CODE
 from lath.formats.codec import Codec, ScaleDtype
 from lath.formats.packing import PANEL, pack, round_up
 from lath.formats.qtensor import SCALE_DTYPES, QTensor
@@ -151,9 +152,9 @@ def _check(
     rows, columns = view.rows, view.columns
     tokens = 1 if tile[0] == 1 else tile[0] + 1
     rng = np.random.default_rng(1)
-    # The largest magnitude of every group has the code 127, or 7 where all of 8-bit floats up to
-    # that are whole: its scale is 1.
-    largest = 7 if kind in ("e4m3", "e5m2") else 127
+    # The largest magnitude of every group has the largest code, or 7 where all of 8-bit floats up
+    # to that are whole: its scale is 1.
+    largest = 7 if kind in ("e4m3", "e5m2") else LARGEST_CODE
     x = rng.integers(-7, 8, (tokens, columns)).astype(np.float32)
     x[:, ::size] = largest
     dtype = next(dtype for dtype, number in FLOAT_KINDS.items() if number == x_type)
@@ -179,11 +180,12 @@ def _check_look_up(x_type: int) -> None:
     weight = QTensor(codec, (rows, columns), packed, _side(scales, "fp32"))
     look_up = look_up_of(build_view(weight, round_up(columns, PANEL), Record(2, "none", False)))
     x = rng.integers(-9, 10, (tokens, columns)).astype(np.float32)
-    x[1] = x[:, 0] = 127
+    x[1] = x[:, 0] = LARGEST_CODE
     dtype = next(dtype for dtype, number in FLOAT_KINDS.items() if number == x_type)
     y = torch.full((tokens, rows), torch.nan)
     bias = torch.arange(PANEL * look_up.panels, dtype=torch.float32)
-    _run(_look_up_block(look_up, 127, x_type, FP32), torch.from_numpy(x).to(dtype), bias, y)
+    block = _look_up_block(look_up, LARGEST_CODE, x_type, FP32)
+    _run(block, torch.from_numpy(x).to(dtype), bias, y)
     expected = x.astype(np.float64) @ (scales.T * trits).T + np.arange(rows)
     _require(np.array_equal(y.double().numpy(), expected), "look-up")
 
