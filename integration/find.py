@@ -14,6 +14,7 @@ from lath.integration.linear import PackedLinear
 from lath.verbs.checks import FLOAT_DTYPES
 
 OUTPUT_LAYER = "lm_head"
+_ADAPTER = "it belongs to an adapter beside a base layer"
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
@@ -58,12 +59,14 @@ def find_linears(
     without_weights: a weight on the meta device is no reason to leave a layer alone.
     """
     outputs = {id(layer) for layer in output_layers(model)}
+    adapters = _in_adapters(model)
     found = []
     for module, names, places in _walk(model):
         reason = selection.reason_against(names, id(module) in outputs)
         one = Found(module, names[0], tuple(names[1:]), tuple(places), reason)
         if not reason:
-            one = dataclasses.replace(one, reason=_obstacle(one, without_weights))
+            reason = _ADAPTER if id(module) in adapters else _obstacle(one, without_weights)
+            one = dataclasses.replace(one, reason=reason)
         found.append(one)
     return found
 
@@ -89,6 +92,19 @@ def _walk(model: nn.Module) -> list[_Seen]:
                 stored.add((id(parent), attribute))
                 places.append((parent, attribute, name))
     return list(seen.values())
+
+
+def _in_adapters(model: nn.Module) -> set[int]:
+    """What stands beside a `base_layer`, as PEFT names the layer that an adapter changes: small,
+    and often in training."""
+    owners = [module for module in model.modules() if "base_layer" in module._modules]
+    return {
+        id(inner)
+        for owner in owners
+        for name, child in owner._modules.items()
+        if name != "base_layer" and child is not None
+        for inner in child.modules()
+    }
 
 
 def _obstacle(one: Found, without_weights: bool) -> str:
@@ -161,6 +177,13 @@ def _check_pattern(model: nn.Module, name: str, pattern: str) -> None:
         f"{name} pattern {pattern!r} fits no module of {type(model).__name__}"
         f"{'; close names: ' + ', '.join(close) if close else ''}"
     )
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    """The model that a wrapper of PEFT's kind is about; any other model itself."""
+    base = getattr(model, "get_base_model", None)
+    inner = base() if callable(base) else model
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def output_layers(model: nn.Module) -> Iterator[nn.Module]:

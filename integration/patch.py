@@ -27,7 +27,7 @@ from lath.integration.calibration import (
     calibrate,
     calibration_of,
 )
-from lath.integration.find import Found, check_selection, find_linears
+from lath.integration.find import Found, check_selection, find_linears, wrapped
 from lath.integration.linear import PackedLinear
 from lath.integration.patch_attention import AttentionPatch, attention_options
 from lath.integration.patch_decode import DecodePatch, check_decode
@@ -115,9 +115,10 @@ def patch(
     the report's `misses`. It changes no result, but attends twice more and scores every token.
 
     Kept, with the reason in the report: subclasses of nn.Linear, modules with hooks, weights on the
-    meta device. A module used in several places is packed once, for all of them. Layers packed
-    already with the same options stay; with other options: ValueError, undo that patch first. An
-    error leaves the model as it was. Warns if the model has nothing to replace.
+    meta device, adapters beside a `base_layer` (PEFT's; a PeftModel may be given, and its base
+    layers are packed). A module used in several places is packed once, for all of them. Layers
+    packed already with the same options stay; with other options: ValueError, undo that patch
+    first. An error leaves the model as it was. Warns if the model has nothing to replace.
 
     Returns a PatchReport: print it, `undo()` it, or use it in a `with` statement.
     """
@@ -130,8 +131,9 @@ def patch(
         )
     options = dataclasses.replace(options, importance=importance)
     attending = attention_options(attention, kv, backend, select, repair, audit)
-    attends = None if attending is None else AttentionPatch.prepare(model, attending)
-    decodes = DecodePatch.of(model, check_decode(decode), attends)
+    inner = wrapped(model)
+    attends = None if attending is None else AttentionPatch.prepare(inner, attending)
+    decodes = DecodePatch.of(inner, check_decode(decode), attends)
     found = [] if weights is None else find_linears(model, check_selection(model, skip, only))
     _check_packed(found, options)
     todo = [one for one in found if is_to_do(one)]
