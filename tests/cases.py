@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,6 +150,21 @@ def make_inputs(case: LinearCase) -> LinearInputs:
         if case.data == "one_sign":
             values, offsets = np.abs(values), np.abs(offsets)
     x = torch.from_numpy(values).to(case.torch_dtype)
+    bias = torch.from_numpy(offsets).to(case.torch_dtype) if case.bias else None
+    return LinearInputs(x, weight, bias)
+
+
+def inputs_with(case: LinearCase, weight_of: Callable[..., Any]) -> LinearInputs:
+    """The inputs of a case with a weight of another kind, made as `make_weight` makes one; x has
+    NaN beyond its columns."""
+    seed = int.from_bytes(hashlib.sha256(str(case).encode()).digest()[:8], "little")
+    rng = np.random.default_rng(seed)
+    weight = weight_of(case.codec, case.n, case.k, rng, case.data)
+    values, offsets = rng.standard_normal((case.m, case.k)), rng.standard_normal(case.n)
+    if case.data == "one_sign":
+        values, offsets = np.abs(values), np.abs(offsets)
+    x = torch.full((case.m, case.k + 3), torch.nan, dtype=case.torch_dtype)[:, : case.k]
+    x.copy_(torch.from_numpy(values))
     bias = torch.from_numpy(offsets).to(case.torch_dtype) if case.bias else None
     return LinearInputs(x, weight, bias)
 

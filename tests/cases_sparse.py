@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cases import LinearCase, LinearInputs
+from cases import LinearCase, LinearInputs, inputs_with
 from lath.formats import packing
 from lath.formats.activations import activation_format
 from lath.formats.qtensor import SCALE_DTYPES
@@ -67,14 +65,6 @@ def definition(
 
 
 def make_inputs(case: LinearCase) -> tuple[LinearInputs, SparseTensor]:
-    """The inputs of a case, from a seed that is the case itself; x has NaN beyond its columns."""
-    seed = int.from_bytes(hashlib.sha256(str(case).encode()).digest()[:8], "little")
-    rng = np.random.default_rng(seed)
-    weight = make_weight(case.codec, case.n, case.k, rng, case.data)
-    values, offsets = rng.standard_normal((case.m, case.k)), rng.standard_normal(case.n)
-    if case.data == "one_sign":
-        values, offsets = np.abs(values), np.abs(offsets)
-    x = torch.full((case.m, case.k + 3), torch.nan, dtype=case.torch_dtype)[:, : case.k]
-    x.copy_(torch.from_numpy(values))
-    bias = torch.from_numpy(offsets).to(case.torch_dtype) if case.bias else None
-    return LinearInputs(x, weight, bias), weight  # type: ignore[arg-type]
+    """The inputs of a case and their weight."""
+    inputs = inputs_with(case, make_weight)
+    return inputs, inputs.weight  # type: ignore[return-value]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import torch
 
 import oracle
-from cases import LinearCase, LinearData
+from cases import LinearCase, LinearData, inputs_with
 from lath.formats import packing
 from lath.formats.activations import activation_format
 from lath.formats.plan import Plan
@@ -73,16 +71,8 @@ def answer(
 
 def make(case: LinearCase) -> LinearData:
     """Inputs of a case and their answer; x has NaN beyond its columns."""
-    seed = int.from_bytes(hashlib.sha256(str(case).encode()).digest()[:8], "little")
-    rng = np.random.default_rng(seed)
-    weight = make_weight(case.codec, case.n, case.k, rng, case.data)
-    values, offsets = rng.standard_normal((case.m, case.k)), rng.standard_normal(case.n)
-    if case.data == "one_sign":
-        values, offsets = np.abs(values), np.abs(offsets)
-    x = torch.full((case.m, case.k + 3), torch.nan, dtype=case.torch_dtype)[:, : case.k]
-    x.copy_(torch.from_numpy(values))
-    bias = torch.from_numpy(offsets).to(case.torch_dtype) if case.bias else None
-    return answer(x, weight, bias, case.activations)
+    inputs = inputs_with(case, make_weight)
+    return answer(inputs.x, inputs.weight, inputs.bias, case.activations)
 
 
 def bound_of(data: LinearData, plan: Plan | None) -> np.ndarray:
