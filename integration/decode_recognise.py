@@ -147,7 +147,8 @@ def _only(
 def _why_not_packed(module: Any) -> str:
     if not isinstance(module, PackedLinear):
         return f"is a {type(module).__name__}, not packed"
-    if not module.weight.is_cpu or resolve_backend(module.backend, module.weight.device) != "cpu":
+    device = module.device
+    if device.type != "cpu" or resolve_backend(module.backend, device) != "cpu":
         return "does not run on the compiled CPU kernels"
     return ""
 

@@ -151,14 +151,19 @@ def record_of(codec: Codec, kind: Kind, folded: bool = False, trits: bool = Fals
     return Record(width, "none", half, _WIDER.get(codec.values, codec.values), byte_scale)  # type: ignore[arg-type]
 
 
-def cpu_view(weight: QTensor, activations: ActivationFormat) -> CpuView:
-    """The view of a weight for an activation format, made on first use and kept with it."""
-    codec, columns = stored_codec(weight.codec), weight.shape[1]
+def view_key(columns: int, codec: Codec, activations: ActivationFormat) -> tuple[str, int, Record]:
+    """The name of a view, its group and its kind of record."""
+    codec = stored_codec(codec)
     trits = keeps_trits(columns, codec, activations, has_wide_look_up(host_isa()))
     group = view_group(columns, codec, activations, TRIT_GROUP if trits else GROUP_MULTIPLE)
     folded = codec.scale_dtype == "int8" and folds_scales(columns, codec, activations)
     record = record_of(codec, kind_of(codec, activations), folded, trits)
-    key = f"cpu-g{group}-{record.stored}-{record.byte_scale}"
+    return f"cpu-g{group}-{record.stored}-{record.byte_scale}", group, record
+
+
+def cpu_view(weight: QTensor, activations: ActivationFormat) -> CpuView:
+    """The view of a weight for an activation format, made on first use and kept with it."""
+    key, group, record = view_key(weight.shape[1], weight.codec, activations)
     return weight.view(key, lambda: build_view(_multiplied_out(weight), group, record))
 
 
@@ -176,7 +181,7 @@ def build_view(weight: QTensor, group: int, record: Record) -> CpuView:
     else:
         widths = np.array(codec.plane_widths)
         words, blocks = _plane_words(weight), -(-columns // packing.BLOCK)
-        stored = _stored_codes(codec, record)
+        stored = stored_codes(codec, record)
         _pack_codes()(words, widths, blocks, out.view(np.uint32), record.width, group, stored)
     start = group // record.columns * VECTOR_BYTES
     if record.by_column:
@@ -212,7 +217,7 @@ def _put_trits(out: NDArray[np.uint8], codes: Tensor, group: int, record: Record
     out[:, :, : size - record.side_bytes] = numbers.reshape(panels, groups, -1)
 
 
-def _stored_codes(codec: Codec, record: Record) -> NDArray[np.uint8]:
+def stored_codes(codec: Codec, record: Record) -> NDArray[np.uint8]:
     """The code in a record of each code of the weight, [256]."""
     codes = np.arange(256)
     if record.stored == "integer":
