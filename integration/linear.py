@@ -26,11 +26,17 @@ from lath.verbs.quantize import quantize
 
 # Tensor of the packed weight → parameter of the module, where it is not "weight_" and its name.
 _PARAMETERS = {"codes": "weight", "scales": "weight_scale", "zeros": "weight_zero"}
-_META = "weight_meta"
+META = "weight_meta"
 
 
 def _parameter_of(tensor: str) -> str:
     return _PARAMETERS.get(tensor, f"weight_{tensor}")
+
+
+def tensor_of(parameter: str) -> str:
+    """The tensor of a packed weight that a parameter of a module holds; of META, "meta"."""
+    names = {own: tensor for tensor, own in _PARAMETERS.items()}
+    return names.get(parameter, parameter.removeprefix("weight_"))
 
 
 class PackedLinear(nn.Module):
@@ -299,12 +305,12 @@ class PackedLinear(nn.Module):
         if isinstance(packed, ViewedTensor):
             made = self._restored(packed)
             destination.update({prefix + name: tensor for name, tensor in made.items()})
-            destination[prefix + _META] = packed.metadata()
+            destination[prefix + META] = packed.metadata()
         elif self.weight.is_meta:
             # No contents, no digest: the key alone, for code that asks what a checkpoint holds.
-            destination[prefix + _META] = torch.empty(0, dtype=torch.uint8, device="meta")
+            destination[prefix + META] = torch.empty(0, dtype=torch.uint8, device="meta")
         else:
-            destination[prefix + _META] = self.qtensor.metadata()
+            destination[prefix + META] = self.qtensor.metadata()
 
     def _load_from_state_dict(
         self,
@@ -318,12 +324,12 @@ class PackedLinear(nn.Module):
     ) -> None:
         """Load or refuse: a damaged or different weight leaves this module as it was."""
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        meta = own.pop(prefix + _META, None)
+        meta = own.pop(prefix + META, None)
         names = [name for name in self._parts if prefix + name in own]
         if meta is None and names:
-            missing_keys.append(prefix + _META)
+            missing_keys.append(prefix + META)
             error_msgs.append(
-                f"{prefix}{_META} is missing: what is saved there is not a packed weight"
+                f"{prefix}{META} is missing: what is saved there is not a packed weight"
             )
             return
         self.restore()
