@@ -195,6 +195,13 @@ class Codec:
         return self.values not in ("integer", "nested", "ternary")
 
     @property
+    def rows_are_independent(self) -> bool:
+        """Whether a row's numbers depend on no other row: no table, mean or outer scale is of the
+        whole tensor."""
+        of_all = self.values == "ternary" and self.group is None
+        return not (of_all or self.values == "learned" or self.scale_dtype == "e4m3")
+
+    @property
     def zero_code(self) -> float:
         """The code that stands for 0 in a symmetric codec of whole numbers: 2**(bits - 1), or 1 of
         ternary.

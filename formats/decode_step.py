@@ -4,8 +4,10 @@ For each layer, with r the residual stream, RMSNorm n(x) = w x / sqrt(mean x² +
 
     h = n(r);  q, k, v = products of h;  q, k normalised per head and rotated, where the layer does
     k, v appended to the layer's cache;  o = attention of q over the cache
-    r += product of o
-    h = n(r);  r += down(silu(gate(h)) * up(h))
+    r += product of o, normalised before where the layer does
+    h = n(r);  g = a(gate(h)) * up(h);  r += down(g), g normalised before where the layer does
+
+with a one of GATES,
 
 and at the end the head's product of the last norm: logits. r is fp32 throughout; q, k, v and o are
 rounded once, to the model's dtype.
@@ -13,13 +15,21 @@ rounded once, to the model's dtype.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lath.formats.activations import ActivationFormat
 from lath.formats.qtensor import QTensor
+
+# What stands between gate and up: x / (1 + exp(-x)); GELU in its form with tanh (1606.08415),
+# x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x³))); max(x, 0)² (2109.08668).
+Gate = Literal["silu", "gelu_tanh", "relu2"]
+GATES: tuple[Gate, ...] = ("silu", "gelu_tanh", "relu2")
+GELU_SLOPE, GELU_CUBIC = 2 * (2 / math.pi) ** 0.5, 0.044715
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,9 @@ class Product:
 @dataclass(frozen=True)
 class DecoderLayer:
     """One layer. query_norm, key_norm: over a head's channels, or None. rotate: whether queries and
-    keys are rotated by their position. scale: of q·k. window: as in ScoreOptions."""
+    keys are rotated by their position. scale: of q·k. window: as in ScoreOptions. output_norm,
+    down_norm: of what `output` and `down` multiply, or None (the sub-norms of BitNet). function:
+    between gate and up."""
 
     attention_norm: Norm
     query: Product
@@ -58,6 +70,9 @@ class DecoderLayer:
     gate: Product
     up: Product
     down: Product
+    output_norm: Norm | None = None
+    down_norm: Norm | None = None
+    function: Gate = "silu"
 
 
 @dataclass(frozen=True)

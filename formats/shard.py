@@ -1,4 +1,5 @@
-"""Cutting a packed weight into equal pieces for tensor parallelism: whole panels, whole blocks.
+"""Cutting a packed weight into equal pieces for tensor parallelism: whole panels, whole blocks; and
+putting one together from pieces of its rows.
 
 No bit is decoded or moved inside a word: a piece of N is a run of panels of each plane, a piece of
 K a run of blocks of each panel (DESIGN.md, 2).
@@ -6,11 +7,16 @@ K a run of blocks of each panel (DESIGN.md, 2).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from lath.formats import packing
 from lath.formats.codec import Codec
+
+if TYPE_CHECKING:
+    from lath.formats.qtensor import QTensor
 
 
 def check_shard(codec: Codec, shape: tuple[int, int], rank: int, ranks: int, axis: int) -> int:
@@ -42,6 +48,20 @@ def shard_codes(
     return torch.cat(
         [plane.narrow(axis, start // unit, size // unit).reshape(-1) for plane in planes]
     )
+
+
+def put_rows(target: QTensor, piece: QTensor, start: int) -> None:
+    """Write a piece of rows, of the same codec and columns, into its place in an empty weight.
+
+    start: a multiple of 16, as the rows of the piece are unless it is the last one.
+    """
+    first, panels = start // packing.PANEL, -(-piece.shape[0] // packing.PANEL)
+    for plane, own in zip(target.planes, piece.planes, strict=True):
+        plane[first : first + panels] = own
+    for name in ("scales", "zeros", "outer"):
+        side, own_side = getattr(target, name), getattr(piece, name)
+        if side is not None:
+            side[..., start : start + panels * packing.PANEL] = own_side
 
 
 def shard_side(

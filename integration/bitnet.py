@@ -14,8 +14,8 @@ they are rounded in fp32, as everywhere in lath, and a token below 2**-100 count
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 from lath.formats import packing
 from lath.formats.codec import Codec
-from lath.formats.codec import codec as parse_codec
+from lath.formats.families import weight_codec
+from lath.formats.packed_weight import WeightCodec
 from lath.formats.qtensor import SCALE_DTYPES, QTensor
-from lath.integration.linear import PackedLinear
+from lath.integration.skeleton import Skeleton, named
 from lath.integration.store import ModelError
 
 _CODES_PER_BYTE = 4
+_SCALE = ".weight_scale"
 # Every field of a BitNet quantization_config, and what transformers takes where it is absent.
 _DEFAULTS: dict[str, Any] = {
     "quant_method": None, "linear_class": "bitlinear", "quantization_mode": "offline",
@@ -71,7 +73,7 @@ class BitNetLayout:
 
 def is_bitnet(config: Any) -> bool:
     """Whether a transformers config is that of a BitNet checkpoint."""
-    return bool(_quantization(config).get("quant_method") == "bitnet")
+    return bool(quantization_of(config).get("quant_method") == "bitnet")
 
 
 def unpack_rows(packed: Tensor, rows: int) -> Tensor:
@@ -90,15 +92,15 @@ def unpack_rows(packed: Tensor, rows: int) -> Tensor:
 
 
 def bitnet_weight(
-    packed: Tensor, weight_scale: Tensor, rows: int, layout: BitNetLayout, codec: str | Codec
+    packed: Tensor, weight_scale: Tensor, rows: int, layout: BitNetLayout, codec: str | WeightCodec
 ) -> QTensor:
     """The packed weight [N, K] of a layer. packed: uint8 [ceil(N/4), K]. weight_scale: [1].
 
     rows: N. codec: a ternary one without groups; with "-s32" the scale is rounded to fp32 once
     (where it divides), otherwise to fp16. ValueError naming what is wrong.
     """
-    parsed = parse_codec(codec)
-    if parsed.values != "ternary" or parsed.group is not None:
+    parsed = weight_codec(codec)
+    if not isinstance(parsed, Codec) or parsed.values != "ternary" or parsed.group is not None:
         raise ValueError(
             f"codec of a BitNet weight must be a ternary one without groups, got {str(parsed)!r}"
         )
@@ -126,7 +128,8 @@ def load_bitnet(
     backend: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """The causal language model of a BitNet checkpoint, its packed layers PackedLinear, on the CPU.
+    """The causal language model of a BitNet checkpoint, its packed layers PackedLinear, on the CPU:
+    `lath.load` with an output layer that stays dense and codes that are kept.
 
     folder: config.json and safetensors. codec: "ternary-s32" or "ternary-1.6-s32" (or without
     "-s32", scales in fp16). backend: as for `lath.linear`. dtype: of everything else; None: the
@@ -134,98 +137,56 @@ def load_bitnet(
 
     Raises ModelError for a checkpoint that is damaged or in a convention that is not known.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+    from transformers import AutoConfig
 
-    folder = Path(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if not is_bitnet(config):
+    from lath.integration.load import load
+
+    if not is_bitnet(AutoConfig.from_pretrained(folder, local_files_only=True)):
         raise ModelError(f"{folder} is no BitNet checkpoint: its config names no such quantisation")
-    fields = _quantization(config)
-    layout = BitNetLayout.of(fields)
-    del config.quantization_config
-    state = _tensors(folder)
-    dtype = dtype or config.dtype or torch.float32
-    # The memory of weights that are replaced below is never touched, so it is never really taken.
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    left_alone = fields.get("modules_to_not_convert") or []
-    for name, module in _packed_layers(model, state):
-        if any(pattern == name or name.startswith(f"{pattern}.") for pattern in left_alone):
-            raise ModelError(f"{name} is packed, but modules_to_not_convert names it")
-        packed, scale = state.pop(f"{name}.weight"), state.pop(f"{name}.weight_scale")
-        bias = state.pop(f"{name}.bias").to(dtype) if module.bias is not None else None
-        with _named(name):
-            if packed.shape[-1] != module.in_features:
-                raise ValueError(f"packed must have K = {module.in_features}, got {packed.shape}")
-            weight = bitnet_weight(packed, scale, module.out_features, layout, codec)
-        replacement = PackedLinear.from_qtensor(
-            weight, bias, activations="int8", backend=backend, dtype=dtype
-        )
-        model.set_submodule(name, replacement)
-    _load_rest(model, state, dtype)
-    return model.eval()
+    return load(folder, codec, head=None, backend=backend, dtype=dtype, keep_codes=True)
 
 
-def _quantization(config: Any) -> dict[str, Any]:
+def quantization_of(config: Any) -> dict[str, Any]:
+    """The `quantization_config` of a transformers config, {} where there is none."""
     fields = getattr(config, "quantization_config", None) or {}
     return dict(fields) if isinstance(fields, dict) else dict(fields.to_dict())
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the folder's safetensors files."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def bitnet_layers(
+    skeleton: Skeleton, fields: dict[str, Any], codec: str | WeightCodec
+) -> dict[str, Callable[[], QTensor]]:
+    """Each linear layer that a BitNet checkpoint packs, and what reads its weight.
 
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder} has no .safetensors file")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            state |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"cannot read {file}: {error}") from error
-    return state
-
-
-def _packed_layers(model: nn.Module, state: dict[str, Tensor]) -> list[tuple[str, nn.Linear]]:
-    """The linear layers that the checkpoint packs; ModelError where half of one is there."""
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    scaled = {key.removesuffix(".weight_scale") for key in state if key.endswith(".weight_scale")}
-    bytes_ = {
-        key.removesuffix(".weight") for key, tensor in state.items() if tensor.dtype == torch.uint8
+    fields: of its `quantization_config`. ModelError for a convention that is not known, or where
+    half of a layer is there.
+    """
+    layout, checkpoint = BitNetLayout.of(fields), skeleton.checkpoint
+    linears = {n: m for n, m in skeleton.model.named_modules() if isinstance(m, nn.Linear)}
+    scaled = {name.removesuffix(_SCALE) for name in checkpoint.names if name.endswith(_SCALE)}
+    packed = {
+        name.removesuffix(".weight") for name in checkpoint.names if checkpoint.is_bytes(name)
     }
-    for name in sorted(scaled ^ bytes_):
+    for name in sorted(scaled ^ packed):
         have = "a weight_scale but no uint8 weight" if name in scaled else "no weight_scale"
         raise ModelError(f"{name} of a BitNet checkpoint has {have}")
     for name in sorted(scaled - linears.keys()):
-        raise ModelError(f"{name} is packed, but {type(model).__name__} has no such linear layer")
+        raise ModelError(
+            f"{name} is packed, but {type(skeleton.model).__name__} has no such linear layer"
+        )
     if not scaled:
         raise ModelError("a BitNet checkpoint must have packed layers, this one has none")
-    return [(name, module) for name, module in linears.items() if name in scaled]
+    for name in sorted(scaled):
+        for pattern in fields.get("modules_to_not_convert") or []:
+            if pattern == name or name.startswith(f"{pattern}."):
+                raise ModelError(f"{name} is packed, but modules_to_not_convert names it")
 
+    def read(name: str) -> QTensor:
+        packed, scale = (checkpoint.read(f"{name}{end}") for end in (".weight", _SCALE))
+        with named(name):
+            if packed.shape[-1] != linears[name].in_features:
+                raise ValueError(
+                    f"packed must have K = {linears[name].in_features}, got {[*packed.shape]}"
+                )
+            return bitnet_weight(packed, scale, linears[name].out_features, layout, codec)
 
-def _load_rest(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-    rest = {k: t.to(dtype) if t.is_floating_point() else t for k, t in state.items()}
-    missing, unexpected = model.load_state_dict(rest, strict=False)
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    packed = {n for n, module in model.named_modules() if isinstance(module, PackedLinear)}
-    missing = [k for k in missing if k not in tied and k.rpartition(".")[0] not in packed]
-    if missing or unexpected:
-        raise ModelError(
-            f"checkpoint does not fit {type(model).__name__}: missing {missing}, "
-            f"unexpected {unexpected}"
-        )
-    tie = getattr(model, "tie_weights", None)
-    if callable(tie):
-        tie()
-
-
-@contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Errors of a layer say which one it was."""
-    try:
-        yield
-    except ValueError as error:
-        raise ModelError(f"{name}: {error}") from error
+    return {name: functools.partial(read, name) for name in linears if name in scaled}

@@ -1,20 +1,22 @@
 """Whether a model is a decoder of Llama's shape, and where its parts are.
 
 The shape is recognised by what the model is made of, not by its name: an embedding, layers of
-attention (q, k, v, o) and a gated MLP behind a norm each, a last norm, an output layer. What cannot
-be seen (constants in `forward`, the order of things) is left to the probe (decode_probe.py).
+attention (q, k, v, o) and a gated MLP behind a norm each, a last norm, an output layer. One norm
+more in the attention, or in the MLP, is taken for one of what its last product multiplies; the
+function between gate and up is found by its numbers. What cannot be seen (constants in `forward`,
+the order of things) is left to the probe (decode_probe.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lath.formats.decode_step import DecoderLayer, DecoderStack, Norm, Product
+from lath.formats.decode_step import GATES, DecoderLayer, DecoderStack, Gate, Norm, Product
 from lath.formats.packing import PANEL
 from lath.formats.qtensor import QTensor
 from lath.integration.find import output_layer
@@ -110,22 +112,31 @@ def find_decoder(model: Any) -> Decoder:
 def _check_layer(layer: Any, where: str) -> None:
     _only(layer, _LAYER, where)
     attention, mlp = layer.self_attn, layer.mlp
-    _only(attention, _ATTENTION, f"the attention of {where}", _HEAD_NORMS)
-    _only(mlp, _MLP, f"the MLP of {where}")
+    _only(attention, _ATTENTION, f"the attention of {where}", _HEAD_NORMS, _output_norm(attention))
+    _only(mlp, _MLP, f"the MLP of {where}", set(), _down_norm(mlp))
     for parent, names in ((attention, _ATTENTION), (mlp, _MLP - {"act_fn"})):
         for name in sorted(names):
             why = _why_not_packed(getattr(parent, name))
             if why:
                 raise NotFusedError(f"{name} of {where} {why}")
-    if not _is_silu(mlp.act_fn):
-        raise NotFusedError(f"the MLP of {where} has {type(mlp.act_fn).__name__}, not SiLU")
+    if _gate_of(mlp.act_fn) is None:
+        raise NotFusedError(
+            f"the MLP of {where} has {type(mlp.act_fn).__name__}, none of {', '.join(GATES)}"
+        )
     for norm in _norms(layer):
         if getattr(norm, "weight", None) is None or _epsilon(norm) is None:
             raise NotFusedError(f"{type(norm).__name__} in {where} is no RMSNorm")
 
 
-def _only(module: nn.Module, expected: set[str], where: str, also: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    found = set(module._modules)
+def _only(
+    module: nn.Module,
+    expected: set[str],
+    where: str,
+    also: set[str] = frozenset(),  # type: ignore[assignment]
+    norm: nn.Module | None = None,
+) -> None:
+    """norm: a child that may be there too, by whatever name."""
+    found = {name for name, child in module._modules.items() if norm is None or child is not norm}
     if not expected <= found <= expected | also:
         missing, unknown = expected - found, found - expected - also
         raise NotFusedError(
@@ -136,22 +147,51 @@ def _only(module: nn.Module, expected: set[str], where: str, also: set[str] = fr
 def _why_not_packed(module: Any) -> str:
     if not isinstance(module, PackedLinear):
         return f"is a {type(module).__name__}, not packed"
-    if not module.weight.is_cpu or resolve_backend(module.backend, module.weight.device) != "cpu":
+    device = module.device
+    if device.type != "cpu" or resolve_backend(module.backend, device) != "cpu":
         return "does not run on the compiled CPU kernels"
     return ""
 
 
-def _is_silu(function: Any) -> bool:
+_FUNCTIONS: dict[Gate, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "relu2": lambda x: nn.functional.relu(x).square(),
+}
+
+
+def _gate_of(function: Any) -> Gate | None:
+    """Which function a module computes, by its numbers: GELU and its form with tanh are 4e-4 apart
+    there."""
     x = torch.linspace(-6, 6, 49)
     with torch.no_grad():
-        return bool(torch.allclose(function(x), torch.nn.functional.silu(x), atol=1e-6))
+        y = function(x)
+        same = [name for name, own in _FUNCTIONS.items() if torch.allclose(y, own(x), atol=1e-6)]
+    return same[0] if same else None
+
+
+def _sub_norm(parent: nn.Module, known: set[str]) -> Any:
+    """The child beside the known ones, where it is the only one and looks like a norm, or None."""
+    others = [child for name, child in parent._modules.items() if name not in known]
+    if len(others) != 1 or others[0] is None or others[0]._modules:
+        return None
+    return others[0] if getattr(getattr(others[0], "weight", None), "ndim", 0) == 1 else None
+
+
+def _output_norm(attention: Any) -> Any:
+    return _sub_norm(attention, _ATTENTION | _HEAD_NORMS)
+
+
+def _down_norm(mlp: Any) -> Any:
+    return _sub_norm(mlp, _MLP)
 
 
 def _norms(layer: Any) -> list[nn.Module]:
     heads = [getattr(layer.self_attn, name, None) for name in sorted(_HEAD_NORMS)]
+    inner = [*heads, _output_norm(layer.self_attn), _down_norm(layer.mlp)]
     return [
         layer.input_layernorm, layer.post_attention_layernorm,
-        *(norm for norm in heads if norm is not None),
+        *(norm for norm in inner if norm is not None),
     ]  # fmt: skip
 
 
@@ -180,6 +220,17 @@ def _check_sizes(model: Any, decoder: Decoder) -> None:
             norm = getattr(attention, name, None)
             if norm is not None and tuple(norm.weight.shape) != (decoder.head_dim,):
                 raise NotFusedError(f"{name} is of {[*norm.weight.shape]}, not of one head")
+        inner = (
+            (_output_norm(attention), attention.o_proj),
+            (_down_norm(layer.mlp), layer.mlp.down_proj),
+        )
+        for norm, product in inner:
+            width = product.in_features
+            if norm is not None and (norm.weight.shape[0] != width or width % PANEL):
+                raise NotFusedError(
+                    f"a norm of {norm.weight.shape[0]} before a product of {width}: they must be "
+                    f"the same multiple of {PANEL}"
+                )
 
 
 def stack_of(decoder: Decoder, readings: list[Reading]) -> DecoderStack:
@@ -195,13 +246,21 @@ def stack_of(decoder: Decoder, readings: list[Reading]) -> DecoderStack:
 
 def _layer(layer: Any, reading: Reading) -> DecoderLayer:
     attention, mlp = layer.self_attn, layer.mlp
-    head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    query_norm, key_norm = (None if norm is None else _norm(norm) for norm in head_norms)
+    optional = [
+        getattr(attention, "q_norm", None), getattr(attention, "k_norm", None),
+        _output_norm(attention), _down_norm(mlp),
+    ]  # fmt: skip
+    query_norm, key_norm, output_norm, down_norm = (
+        None if norm is None else _norm(norm) for norm in optional
+    )
+    function = _gate_of(mlp.act_fn)
+    assert function is not None
     return DecoderLayer(
         _norm(layer.input_layernorm), _product(attention.q_proj), _product(attention.k_proj),
         _product(attention.v_proj), _product(attention.o_proj), query_norm, key_norm,
         reading.rotate, reading.scale, reading.window, _norm(layer.post_attention_layernorm),
         _product(mlp.gate_proj), _product(mlp.up_proj), _product(mlp.down_proj),
+        output_norm, down_norm, function,
     )  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.families import load_weight, weight_class, weight_codec
 from lath.formats.packed_weight import PackedWeight, WeightCodec
+from lath.formats.qtensor import QTensor
+from lath.formats.viewed import ViewedTensor
 from lath.verbs.backends import BACKENDS, resolve_backend
 from lath.verbs.kinds import kind_of
 from lath.verbs.linear import linear
@@ -24,11 +26,17 @@ from lath.verbs.quantize import quantize
 
 # Tensor of the packed weight → parameter of the module, where it is not "weight_" and its name.
 _PARAMETERS = {"codes": "weight", "scales": "weight_scale", "zeros": "weight_zero"}
-_META = "weight_meta"
+META = "weight_meta"
 
 
 def _parameter_of(tensor: str) -> str:
     return _PARAMETERS.get(tensor, f"weight_{tensor}")
+
+
+def tensor_of(parameter: str) -> str:
+    """The tensor of a packed weight that a parameter of a module holds; of META, "meta"."""
+    names = {own: tensor for tensor, own in _PARAMETERS.items()}
+    return names.get(parameter, parameter.removeprefix("weight_"))
 
 
 class PackedLinear(nn.Module):
@@ -44,6 +52,9 @@ class PackedLinear(nn.Module):
     weight. The module follows x's dtype, torch.autocast included: it computes in fp32 inside.
     Parameters that are loaded, moved or assigned take effect at once; the compiled kernel does not
     see them written in place.
+
+    On a CPU the compiled kernel reads a view, repacked from the codes and as large: `compact()`
+    keeps that alone. The parameters of the packed weight are on the meta device then.
     """
 
     weight: Tensor
@@ -143,12 +154,64 @@ class PackedLinear(nn.Module):
         """The weight; its tensors are this module's parameters."""
         packed = self._packed
         if packed is None:
-            shape = (self.out_features, self.in_features)
-            tensors = {part: getattr(self, name) for name, part in self._parts.items()}
-            packed = weight_class(self.codec).from_tensors(self.codec, shape, tensors)
+            packed = self._of_parameters()
             if not torch.compiler.is_compiling():
                 self._packed = packed
         return packed
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed numbers are."""
+        packed = self._packed
+        return packed.device if isinstance(packed, ViewedTensor) else self.weight.device
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether the weight is kept as a view alone."""
+        return isinstance(self._packed, ViewedTensor)
+
+    def compact(self) -> bool:
+        """Keep the weight once, in the view that the CPU multiplies by, if that is the same numbers
+        bit for bit: True then, or where it is so already; False, with nothing changed, where it is
+        not (another device or backend, sums, sparse weights, vectors, 6-bit floats, `-dq`).
+
+        All else works as before and pays for codes that are made anew: `qtensor`, saving, gradients
+        in x. A copy, and a module that was moved to another device or into which something was
+        loaded, keeps its codes again, as after `restore()`. torch.compile needs `restore()` first.
+        """
+        if self.is_compact:
+            return True
+        own = self.qtensor
+        if not isinstance(own, QTensor) or self.device.type != "cpu":
+            return False
+        if resolve_backend(self.backend, self.device) != "cpu":
+            return False
+        viewed: ViewedTensor | None = kind_of(own).function("cpu", "only_view")(
+            own, self.activations
+        )
+        if viewed is None:
+            return False
+        for name in self._parts:
+            self._parameters[name] = _frozen(getattr(self, name).detach().to("meta"))
+        self._packed, self._kernel = viewed, None
+        return True
+
+    def restore(self) -> None:
+        """Undo `compact()`: the packed codes are parameters again."""
+        packed = self._packed
+        if isinstance(packed, ViewedTensor):
+            for name, tensor in self._restored(packed).items():
+                self._parameters[name] = _frozen(tensor)
+            self._packed = self._kernel = None
+
+    def _restored(self, packed: ViewedTensor) -> dict[str, Tensor]:
+        tensors = packed.tensors
+        return {name: tensors[part] for name, part in self._parts.items()}
+
+    def _of_parameters(self) -> PackedWeight:
+        tensors = {part: getattr(self, name) for name, part in self._parts.items()}
+        shape = (self.out_features, self.in_features)
+        return weight_class(self.codec).from_tensors(self.codec, shape, tensors)
 
     def forward(self, x: Tensor) -> Tensor:
         if (
@@ -166,13 +229,15 @@ class PackedLinear(nn.Module):
         return kernel(x)
 
     def _through_verb(self, x: Tensor) -> Tensor:
+        if self.is_compact and torch.compiler.is_compiling():
+            raise RuntimeError("a compact PackedLinear cannot be compiled: call restore() first")
         return linear(
             x, self.qtensor, self.bias, activations=self.activations, backend=self.backend
         )
 
     def _prepare(self) -> Callable[[Tensor], Tensor]:
         """The call that computes this module on CPU tensors, ready to run."""
-        if self.weight.is_cpu and resolve_backend(self.backend, self.weight.device) == "cpu":
+        if self.device.type == "cpu" and resolve_backend(self.backend, self.device) == "cpu":
             prepare = kind_of(self.qtensor).function("cpu", "prepare")
             prepared: Callable[[Tensor], Tensor] = prepare(
                 self.qtensor, self.bias, self.activations
@@ -189,11 +254,14 @@ class PackedLinear(nn.Module):
 
     def _forget(self) -> None:
         """Drop what was derived from the parameters; it is made again when needed."""
+        self.restore()
         self._packed = self._kernel = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Tying code assigns an embedding's weight to its output layer without asking.
         parts = self.__dict__.get("_parts", ())
+        if name in parts:
+            self.restore()
         if name in parts and isinstance(value, Tensor):
             current = self._parameters[name]
             if current is None or value.dtype != current.dtype or value.shape != current.shape:
@@ -202,18 +270,30 @@ class PackedLinear(nn.Module):
                     f"a {value.dtype} tensor {list(value.shape)}: undo the patch first"
                 )
         if name in parts or name == "bias":
-            self._forget()
+            self._kernel = None
+            self._packed = self._packed if self.is_compact else None
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Move or cast. A cast of the model's floats must not round packed scales."""
+        example = fn(torch.empty(0, dtype=self.dense_dtype))
+        if self.is_compact and example.device.type == "cpu" and not example.is_shared():  # type: ignore[no-untyped-call]
+            # A cast, of the bias alone.
+            parts = {name: self._parameters.pop(name) for name in self._parts}
+            try:
+                super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            finally:
+                self._parameters = {**parts, **self._parameters}
+            self.dense_dtype, self._kernel = example.dtype, None
+            return self
+        self.restore()
         kept = {name: p.data for name in self._parts if (p := self._parameters[name]) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, data in kept.items():
             parameter = self._parameters[name]
             if parameter is not None and parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
-        self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
+        self.dense_dtype = example.dtype
         self._forget()
         return self
 
@@ -221,11 +301,16 @@ class PackedLinear(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight.is_meta:
+        packed = self._packed
+        if isinstance(packed, ViewedTensor):
+            made = self._restored(packed)
+            destination.update({prefix + name: tensor for name, tensor in made.items()})
+            destination[prefix + META] = packed.metadata()
+        elif self.weight.is_meta:
             # No contents, no digest: the key alone, for code that asks what a checkpoint holds.
-            destination[prefix + _META] = torch.empty(0, dtype=torch.uint8, device="meta")
+            destination[prefix + META] = torch.empty(0, dtype=torch.uint8, device="meta")
         else:
-            destination[prefix + _META] = self.qtensor.metadata()
+            destination[prefix + META] = self.qtensor.metadata()
 
     def _load_from_state_dict(
         self,
@@ -239,14 +324,15 @@ class PackedLinear(nn.Module):
     ) -> None:
         """Load or refuse: a damaged or different weight leaves this module as it was."""
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        meta = own.pop(prefix + _META, None)
+        meta = own.pop(prefix + META, None)
         names = [name for name in self._parts if prefix + name in own]
         if meta is None and names:
-            missing_keys.append(prefix + _META)
+            missing_keys.append(prefix + META)
             error_msgs.append(
-                f"{prefix}{_META} is missing: what is saved there is not a packed weight"
+                f"{prefix}{META} is missing: what is saved there is not a packed weight"
             )
             return
+        self.restore()
         if meta is not None:
             saved = {self._parts[name]: own[prefix + name] for name in names}
             try:
@@ -275,7 +361,11 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: the kernel holds addresses of this module's memory."""
-        return {**self.__dict__, "_packed": None, "_kernel": None}
+        state = {**self.__dict__, "_packed": None, "_kernel": None}
+        if isinstance(self._packed, ViewedTensor):
+            made = {name: _frozen(t) for name, t in self._restored(self._packed).items()}
+            state["_parameters"] = {**self._parameters, **made}
+        return state
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:

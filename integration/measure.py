@@ -1,4 +1,5 @@
-"""How fast a model reads a prompt and writes tokens, through its own `generate()`.
+"""How fast a model reads a prompt and writes tokens, through its own `generate()`; how much memory
+it takes.
 
 Variants are measured in turn within one run, order reversed every other round, and the medians are
 compared: what else the machine is doing then hits all of them alike.
@@ -6,9 +7,13 @@ compared: what else the machine is doing then hits all of them alike.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -95,3 +100,27 @@ def measure_speeds(
         name: Speed(ids.shape[1] / median(prefill[name]), 1 / median(decode[name]))
         for name in names
     }
+
+
+def resident_bytes() -> int:
+    """What the process has in memory now, what it maps of files included (Linux)."""
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """The most that it had since it began, or since `reset_peak`."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> None:
+    """Start the peak anew, at what is resident once freed memory has gone back to the system."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])

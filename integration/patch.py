@@ -201,7 +201,7 @@ def _check_packed(found: list[Found], options: PatchOptions) -> None:
         module = one.module
         if one.reason or not isinstance(module, PackedLinear):
             continue
-        activations = options.activations_on(module.weight.device)
+        activations = options.activations_on(module.device)
         have = (str(module.codec), str(module.activations), module.backend, module.quantizer)
         want = (
             str(options.codec), str(activations), options.backend, str(options.quantizer),

@@ -78,13 +78,14 @@ def _row(one: Found, packed: Packed | None, options: PatchOptions) -> PatchRow:
     if one.reason:
         return row
     already = isinstance(module, PackedLinear)
+    device = module.device if isinstance(module, PackedLinear) else module.weight.device
     bias = 0 if module.bias is None else unique_bytes([module.bias])
     return dataclasses.replace(
         row,
         action="already packed" if already else "replaced",
         codec=str(options.codec),
-        activations=str(options.activations_on(module.weight.device)),
-        backend=resolve_backend(options.backend, module.weight.device),
+        activations=str(options.activations_on(device)),
+        backend=resolve_backend(options.backend, device),
         bytes_after=own if already else _weight_bytes(one, options) + bias,
         error=packed.error if packed else None,
         quantizer=packed.note if packed else "",

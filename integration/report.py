@@ -251,8 +251,10 @@ class PatchReport:
 
 def _whereabouts(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a module's weight; of a packed one, what a dense weight would have."""
+    if isinstance(module, PackedLinear):
+        return module.device, module.dense_dtype
     weight = module.get_parameter("weight")
-    return weight.device, module.dense_dtype if isinstance(module, PackedLinear) else weight.dtype
+    return weight.device, weight.dtype
 
 
 def _put(place: Place, module: nn.Module) -> None:

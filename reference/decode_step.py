@@ -9,6 +9,7 @@ its pages say (`lath.reference.attention`).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
+from lath.formats.decode_step import GELU_CUBIC, Gate
 from lath.formats.pages import PAGE
 from lath.reference import floats
 from lath.reference.attention import Cache, Options, attend
@@ -65,6 +67,9 @@ class Layer:
     gate: Product
     up: Product
     down: Product
+    output_norm: Norm | None = None
+    down_norm: Norm | None = None
+    function: Gate = "silu"
 
 
 def normalise(x: Array, norm: Norm) -> Array:
@@ -96,6 +101,23 @@ def silu(x: Array) -> Array:
     power = np.exp(-np.abs(x))
     y: Array = x * np.where(x < 0, power, 1) / (1 + power)
     return y
+
+
+def gelu_tanh(x: Array) -> Array:
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³))) / 2 (1606.08415)."""
+    y: Array = x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + GELU_CUBIC * x**3))) / 2
+    return y
+
+
+def relu2(x: Array) -> Array:
+    """max(x, 0)² (2109.08668)."""
+    y: Array = np.maximum(x, 0) ** 2
+    return y
+
+
+FUNCTIONS: dict[Gate, Callable[[Array], Array]] = {
+    "silu": silu, "gelu_tanh": gelu_tanh, "relu2": relu2,
+}  # fmt: skip
 
 
 def round_to(x: Array, dtype: str) -> Floats:
@@ -175,8 +197,12 @@ def decode_layer(
     q, k, v = (round_to(heads[name], cache.dtype) for name in ("query", "key", "value"))
     cache = append(cache, k, v)
     o, _ = attend(q[None, :, None], np.ones(1, np.int32), cache, options)
-    attended = round_to(o.reshape(-1), cache.dtype)
-    stream = residual + multiply(attended.astype(np.float64), layer.output)
+    attended = round_to(o.reshape(-1), cache.dtype).astype(np.float64)
+    if layer.output_norm is not None:
+        attended = normalise(attended, layer.output_norm)
+    stream = residual + multiply(attended, layer.output)
     hidden = normalise(stream, layer.mlp_norm)
-    gated = silu(multiply(hidden, layer.gate)) * multiply(hidden, layer.up)
+    gated = FUNCTIONS[layer.function](multiply(hidden, layer.gate)) * multiply(hidden, layer.up)
+    if layer.down_norm is not None:
+        gated = normalise(gated, layer.down_norm)
     return stream + multiply(gated, layer.down), cache

@@ -22,6 +22,7 @@ MODELS: dict[str, dict[str, Any]] = {
 DECODERS: dict[str, dict[str, Any]] = {
     "Qwen2": {},
     "SmolLM3": {"no_rope_layer_interval": 2},
+    "BitNet": {},
     "Granite": {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
 }
 _SIZES = {

@@ -22,8 +22,10 @@ from transformers.integrations.bitnet import (
 )
 from transformers.utils.quantization_config import BitNetQuantConfig
 
+import lath
 from lath.formats.activations import ActivationFormat
 from lath.integration.bitnet import BitNetLayout, bitnet_weight, load_bitnet, unpack_rows
+from lath.integration.cache import cache_argument
 from lath.integration.linear import PackedLinear
 from lath.integration.models import load_model
 from lath.integration.store import ModelError
@@ -187,6 +189,35 @@ def test_it_generates(tmp_path: Path, tied: bool) -> None:
     half = load_bitnet(tmp_path, dtype=torch.bfloat16)
     assert half.lm_head.weight.dtype == torch.bfloat16
     assert half.generate(ids, **options).shape == theirs.shape
+
+
+@pytest.mark.parametrize("codec", ["ternary-s32", "ternary-1.6-s32"])
+def test_attention_cache_and_step_are_patched(tmp_path: Path, codec: str) -> None:
+    """A loaded model's layers are packed already; a patch of the rest takes it as it is."""
+    pytest.importorskip("numba")
+    write_checkpoint(tmp_path, "autobitlinear", tied=True)
+    model = load_bitnet(tmp_path, codec=codec)
+    ids = torch.randint(3, 128, (1, 90), generator=torch.Generator().manual_seed(0))
+
+    def logits_of(decode: str) -> torch.Tensor:
+        given = {"attention": "int8", "kv": "int8", "decode": decode}
+        with torch.no_grad(), lath.patch(model, None, **given) as report:
+            head = lath.patch(model, "int8-g64", skip=(), only=("lm_head",))
+            written = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            assert written.shape == (1, 98)
+            assert report.new_cache is not None
+            given = {cache_argument(model): report.new_cache(), "use_cache": True}
+            model(ids, **given)
+            logits = model(ids[:, :1], **given).logits[0, -1]
+            counts = {} if report.decode is None else report.decode.counts
+            assert counts.get("fused", 0) == (8 if decode == "fused" else 0)
+            head.undo()
+        return logits
+
+    expected, fused = logits_of("modules"), logits_of("fused")
+    assert float((fused - expected).norm() / expected.norm()) < 0.03
+    rows = lath.patch(model, codec, activations="int8", kv="int8", dry_run=True).rows
+    assert [row.name for row in rows if row.action != "already packed"] == ["lm_head"]
 
 
 def test_scales_divide_or_multiply() -> None:

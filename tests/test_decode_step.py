@@ -16,7 +16,16 @@ from cases_attention import DTYPE_NAMES, as_array, as_cache, as_options
 pytest.importorskip("numba")
 from lath.formats.activations import ActivationFormat
 from lath.formats.attention import ScoreOptions
-from lath.formats.decode_step import DecoderLayer, DecoderStack, Norm, Product
+from lath.formats.decode_step import (
+    GATES,
+    GELU_CUBIC,
+    GELU_SLOPE,
+    DecoderLayer,
+    DecoderStack,
+    Gate,
+    Norm,
+    Product,
+)
 from lath.formats.page_step import close_page, count_token, is_plain, open_part
 from lath.kernels.decode_step import cpu
 from lath.kernels.decode_step.cpu_arguments import STATE, STATE_FIELDS, VECTOR, block_of, float_bits
@@ -46,14 +55,15 @@ def run_vector(emission: Any, *options: int, units: int = 1, **fields: int) -> N
     Program([row(compile_kernel(emission, *options), units, block.ctypes.data)]).run()
 
 
+@pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_normalise(dtype: torch.dtype) -> None:
+def test_normalise(dtype: torch.dtype, x_dtype: torch.dtype) -> None:
     for size, scale in ((16, 1.0), (96, 1e-3), (576, 100.0)):
-        x, weight = scale * torch.randn(size), torch.randn(size).to(dtype)
+        x, weight = (scale * torch.randn(size)).to(x_dtype), torch.randn(size).to(dtype)
         y = torch.full((size + 16,), torch.nan)
         run_vector(
-            emit_normalise, FLOAT_KINDS[dtype], x=x.data_ptr(), weight=weight.data_ptr(),
-            y=y.data_ptr(), columns=size, epsilon=float_bits(1e-5),
+            emit_normalise, FLOAT_KINDS[dtype], FLOAT_KINDS[x_dtype], x=x.data_ptr(),
+            weight=weight.data_ptr(), y=y.data_ptr(), columns=size, epsilon=float_bits(1e-5),
         )  # fmt: skip
         norm = reference.Norm(as_array(weight), 1e-5)
         expected = reference.normalise(x.double().numpy(), norm)
@@ -61,15 +71,43 @@ def test_normalise(dtype: torch.dtype) -> None:
         assert bool(y[size:].isnan().all())
 
 
-def test_gate() -> None:
+def run_gate(function: Gate, x: Tensor, up: Tensor) -> np.ndarray[Any, Any]:
+    y = torch.zeros(len(x))
+    run_vector(
+        emit_gate, function, units=len(x) // 16, x=x.data_ptr(), second=up.data_ptr(),
+        y=y.data_ptr(),
+    )  # fmt: skip
+    return y.numpy()
+
+
+@pytest.mark.parametrize("function", GATES)
+def test_gate(function: Gate) -> None:
     x = torch.cat([torch.linspace(-100, 100, 317), torch.tensor([0.0, -0.0, torch.nan])])
-    up, y = torch.randn(320), torch.zeros(320)
-    run_vector(emit_gate, units=20, x=x.data_ptr(), second=up.data_ptr(), y=y.data_ptr())
-    expected = reference.silu(x.double().numpy()) * up.double().numpy()
-    assert bool(y[-1].isnan())
-    error = np.abs(y.numpy() - expected)[:-1]
-    # exp2 is exact to 2**-22, and the rounding of its argument grows with it.
-    assert (error <= 2.0**-21 * (1 + np.abs(x[:-1].numpy())) * np.abs(expected[:-1]) + 1e-36).all()
+    up = torch.randn(320)
+    y = run_gate(function, x, up)
+    wide = x.double().numpy()
+    expected = reference.FUNCTIONS[function](wide) * up.double().numpy()
+    assert bool(np.isnan(y[-1]))
+    # exp2 is exact to 2**-22, and the rounding of its argument grows with it: GELU's is a cubic.
+    # Where tanh comes near -1, what the definition loses counts as an absolute error of x / 2**52.
+    argument = np.abs(wide) if function != "gelu_tanh" else GELU_SLOPE * (
+        np.abs(wide) + GELU_CUBIC * np.abs(wide) ** 3
+    )  # fmt: skip
+    allowed = 2.0**-21 * (1 + argument) * np.abs(expected) + 1e-36
+    if function == "gelu_tanh":
+        allowed += 2.0**-50 * np.abs(wide * up.double().numpy())
+    assert (np.abs(y - expected) <= allowed)[:-1].all()
+    if function == "relu2":
+        assert not y[:158].any()
+
+
+def test_gates_are_no_others() -> None:
+    """Negative control: no function passes for another."""
+    x, up = torch.linspace(-6, 6, 64), torch.ones(64)
+    for own in GATES:
+        for other in GATES:
+            error = np.abs(run_gate(own, x, up) - reference.FUNCTIONS[other](x.double().numpy()))
+            assert (error.max() < 1e-5) == (own == other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,7 +151,7 @@ class Case:
     activations: str
     kv: tuple[str, str]
     prompt: int
-    flags: str = ""  # bias, norms, still (not rotated), window
+    flags: str = ""  # bias, norms, still (not rotated), window, sub (norms), a function
 
     @property
     def exact(self) -> bool:
@@ -132,6 +170,12 @@ CASES = (
     Case((64, 64, 4, 4, 64), torch.bfloat16, "int2", "int8", ("e4m3", "float"), 189, "still"),
     Case((128, 160, 4, 2, 32), torch.float32, "nf4-g64", "int8-g64", ("int4", "int2"), 1,
          "norms"),
+    Case((64, 96, 4, 2, 32), torch.float32, "int4-g32", "float", ("float", "float"), 150,
+         "sub relu2"),
+    Case((320, 480, 10, 2, 32), torch.bfloat16, "ternary-1.6-s32", "int8", ("int8", "int8"), 188,
+         "sub relu2"),
+    Case((64, 96, 4, 2, 32), torch.float32, "int4-g32", "float", ("float", "float"), 3,
+         "gelu_tanh"),
 )  # fmt: skip
 STEPS = 6
 
@@ -147,13 +191,15 @@ def random_stack(case: Case) -> DecoderStack:
     def norm(size: int) -> Norm:
         return Norm((1 + 0.3 * torch.randn(size)).to(case.dtype), 1e-5)
 
-    bias, head_norms = "bias" in case.flags, "norms" in case.flags
+    bias, head_norms, sub = (word in case.flags for word in ("bias", "norms", "sub"))
+    function = next((one for one in GATES if one in case.flags), "silu")
     layer = DecoderLayer(
         norm(hidden), product(heads * width, hidden, bias), product(kv_heads * width, hidden, bias),
         product(kv_heads * width, hidden, bias), product(hidden, heads * width, bias),
         norm(width) if head_norms else None, norm(width) if head_norms else None,
         "still" not in case.flags, 0.3, 70 if "window" in case.flags else None, norm(hidden),
         product(inner, hidden), product(inner, hidden), product(hidden, inner, bias),
+        norm(heads * width) if sub else None, norm(inner) if sub else None, function,
     )  # fmt: skip
     embedding = torch.randn(19, hidden).to(case.dtype)
     return DecoderStack(
@@ -185,9 +231,17 @@ def as_layer(layer: DecoderLayer) -> reference.Layer:
         **{name: as_product(getattr(layer, name)) for name in names},
         **{
             name: norm(getattr(layer, name))
-            for name in ("attention_norm", "query_norm", "key_norm", "mlp_norm")
+            for name in (
+                "attention_norm",
+                "query_norm",
+                "key_norm",
+                "mlp_norm",
+                "output_norm",
+                "down_norm",
+            )
         },
         rotate=layer.rotate,
+        function=layer.function,
     )
 
 

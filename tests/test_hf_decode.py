@@ -28,7 +28,7 @@ from lath.integration.cache import LathCache, cache_argument
 from lath.integration.decode_probe import TOLERANCES
 from lath.integration.decode_recognise import NotFusedError
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "BitNet")
 # fp32 sums in another order: some twenty units in the last place (2^-23) of a score. Scores reach
 # twenty here (queries and keys are scaled up), and softmax takes their absolute error as its own.
 ROUNDING = 20 * 20 * 2.0**-23
@@ -140,6 +140,10 @@ FAULTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "epsilon": ("Llama", "attention_norm", norm_of(10)),
     "gate and up": ("Llama", "gate", lambda layer: layer.up),
     "norms": ("Llama", "mlp_norm", lambda layer: layer.attention_norm),
+    "output norm": ("BitNet", "output_norm", lambda layer: None),
+    "down norm": ("BitNet", "down_norm", lambda layer: None),
+    "its weight": ("BitNet", "output_norm", lambda layer: layer.mlp_norm),
+    "function": ("BitNet", "function", lambda layer: "silu"),
 }
 
 
@@ -189,7 +193,7 @@ def test_layers_without_rotation_are_found() -> None:
 ])  # fmt: skip
 def test_other_shapes_are_refused(options: dict[str, Any]) -> None:
     model = decoder("Llama", **options)
-    with pytest.raises(ValueError, match=r"SiLU|RoPE of type 'dynamic'|head_dim"):
+    with pytest.raises(ValueError, match=r"none of silu|RoPE of type 'dynamic'|head_dim"):
         patched(model, "fused")
     with patched(model, "auto") as report:
         steps(model, 5, 1)

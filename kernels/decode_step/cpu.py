@@ -121,7 +121,11 @@ class DecodeStep:
 
     def _mlp_of(self, layer: DecoderLayer) -> list[Row]:
         """From attention's output on."""
-        rows = self._added(layer.output, self.o, self.kind)
+        rows, x, kind = [], self.o, self.kind
+        if layer.output_norm is not None:  # queries are done with
+            rows.append(self._norm_row(layer.output_norm, x, self.query, kind))
+            x, kind = self.query, FP32
+        rows += self._added(layer.output, x, kind)
         rows.append(self._norm_row(layer.mlp_norm))
         outputs = [(layer.gate, self.gate, None), (layer.up, self.up, None)]
         rows += self._products(self.hidden, FP32, outputs)[0]
@@ -129,7 +133,9 @@ class DecodeStep:
             x=self.gate.data_ptr(), second=self.up.data_ptr(), y=self.gate.data_ptr()
         )
         vectors = -(-layer.gate.weight.shape[0] // LANES)
-        rows.append(row(compile_kernel(emit_gate), vectors, gate))
+        rows.append(row(compile_kernel(emit_gate, layer.function), vectors, gate))
+        if layer.down_norm is not None:
+            rows.append(self._norm_row(layer.down_norm, self.gate, self.gate))
         return rows + self._added(layer.down, self.gate, FP32)
 
     def _added(self, product: Product, x: Tensor, kind: int) -> list[Row]:
@@ -144,15 +150,21 @@ class DecodeStep:
             rows.append(row(compile_kernel(emit_add), self.stack.hidden_size // LANES, block))
         return rows
 
-    def _norm_row(self, norm: Norm) -> Row:
-        """hidden = norm of the residual."""
-        kind = FLOAT_KINDS[norm.weight.dtype]
+    def _norm_row(
+        self, norm: Norm, x: Tensor | None = None, y: Tensor | None = None, x_kind: int = FP32
+    ) -> Row:
+        """y = norm of x; by default hidden = norm of the residual."""
+        x, y = self.residual if x is None else x, self.hidden if y is None else y
+        columns = len(norm.weight)
+        if columns % LANES:
+            raise ValueError(f"a norm must be over a multiple of {LANES} numbers, got {columns}")
         self._kept.append(norm.weight)
         block = self._vector(
-            x=self.residual.data_ptr(), weight=norm.weight.data_ptr(), y=self.hidden.data_ptr(),
+            columns, x=x.data_ptr(), weight=norm.weight.data_ptr(), y=y.data_ptr(),
             epsilon=float_bits(norm.epsilon),
         )  # fmt: skip
-        return row(compile_kernel(emit_normalise, kind), 1, block)
+        kernel = compile_kernel(emit_normalise, FLOAT_KINDS[norm.weight.dtype], x_kind)
+        return row(kernel, 1, block)
 
     def _vector(self, columns: int | None = None, **fields: int) -> int:
         columns = self.stack.hidden_size if columns is None else columns

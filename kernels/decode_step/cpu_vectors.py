@@ -1,6 +1,6 @@
-"""Kernels over one vector of numbers: a row of the embedding, RMSNorm, silu(gate) * up, a sum, the
-largest of the logits. Vectors are padded to 16 numbers in memory, all but the embedding's rows and
-the logits."""
+"""Kernels over one vector of numbers: a row of the embedding, RMSNorm, function(gate) * up, a sum,
+the largest of the logits. Vectors are padded to 16 numbers in memory, all but the embedding's rows
+and the logits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from lath.formats.decode_step import GELU_CUBIC, GELU_SLOPE, Gate
 from lath.kernels.decode_step.cpu_arguments import STATE, StateFields, VectorArguments
 from lath.kernels.simd import mathematics
 from lath.kernels.simd.emitter import F32, FLOATS, FP32, I32, I64, INTS, ITEM_BYTES, LANES, Emitter
@@ -26,42 +27,54 @@ def emit_embed(e: Emitter, begin: Any, end: Any, arguments: Any, kind: int) -> N
         e.store(e.offset(a["y"], i, VECTOR), value)
 
 
-def inverse_root(e: Emitter, x: Any, columns: Any, epsilon: Any) -> Any:
-    """1 / sqrt(mean x² + epsilon) in every lane; x: address of fp32, a multiple of 16 of them."""
+def inverse_root(e: Emitter, x: Any, columns: Any, epsilon: Any, kind: int = FP32) -> Any:
+    """1 / sqrt(mean x² + epsilon) in every lane; x: address of numbers of type `kind`, a multiple
+    of 16 of them."""
     b = e.builder
     total = e.variable(e.floats(0.0))
     with e.loop(e.divide(columns, LANES)) as i:
-        value = e.load(e.offset(x, i, VECTOR), FLOATS)
+        value = e.load_floats(e.offset(x, i, LANES * ITEM_BYTES[kind]), kind)
         total.value = e.fma(value, value, total.value)
     mean = b.fdiv(e.sum_of_lanes(total.value), b.sitofp(columns, F32))
     root = b.call(e.function("llvm.sqrt.f32", F32, [F32]), [b.fadd(mean, epsilon)])
     return e.splat(b.fdiv(ir.Constant(F32, 1.0), root))
 
 
-def emit_normalise(e: Emitter, begin: Any, end: Any, arguments: Any, kind: int) -> None:
-    """y = weight * x / sqrt(mean x² + epsilon); kind: type of the weight in memory."""
+def emit_normalise(
+    e: Emitter, begin: Any, end: Any, arguments: Any, kind: int, x_kind: int
+) -> None:
+    """y = weight * x / sqrt(mean x² + epsilon), which may be in place; kind, x_kind: types of the
+    weight and of x in memory."""
     a = VectorArguments(e, arguments)
-    inverse = inverse_root(e, a["x"], a["columns"], a.real("epsilon"))
+    inverse = inverse_root(e, a["x"], a["columns"], a.real("epsilon"), x_kind)
     with e.loop(e.divide(a["columns"], LANES)) as i:
-        normed = e.builder.fmul(e.load(e.offset(a["x"], i, VECTOR), FLOATS), inverse)
+        x = e.load_floats(e.offset(a["x"], i, LANES * ITEM_BYTES[x_kind]), x_kind)
+        normed = e.builder.fmul(x, inverse)
         weight = e.load_floats(e.offset(a["weight"], i, LANES * ITEM_BYTES[kind]), kind)
         e.store(e.offset(a["y"], i, VECTOR), e.builder.fmul(weight, normed))
 
 
-def emit_gate(e: Emitter, begin: Any, end: Any, arguments: Any) -> None:
-    """y = silu(x) * second, where silu(x) = x / (1 + exp(-x)): vectors begin .. end - 1."""
+def emit_gate(e: Emitter, begin: Any, end: Any, arguments: Any, function: Gate) -> None:
+    """y = function(x) * second: vectors begin .. end - 1."""
     a, b = VectorArguments(e, arguments), e.builder
-    one = e.floats(1.0)
     with e.loop(e.subtract(end, begin)) as index:
         i = e.add(begin, index)
         x = e.load(e.offset(a["x"], i, VECTOR), FLOATS)
-        power = mathematics.exp2(
-            e, b.fmul(mathematics.magnitude(e, x), e.floats(-mathematics.LOG2E))
-        )
-        negative = b.fcmp_ordered("<", x, e.floats(0.0))
-        share = b.fdiv(b.select(negative, power, one), b.fadd(one, power))
         second = e.load(e.offset(a["second"], i, VECTOR), FLOATS)
-        e.store(e.offset(a["y"], i, VECTOR), b.fmul(b.fmul(x, share), second))
+        e.store(e.offset(a["y"], i, VECTOR), b.fmul(b.fmul(x, _share(e, x, function)), second))
+
+
+def _share(e: Emitter, x: Any, function: Gate) -> Any:
+    """function(x) / x: a sigmoid, or x itself where it is not negative."""
+    b, one, zero = e.builder, e.floats(1.0), e.floats(0.0)
+    negative = b.fcmp_ordered("<", x, zero)
+    if function == "relu2":
+        return b.select(negative, zero, x)
+    if function == "gelu_tanh":
+        cubic = e.fma(b.fmul(x, x), e.floats(GELU_CUBIC), one)
+        x = b.fmul(b.fmul(x, cubic), e.floats(GELU_SLOPE))
+    power = mathematics.exp2(e, b.fmul(mathematics.magnitude(e, x), e.floats(-mathematics.LOG2E)))
+    return b.fdiv(b.select(negative, power, one), b.fadd(one, power))
 
 
 def emit_add(e: Emitter, begin: Any, end: Any, arguments: Any) -> None:

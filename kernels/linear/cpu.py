@@ -36,10 +36,13 @@ from lath.kernels.linear.cpu_kernels import (
 )
 from lath.kernels.linear.cpu_launch import run_on_team, serial_driver
 from lath.kernels.linear.cpu_look_up import LookUp, can_look_up, look_up_of
+from lath.kernels.linear.cpu_restore import only_view
 from lath.kernels.linear.cpu_sparse import sparse_view
 from lath.kernels.linear.cpu_view import CpuView, Kind, cpu_view, kind_of
 from lath.kernels.linear.plan_cpu import LOOK_UP_REST, LOOK_UP_TILE, LOOK_UP_TOKENS, looks_up
 from lath.kernels.simd.isa import host_isa
+
+__all__ = ["CpuLinear", "linear", "only_view", "prepare", "warmup"]
 
 # What `warmup` compiles when it is not told.
 USUAL_CODECS = ("int4-g64", "int4-g32-fzero", "int4-g128-asym", "int8-g64", "int2")

@@ -46,6 +46,8 @@ Kind = Literal["int8", "float", "rounded", "e4m3", "e5m2"]
 # The 8-bit float that holds all numbers of a 6-bit one.
 _WIDER: dict[str, Literal["e4m3", "e5m2"]] = {"e2m3": "e4m3", "e3m2": "e5m2"}
 _E4M3_NAN = 0x7F
+# Weights that are unpacked at once where that takes many bytes each.
+_CHUNK_WEIGHTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -151,14 +153,19 @@ def record_of(codec: Codec, kind: Kind, folded: bool = False, trits: bool = Fals
     return Record(width, "none", half, _WIDER.get(codec.values, codec.values), byte_scale)  # type: ignore[arg-type]
 
 
-def cpu_view(weight: QTensor, activations: ActivationFormat) -> CpuView:
-    """The view of a weight for an activation format, made on first use and kept with it."""
-    codec, columns = stored_codec(weight.codec), weight.shape[1]
+def view_key(columns: int, codec: Codec, activations: ActivationFormat) -> tuple[str, int, Record]:
+    """The name of a view, its group and its kind of record."""
+    codec = stored_codec(codec)
     trits = keeps_trits(columns, codec, activations, has_wide_look_up(host_isa()))
     group = view_group(columns, codec, activations, TRIT_GROUP if trits else GROUP_MULTIPLE)
     folded = codec.scale_dtype == "int8" and folds_scales(columns, codec, activations)
     record = record_of(codec, kind_of(codec, activations), folded, trits)
-    key = f"cpu-g{group}-{record.stored}-{record.byte_scale}"
+    return f"cpu-g{group}-{record.stored}-{record.byte_scale}", group, record
+
+
+def cpu_view(weight: QTensor, activations: ActivationFormat) -> CpuView:
+    """The view of a weight for an activation format, made on first use and kept with it."""
+    key, group, record = view_key(weight.shape[1], weight.codec, activations)
     return weight.view(key, lambda: build_view(_multiplied_out(weight), group, record))
 
 
@@ -172,11 +179,11 @@ def build_view(weight: QTensor, group: int, record: Record) -> CpuView:
     records = WEIGHTS.room((panels, groups, record.nbytes(group)))
     out = records.numpy()
     if record.stored == "trits":
-        _put_trits(out, weight.unpack_codes(), group, record)
+        _put_trits(out, weight, group, record)
     else:
         widths = np.array(codec.plane_widths)
         words, blocks = _plane_words(weight), -(-columns // packing.BLOCK)
-        stored = _stored_codes(codec, record)
+        stored = stored_codes(codec, record)
         _pack_codes()(words, widths, blocks, out.view(np.uint32), record.width, group, stored)
     start = group // record.columns * VECTOR_BYTES
     if record.by_column:
@@ -201,18 +208,25 @@ def _plane_words(weight: QTensor) -> NDArray[np.int32]:
     return plain
 
 
-def _put_trits(out: NDArray[np.uint8], codes: Tensor, group: int, record: Record) -> None:
-    """Ternary codes [N, K] into the records, five a byte; what pads them is code 0."""
+def _put_trits(out: NDArray[np.uint8], weight: QTensor, group: int, record: Record) -> None:
+    """Ternary codes into the records, five a byte; what pads them is code 0."""
     panels, groups, size = out.shape
-    padding = (0, groups * group - codes.shape[1], 0, panels * packing.PANEL - codes.shape[0])
-    padded = torch.nn.functional.pad(codes, padding).numpy()
-    shape = (panels, packing.PANEL, groups, group // record.columns, record.fields, 4)
+    columns = weight.shape[1]
     powers = (3 ** np.arange(record.fields)).astype(np.uint8)
-    numbers = np.einsum("plgsfb,f->pgslb", padded.reshape(shape), powers)
-    out[:, :, : size - record.side_bytes] = numbers.reshape(panels, groups, -1)
+    some = max(1, _CHUNK_WEIGHTS // max(packing.PANEL * columns, 1))
+    for first in range(0, panels, some):
+        words = torch.cat([plane[first : first + some].reshape(-1) for plane in weight.planes])
+        count = min(some, panels - first)
+        codes = packing.unpack(words, weight.codec, (count * packing.PANEL, columns))
+        padded = torch.nn.functional.pad(codes, (0, groups * group - columns)).numpy()
+        shape = (count, packing.PANEL, groups, group // record.columns, record.fields, 4)
+        numbers = np.einsum("plgsfb,f->pgslb", padded.reshape(shape), powers)
+        out[first : first + some, :, : size - record.side_bytes] = numbers.reshape(
+            count, groups, -1
+        )
 
 
-def _stored_codes(codec: Codec, record: Record) -> NDArray[np.uint8]:
+def stored_codes(codec: Codec, record: Record) -> NDArray[np.uint8]:
     """The code in a record of each code of the weight, [256]."""
     codes = np.arange(256)
     if record.stored == "integer":

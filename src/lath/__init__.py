@@ -10,6 +10,7 @@
     o = lath.decode_attention(q, kv, pages=ids, repair=True)
     with lath.patch(model, weights="int4-g64") as report:
         model.generate(...)
+    model = lath.load(folder, "int4-g64")       # packed while it is read
 
 Importing this touches no GPU and needs neither triton, numba nor transformers.
 """
@@ -55,6 +56,7 @@ from lath.verbs.tequila import tequila
 if TYPE_CHECKING:
     from lath.integration.cache import LathCache
     from lath.integration.calibration import Calibration
+    from lath.integration.load import load
     from lath.integration.pairs import mean_square_inputs, sort_pairs
     from lath.integration.patch import patch
     from lath.integration.report import PatchReport
@@ -95,6 +97,7 @@ __all__ = [
     "index_list",
     "key_channel_scales",
     "linear",
+    "load",
     "load_weight",
     "mean_square_inputs",
     "merge",
@@ -119,6 +122,7 @@ logging.getLogger("lath").addHandler(logging.NullHandler())
 _INTEGRATION = {
     "Calibration": "lath.integration.calibration",
     "LathCache": "lath.integration.cache",
+    "load": "lath.integration.load",
     "mean_square_inputs": "lath.integration.pairs",
     "sort_pairs": "lath.integration.pairs",
     "patch": "lath.integration.patch",

@@ -6,6 +6,7 @@ Every kind has the same functions, so that the verbs know no kind by name:
     plan_linear(m, n, k, codec, activations, dtype, device, backend)           → Plan
     linear(x, weight, bias, activations, plan, out)                            → y, or out
     prepare(weight, bias, activations)      (CPU)                              → a call x → y
+    only_view(weight, activations)          (CPU, QTensor)                     → ViewedTensor, None
 
 `out`, fp32 [M, N], receives the sum before it is rounded; without it y has x's dtype.
 """
@@ -31,6 +32,7 @@ from lath.formats.qtensor import QTensor
 from lath.formats.sparse import SparseTensor
 from lath.formats.sum_tensor import SumTensor, class_of
 from lath.formats.vectors import VectorTensor
+from lath.formats.viewed import ViewedTensor
 from lath.reference import codecs as reference_codecs
 from lath.reference import lattice as reference_lattice
 from lath.reference import linear as reference_linear
@@ -202,4 +204,6 @@ KINDS: dict[type[PackedWeight], Kind] = {
 
 def kind_of(weight: PackedWeight | WeightCodec) -> Kind:
     """The kind of a packed weight or of a codec."""
+    if isinstance(weight, ViewedTensor):
+        return KINDS[QTensor]
     return KINDS[type(weight) if isinstance(weight, PackedWeight) else class_of(weight)]
