@@ -51,8 +51,9 @@ TABLE_CODECS = (
     "sparse50-bf16/float",
 )  # fmt: skip
 VECTOR_CODECS = (
-    "vq8-256/float", "vq8-65536/float", "vq8-65536+256/float", "vq4-256-g128/float", "vq2-16/float",
-    "vq2-256/float", "vq8-256/int8", "lattice2-d8/int8", "lattice4-d8-g128/int8-g128",
+    "vq8-256/float", "vq8-65536/float", "vq8-65536+256/float", "vq8-65536+256-g128/float",
+    "vq4-256-g128/float", "vq2-16/float", "vq2-256/float", "vq8-256/int8",
+    "lattice2-d8/int8", "lattice4-d8-g128/int8-g128",
 )  # fmt: skip
 # FlexQ, W8A8, DGQ beside the same codes with a sum for each group, FireQ, E4M3, views of one store.
 ACTIVATION_CODECS = (

@@ -1,6 +1,6 @@
 """Perplexity of SmolLM2-135M with sums of codecs, importance and sorted pairs, as a Markdown table.
 
-python bench/sums_perplexity.py [--windows 2] > bench/results/sums_perplexity.md
+python bench/sums_perplexity.py [--windows 2] [--weights …] > bench/results/sums_perplexity.md
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from lath.integration.models import load_model
 from lath.integration.perplexity import perplexity
 from lath.integration.text_sample import english_text
 
-# Codec, whether importance is given, whether pairs are sorted.
+# Codec, whether importance is given, whether pairs are sorted, whether ranges and shares are
+# searched.
 ROWS = [
-    ("int4-g64", False, False), ("int4-g64", False, True), ("int4-g64+out1%", False, False),
-    ("int4-g64+out1%", True, False), ("int3-g64-asym", False, False),
-    ("int3-g64-asym+out1%", False, False), ("int3-g64-asym+out1%", True, False),
-    ("mix3-g64-asym", False, False), ("mix3-g64-asym", True, False),
-    ("mix3.5-g64-asym", False, False), ("mix3.5-g64-asym", True, False),
-    ("int2-g32-asym", False, False), ("mix2:4-2.25-g32-asym+out1%", True, False),
-    ("int1-g64+int1-g64", False, False), ("billm10%-g64", True, False),
+    ("int4-g64", False, False, False), ("int4-g64", False, True, False),
+    ("int4-g64+out1%", False, False, False), ("int4-g64+out1%", True, False, False),
+    ("int3-g64-asym", False, False, False), ("int3-g64-asym", False, False, True),
+    ("int3-g64-asym+out1%", False, False, False), ("int3-g64-asym+out1%", True, False, False),
+    ("mix3-g64-asym", False, False, False), ("mix3-g64-asym", True, False, False),
+    ("mix3-p1-g64-asym", True, False, True), ("mix3-g64-asym", True, False, True),
+    ("mix3.5-g64-asym", False, False, False), ("mix3.5-g64-asym", True, False, False),
+    ("int2-g32-asym", False, False, False), ("mix2:4-2.25-g32-asym+out1%", True, False, False),
+    ("int1-g64+int1-g64", False, False, False), ("billm10%-g64", True, False, False),
 ]  # fmt: skip
 WINDOW, CALIBRATION = 512, 1024
 
@@ -32,7 +35,9 @@ WINDOW, CALIBRATION = 512, 1024
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=2, help="windows of 512 tokens")
-    windows = parser.parse_args().windows
+    parser.add_argument("--weights", default="", help="only the rows of these codecs, by commas")
+    given = parser.parse_args()
+    windows, only = given.windows, {text for text in given.weights.split(",") if text}
     torch.set_num_threads(1)
     model, tokenizer = load_model("smollm2", "float32")
     ids = tokenizer(english_text(), return_tensors="pt").input_ids
@@ -48,18 +53,26 @@ def main() -> None:
           "bits that longer layers do not pay.\n")  # fmt: skip
     print(", ".join(f"{key} {value}" for key, value in machine_facts().items()) + "\n")
     print("Command: `python bench/sums_perplexity.py`\n")
-    print("| weights | importance | sorted pairs | bits per weight | perplexity | change |")
-    print("|---|---|---|---|---|---|")
-    print(f"| (unpatched) | | | 32 | {before:.2f} | |", flush=True)
-    for weights, weighted, ordered in ROWS:
-        given = importance if weighted else None
+    print("| weights | importance | sorted pairs | search | bits | perplexity | change |")
+    print("|---|---|---|---|---|---|---|")
+    print(f"| (unpatched) | | | | 32 | {before:.2f} | |", flush=True)
+    for weights, weighted, ordered, search in ROWS:
+        if only and weights not in only:
+            continue
+        own = importance if weighted else None
         pairs = lath.sort_pairs(model, importance) if ordered else contextlib.nullcontext()
-        with pairs, lath.patch(model, weights, activations="float", importance=given):
+        with (
+            pairs,
+            lath.patch(
+                model, weights, activations="float", importance=own, search=search, progress=False
+            ),
+        ):
             modules = [m for m in model.modules() if hasattr(m, "qtensor")]
             bits = sum(8 * m.qtensor.nbytes for m in modules)
             count = sum(m.qtensor.shape[0] * m.qtensor.shape[1] for m in modules)
             after = perplexity(model, ids, WINDOW)
         print(f"| `{weights}` | {'yes' if weighted else ''} | {'yes' if ordered else ''} | "
+              f"{'yes' if search else ''} | "
               f"{bits / count:.2f} | {after:.2f} | {after / before - 1:+.1%} |",
               flush=True)  # fmt: skip
 

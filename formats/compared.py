@@ -8,7 +8,7 @@ from __future__ import annotations
 COMPARED: dict[str, tuple[str, ...]] = {
     "A+outP%": ("int4-g64+out1%", "int4-g128+out1%", "nf4-g64+out1%", "int3-g64-asym+out1%"),
     "A+B": ("int2-g64+int2-g64",),
-    "mixM-gG[-asym|-fzero][-s32|-s8]": ("mix3.5-g64", "mix3-g64-asym"),
+    "mixM[-pP]-gG[-asym|-fzero][-s32|-s8]": ("mix3.5-g64", "mix3-g64-asym"),
     "mixA:B-M-gG[...]": ("mix2:4-3-g64",),
     "billmP%-gG": ("billm10%-g64",),
     "sparse{0..100}-int{4|8}[-gG][-s32]": ("sparse50-int8-g64", "sparse50-int4-g64"),

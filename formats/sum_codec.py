@@ -6,13 +6,14 @@ A part is a codec of another family, outliers (`outP%`, the last part), or one t
 columns, which are then kept in its order:
 
     mixM-gG, mixA:B-M-gG     groups of G columns, each in the width that it needs; M bits on average
+    mixM-pP-gG               the same of three widths, P groups each of the narrowest and the widest
     billmP%-gG               P % salient columns and the rest, each as two sums of signs
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lath.formats.codec import Codec
@@ -22,8 +23,9 @@ from lath.formats.packed_weight import WeightCodec
 GRAMMAR_TABLE = {
     "A+outP%": "P % of the weights, the largest, beside any codec A as fp16 with their columns",
     "A+B": "a codec B for what a codec A leaves, as in 'int1-g128+int1-g128'",
-    "mixM-gG[-asym|-fzero][-s32|-s8]": "whole numbers of M bits on average, a width for each group "
-    "of G columns: M - 1, M, M + 1, or the two widths beside M",
+    "mixM[-pP]-gG[-asym|-fzero][-s32|-s8]": "whole numbers of M bits on average, a width for each "
+    "group of G columns: M - 1, M, M + 1 (P groups of the first and of the last; without -pP an "
+    "eighth of all, or what a search finds), or the two widths beside M",
     "mixA:B-M-gG[...]": "the same of the widths A and B",
     "billmP%-gG": "signs: P % salient columns twice, the rest with two scales by a mask (BiLLM)",
 }
@@ -31,12 +33,13 @@ GRAMMAR_TABLE = {
 _JOINT = re.compile(r"\+(?=[a-z])")
 CLAIMS = r"(mix|billm).*|[^+].*\+[a-z].*"
 _MIX = re.compile(
-    r"mix((?P<low>[1-8]):(?P<high>[1-8])-)?(?P<mean>\d(\.\d+)?)-g(?P<group>[1-9]\d*)"
-    r"(?P<rest>(-asym|-fzero)?(-s32|-s8)?)"
+    r"mix((?P<low>[1-8]):(?P<high>[1-8])-)?(?P<mean>\d(\.\d+)?)(-p(?P<pairs>\d+))?"
+    r"-g(?P<group>[1-9]\d*)(?P<rest>(-asym|-fzero)?(-s32|-s8)?)"
 )
 _SIGNS = re.compile(r"billm(?P<percent>\d+(\.\d+)?)%-g(?P<group>[1-9]\d*)")
 
-# Of three widths, the share of groups that take the widest, and as many the narrowest.
+# Of three widths, the share of groups that take the widest, and as many the narrowest, where the
+# codec does not say how many.
 OUTER_SHARE = 1 / 8
 
 
@@ -55,12 +58,15 @@ class MixCodec:
     widths: ascending; codec_text: of a term, with "{}" for its bits. Three widths are M - 1, M and
     M + 1 with as many groups of the first as of the last; of two, so many take the wider that the
     mean is as near to `mean` as whole groups allow. The short last group takes the widest in use.
+    pairs: of three widths, how many groups the first and the last have (at most a half each); None:
+    OUTER_SHARE of all, rounded down.
     """
 
     widths: tuple[int, ...]
     mean: float
     group: int
     rest: str = ""
+    pairs: int | None = None
 
     def __post_init__(self) -> None:
         ordered = list(self.widths) == sorted(set(self.widths))
@@ -74,6 +80,11 @@ class MixCodec:
         middle = (int(self.mean) - 1, int(self.mean), int(self.mean) + 1)
         if len(self.widths) == 3 and (self.widths != middle or self.mean != middle[1]):
             raise ValueError(f"codec widths of a mix of {self.mean:g} bits must be {middle}")
+        if self.pairs is not None and (len(self.widths) != 3 or self.pairs < 0):
+            raise ValueError(
+                f"codec pairs of a mix must be None or 0 and more of three widths, got "
+                f"{self.pairs} of {self.widths}"
+            )
         object.__setattr__(self, "_codecs", tuple(map(self._codec, self.widths)))
         object.__setattr__(self, "_text", self._form())
 
@@ -89,7 +100,8 @@ class MixCodec:
             widths = (int(mean) - 1, int(mean), int(mean) + 1)
         else:
             widths = (int(mean), int(mean) + 1)
-        return MixCodec(widths, mean, int(match["group"]), match["rest"])
+        pairs = None if match["pairs"] is None else int(match["pairs"])
+        return MixCodec(widths, mean, int(match["group"]), match["rest"], pairs)
 
     def _codec(self, bits: int) -> Codec:
         return Codec.parse(f"int{bits}-g{self.group}{self.rest}")
@@ -99,7 +111,8 @@ class MixCodec:
             self.widths == (int(self.mean), int(self.mean) + 1) and self.mean != int(self.mean)
         )
         named = "" if neighbours else f"{self.widths[0]}:{self.widths[1]}-"
-        return f"mix{named}{self.mean:g}-g{self.group}{self.rest}"
+        pairs = "" if self.pairs is None else f"-p{self.pairs}"
+        return f"mix{named}{self.mean:g}{pairs}-g{self.group}{self.rest}"
 
     def __str__(self) -> str:
         return self._text  # type: ignore[attr-defined, no-any-return]
@@ -113,11 +126,17 @@ class MixCodec:
         """Groups of each width, the narrowest first."""
         groups = -(-in_features // self.group)
         if len(self.widths) == 3:
-            outer = int(groups * OUTER_SHARE)
+            wanted = int(groups * OUTER_SHARE) if self.pairs is None else self.pairs
+            outer = min(wanted, groups // 2)
             return outer, groups - 2 * outer, outer
         low, high = self.widths
         wider = round(groups * (self.mean - low) / (high - low))
         return groups - wider, wider
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a search may choose how many groups each width has."""
+        return len(self.widths) == 3 and self.pairs is None
 
     def terms(self, in_features: int) -> list[Term]:
         counts, short = list(self.group_counts(in_features)), -in_features % self.group
@@ -221,6 +240,27 @@ class SumCodec:
     def takes_importance(self) -> bool:
         """Whether `lath.quantize` chooses something by `importance`."""
         return self.dealer is not None or self.outliers is not None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a search may choose how many groups each width of a mix has."""
+        return isinstance(self.dealer, MixCodec) and self.dealer.is_open
+
+    @property
+    def opened(self) -> SumCodec:
+        """The codec that this one was before a search."""
+        return self.with_pairs(None)
+
+    def with_pairs(self, pairs: int | None) -> SumCodec:
+        """The codec with so many groups each of the narrowest and the widest of a mix's three."""
+        return SumCodec(
+            tuple(
+                replace(part, pairs=pairs)
+                if isinstance(part, MixCodec) and len(part.widths) == 3
+                else part
+                for part in self.parts
+            )
+        )
 
     def terms(self, in_features: int) -> list[Term]:
         """The packed weights that are added, in their order; as many for every `in_features`."""

@@ -202,7 +202,10 @@ def _check_packed(found: list[Found], options: PatchOptions) -> None:
         if one.reason or not isinstance(module, PackedLinear):
             continue
         activations = options.activations_on(module.device)
-        have = (str(module.codec), str(module.activations), module.backend, module.quantizer)
+        codec = module.codec
+        if options.search:  # which may have settled what the codec left open
+            codec = getattr(codec, "opened", codec)
+        have = (str(codec), str(module.activations), module.backend, module.quantizer)
         want = (
             str(options.codec), str(activations), options.backend, str(options.quantizer),
         )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lath.formats.activations import ActivationFormat
 from lath.formats.families import weight_class
-from lath.formats.packed_weight import WeightCodec
+from lath.formats.packed_weight import PackedWeight, WeightCodec
 from lath.formats.quantizer import Quantizer
 from lath.formats.vectors import VectorCodec
 from lath.integration.find import Found
@@ -61,7 +61,7 @@ def report_of(
     return PatchReport(
         rows=rows,
         bytes_before=model_bytes(model),
-        bytes_after=_bytes_after(model, found, options),
+        bytes_after=_bytes_after(model, found, packed, options),
         weights=str(options.codec),
         activations=_each(row.activations for row in rows),
         backend=_each(row.backend for row in rows),
@@ -83,21 +83,28 @@ def _row(one: Found, packed: Packed | None, options: PatchOptions) -> PatchRow:
     return dataclasses.replace(
         row,
         action="already packed" if already else "replaced",
-        codec=str(options.codec),
+        codec=str(_weight_of(one, packed, options).codec),
         activations=str(options.activations_on(device)),
         backend=resolve_backend(options.backend, device),
-        bytes_after=own if already else _weight_bytes(one, options) + bias,
+        bytes_after=own if already else _weight_of(one, packed, options).nbytes + bias,
         error=packed.error if packed else None,
         quantizer=packed.note if packed else "",
     )
 
 
-def _weight_bytes(one: Found, options: PatchOptions) -> int:
+def _weight_of(one: Found, packed: Packed | None, options: PatchOptions) -> PackedWeight:
+    """The packed weight, or an empty one of its codec where nothing is packed (a dry run)."""
+    if isinstance(one.module, PackedLinear):
+        return one.module.qtensor
+    if packed is not None:
+        return packed.module.qtensor
     shape = (one.module.out_features, one.module.in_features)
-    return weight_class(options.codec).empty(options.codec, shape).nbytes
+    return weight_class(options.codec).empty(options.codec, shape)
 
 
-def _bytes_after(model: nn.Module, found: list[Found], options: PatchOptions) -> int:
+def _bytes_after(
+    model: nn.Module, found: list[Found], packed: dict[int, Packed], options: PatchOptions
+) -> int:
     """Bytes of the patched model; a weight that another module holds as well does not go away."""
     replaced = {id(one.module): one for one in found if is_to_do(one)}
     stay = [
@@ -107,8 +114,11 @@ def _bytes_after(model: nn.Module, found: list[Found], options: PatchOptions) ->
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     ]
     stay += [one.module.bias for one in replaced.values() if one.module.bias is not None]
-    packed = {id(one.module.weight): _weight_bytes(one, options) for one in replaced.values()}
-    return unique_bytes(stay) + sum(packed.values())
+    sizes = {
+        id(one.module.weight): _weight_of(one, packed.get(key), options).nbytes
+        for key, one in replaced.items()
+    }
+    return unique_bytes(stay) + sum(sizes.values())
 
 
 def is_to_do(one: Found) -> bool:

@@ -17,8 +17,10 @@ from lath.formats.vectors import VectorCodec, VectorTensor, pack_indices
 _ROUNDS = {16: 25, 256: 25, 65536: 3}
 _MOST_SAMPLES = {16: 1 << 16, 256: 1 << 16, 65536: 1 << 17}
 _LEAST_IMPORTANCE = 2.0**-20
-# Distances held at once: they stay in a second-level or a shared cache.
-_CHUNK_DISTANCES = 1 << 22
+# Distances held at once: they stay in a second-level cache.
+_CHUNK_DISTANCES = 1 << 18
+# Of so many distances the least is found by vectors; where it stands, among them alone and slowly.
+_RUN = 64
 
 
 def quantize(
@@ -104,19 +106,40 @@ def _learn(vectors: Tensor, mass: Tensor, entries: int, rng: np.random.Generator
     sample, own = vectors[order], mass[order]
     book = vectors.new_zeros((entries, vectors.shape[1]))
     book[: len(sample)] = sample[:entries]
+    counted, weighted = own.double(), (own * sample).double()
     for _ in range(_ROUNDS[entries]):
         index = nearest(sample, own, book)
-        held = torch.zeros_like(book, dtype=torch.float64).index_add_(0, index, own.double())
-        sums = torch.zeros_like(held).index_add_(0, index, (own * sample).double())
+        held = torch.zeros_like(book, dtype=torch.float64).index_add_(0, index, counted)
+        sums = torch.zeros_like(held).index_add_(0, index, weighted)
         moved = sums / torch.where(held > 0, held, 1.0)
         book = torch.where(held > 0, moved, book.double()).float()
     return book
 
 
 def nearest(vectors: Tensor, mass: Tensor, book: Tensor) -> Tensor:
-    """The entry [P] of the least Σ mass (vector - entry)², as far as fp32 tells."""
-    doubled = torch.cat([-2 * book, book**2], dim=1).T.contiguous()
-    terms = torch.cat([mass * vectors, mass], dim=1)
-    chunk = max(16, _CHUNK_DISTANCES // len(book))
-    index = [(part @ doubled).argmin(dim=1) for part in terms.split(chunk)]
-    return torch.cat(index) if index else vectors.new_zeros(0, dtype=torch.int64)
+    """The entry [P] of the least Σ mass (vector - entry)², as far as fp32 tells; of equals the
+    lower index."""
+    count, entries = len(vectors), len(book)
+    if bool((mass == mass[:, :1]).all()):  # what all numbers of a vector share decides nothing
+        terms = torch.cat([vectors, torch.ones_like(vectors[:, :1])], dim=1)
+        doubled = torch.cat([-2 * book, (book**2).sum(dim=1, keepdim=True)], dim=1)
+    else:
+        terms = torch.cat([mass * vectors, mass], dim=1)
+        doubled = torch.cat([-2 * book, book**2], dim=1)
+    doubled = doubled.T.contiguous()
+    run = min(_RUN, entries)
+    chunk, runs = max(16, _CHUNK_DISTANCES // entries), entries // run
+    index = torch.empty(count, dtype=torch.int64, device=book.device)
+    # One piece of memory for all distances: of a piece for each chunk an allocator may keep all.
+    distances = vectors.new_empty((chunk, entries))
+    begins = torch.arange(0, chunk * runs, runs, device=book.device)
+    for start in range(0, count, chunk):
+        part, found = terms[start : start + chunk], index[start : start + chunk]
+        pieces = torch.mm(part, doubled, out=distances[: len(part)]).view(-1, run)
+        if runs == 1:
+            torch.argmin(pieces, dim=1, out=found)
+            continue
+        first = pieces.amin(dim=1).view(-1, runs).argmin(dim=1)
+        inside = pieces.index_select(0, begins[: len(part)] + first).argmin(dim=1)
+        torch.add(inside, first, alpha=run, out=found)
+    return index

@@ -88,12 +88,7 @@ def quantize(
     4. Values of outliers are what is left of the weight there, in fp16: also where a codec has no
        code for 0, a sum then is within fp16's rounding of the weight.
     """
-    costs = np.ones(weight.shape) * (1 if importance is None else importance)
-    places, left = None, weight.astype(np.float32)
-    if codec.outliers is not None:
-        places = choose_outliers(costs * weight.astype(np.float64) ** 2, codec.outliers)
-        left = left.copy()
-        left.reshape(-1)[places] = 0
+    places, left, costs = without_outliers(weight, codec, importance)
     found: list[codecs.Quantised] = []
     columns: Places | None = None
     stored = np.zeros(weight.shape, np.float32)
@@ -102,18 +97,75 @@ def quantize(
             continue
         order, coded = quantize_part(left, part, costs, search)
         columns = columns if order is None else order
-        decoded = np.zeros(weight.shape, np.float32)
-        for q, own_codec, piece in coded:
-            decoded[:, piece] += codecs.dequantize(
-                q.codes, q.scales, q.zeros, own_codec, q.outer, q.table
-            ).astype(np.float32)
-            found.append(q)
+        found += [q for q, _, _ in coded]
+        decoded = decode_part(coded, weight.shape)
         left = left - decoded
         stored = stored + decoded
     if places is None:
         return Summed(found, columns)
     values = weight.astype(np.float32).reshape(-1)[places] - stored.reshape(-1)[places]
     return Summed(found, columns, places, values.astype(np.float16))
+
+
+def settle(
+    weight: Floats, codec: SumCodec, search: bool = True, importance: Doubles | None = None
+) -> SumCodec:
+    """The codec with the number of pairs, groups of M - 1 and of M + 1 bits, that fits the weight:
+    SliM-LLM's allocation of bits (2405.14917), searched over the one number that is free.
+
+    Groups stand in the order of `deal_groups`. For p = 0, 1, …, half of all, the first p have the
+    widest width and the last p the narrowest; of the sums of their errors Σ costs (w - ŵ)² the
+    least is taken, of equal ones the fewest pairs. All p are looked at, so the fixed share is among
+    them: the error grows for no weight. (With int8 scales of groups the errors are those of a whole
+    weight in one width; a term's own row scale may differ.) search: of the ranges, as in
+    `quantize`. A codec with nothing open is returned as it is.
+    """
+    if not codec.is_open:
+        return codec
+    _, left, costs = without_outliers(weight, codec, importance)
+    for part in codec.parts:
+        if isinstance(part, MixCodec):
+            return codec.with_pairs(best_pairs(left, part, costs, search))
+        _, coded = quantize_part(left, part, costs, search)
+        left = left - decode_part(coded, weight.shape)
+    raise AssertionError("an open codec has a mix")
+
+
+def best_pairs(weight: Floats, codec: MixCodec, costs: Doubles, search: bool) -> int:
+    """How many groups the narrowest and the widest width of three take: see `settle`."""
+    low, middle, high = (group_errors(weight, own, costs, search) for own in codec.codecs)
+    ranked = rank_groups(low - high, weight.shape[1], codec)
+    raised = np.cumsum((high - middle)[ranked])
+    lowered = np.cumsum((low - middle)[ranked[::-1]])
+    change = np.concatenate([[0.0], (raised + lowered)[: len(ranked) // 2]])
+    return int(change.argmin())
+
+
+def without_outliers(
+    weight: Floats, codec: SumCodec, importance: Doubles | None
+) -> tuple[Places | None, Floats, Doubles]:
+    """Where the outliers are, None without, the weight with 0 there, and what errors cost
+    [N, K]."""
+    costs = np.ones(weight.shape) * (1 if importance is None else importance)
+    left = weight.astype(np.float32)
+    if codec.outliers is None:
+        return None, left, costs
+    places = choose_outliers(costs * weight.astype(np.float64) ** 2, codec.outliers)
+    left = left.copy()
+    left.reshape(-1)[places] = 0
+    return places, left, costs
+
+
+def decode_part(
+    coded: list[tuple[codecs.Quantised, Codec, Places]], shape: tuple[int, ...]
+) -> Floats:
+    """What the terms of a part stand for, [N, K] fp32, added first to last."""
+    decoded = np.zeros(shape, np.float32)
+    for q, codec, piece in coded:
+        decoded[:, piece] += codecs.dequantize(
+            q.codes, q.scales, q.zeros, codec, q.outer, q.table
+        ).astype(np.float32)
+    return decoded
 
 
 def quantize_part(
@@ -156,15 +208,20 @@ def deal_groups(weight: Floats, codec: MixCodec, costs: Doubles, search: bool) -
     gains = group_errors(weight, codec.codecs[0], costs, search) - group_errors(
         weight, codec.codecs[-1], costs, search
     )
-    if columns % codec.group:
-        gains[-1] = np.inf
-    ranked = np.argsort(-gains, kind="stable")
+    ranked = rank_groups(gains, columns, codec)
     counts = codec.group_counts(columns)
     starts = np.cumsum((0, *counts[::-1]))
     of_width = [np.sort(ranked[a:b]) for a, b in itertools.pairwise(starts)][::-1]
     every = np.arange(columns)
     parts = [every[g * codec.group : (g + 1) * codec.group] for own in of_width for g in own]
     return np.concatenate([*parts, every[:0]])
+
+
+def rank_groups(gains: Doubles, columns: int, codec: MixCodec) -> Places:
+    """Groups, those of the largest gains [G] first; the short last one before all."""
+    if columns % codec.group:
+        gains = np.append(gains[:-1], np.inf)
+    return np.argsort(-gains, kind="stable")
 
 
 def group_errors(weight: Floats, codec: Codec, costs: Doubles, search: bool) -> Doubles:

@@ -14,7 +14,7 @@ from lath.formats.activations import activation_format
 from lath.formats.codec import Codec
 from lath.formats.families import weight_codec
 from lath.formats.qtensor import QTensor
-from lath.formats.sum_codec import MixCodec
+from lath.formats.sum_codec import MixCodec, SumCodec
 from lath.formats.sum_tensor import SumTensor
 from lath.reference import codecs as reference_codecs
 from lath.verbs.kinds import kind_of
@@ -96,6 +96,62 @@ def test_wide_groups_are_those_that_need_them() -> None:
     packed = make_sum_of(torch.randn(24, 512), "mix2-g64", importance=inputs)
     assert set(packed.columns_of(2).tolist()) & set(range(96, 160))  # type: ignore[union-attr]
     assert packed.columns_of(0).tolist() == [*range(0, 64)]  # type: ignore[union-attr]
+
+
+PAIRED = ["mix3-g16", "mix2-g32-asym", "int2-g32+mix2-g16", "mix3-g16+out1%"]
+
+
+@pytest.mark.parametrize("columns", [256, 250])
+@pytest.mark.parametrize("text", PAIRED)
+def test_the_searched_share_is_the_best_of_all(text: str, columns: int) -> None:
+    """SliM-LLM: by trying every number of pairs, so never worse than the fixed eighth."""
+    weight, codec = heavy_weight(20, columns, 3), SumCodec.parse(text)
+    costs = torch.from_numpy(np.random.default_rng(0).random((20, columns)))
+    importance = costs.float()
+
+    def error(one: SumTensor) -> float:
+        # Of outliers' values there is nothing to choose.
+        left = (one.dequantize() - weight).double()
+        if codec.outliers is not None:
+            left.view(-1)[one.terms[-1].places()] = 0  # type: ignore[attr-defined]
+        return float((importance * left.square()).sum())
+
+    found = make_sum_of(weight, text, search=True, importance=importance)
+    assert isinstance(found.codec, SumCodec)
+    assert found.codec.opened == codec
+    assert not found.codec.is_open
+    groups = -(-columns // next(p for p in codec.parts if isinstance(p, MixCodec)).group)
+    kernel = kind_of(codec).function("quantize", "quantize")
+    errors = [
+        error(kernel(weight, codec.with_pairs(pairs), True, None, importance))
+        for pairs in range(groups // 2 + 1)
+    ]
+    fixed = error(kernel(weight, codec, True, None, importance))
+    best = error(found)
+    assert best <= fixed * (1 + 1e-9)
+    assert best == pytest.approx(min(errors), rel=1e-6)
+    assert fixed in errors
+
+
+def test_a_share_is_found_where_groups_differ_and_where_they_do_not() -> None:
+    """A bit less costs four times the error: half of the groups far larger, and all pairs pay;
+    all alike, and none does. Either way the fixed eighth is worse."""
+    torch.manual_seed(0)
+    alike = torch.randn(32, 512)
+    unlike = alike * torch.tensor([1.0, 100.0]).repeat_interleave(32).repeat(8)
+    for weight, pairs in ((unlike, 8), (alike, 0)):
+        fixed = make_sum_of(weight, "mix3-g32")
+        found = make_sum_of(weight, "mix3-g32", search=True)
+        assert str(found.codec) == f"mix3-p{pairs}-g32"
+        assert found.codes.nbytes + sum(t.codes.nbytes for t in found.terms[1:]) == 3 * 32 * 512 / 8
+        share = make_sum_of(weight, "mix3-p2-g32", search=True)
+        assert error_of(found, weight) < 0.97 * error_of(share, weight)
+        assert torch.equal(make_sum_of(weight, "mix3-p2-g32").dequantize(), fixed.dequantize())
+        again = lath.load_weight(found.state_dict())
+        assert torch.equal(again.dequantize(), found.dequantize())
+    # Nothing is open: the codec stays.
+    for text in ("mix2.5-g32", "mix3-p1-g32"):
+        assert str(make_sum_of(alike, text, search=True).codec) == text
 
 
 def make_sum_of(weight: torch.Tensor, text: str, **options: object) -> SumTensor:

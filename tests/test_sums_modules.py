@@ -120,6 +120,25 @@ def test_patch_a_model(codec: str) -> None:
         assert torch.equal(model(ids).logits, before)
 
 
+def test_patch_searches_the_share_of_each_layer() -> None:
+    """Each row names the codec that was found and its bytes; asking again finds all done."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(256, 32), nn.Linear(32, 256), nn.Linear(256, 16))
+    with torch.no_grad():
+        model[0].weight.mul_(torch.tensor([1.0, 30.0]).repeat_interleave(32).repeat(4))
+    with lath.patch(model, "mix3-g32", search=True, backend="reference") as report:
+        codecs = [row.codec for row in report.rows]
+        assert codecs == [str(model[i].codec) for i in range(3)]
+        assert codecs == ["mix3-p4-g32", "mix3-p0-g32", "mix3-p0-g32"]
+        for row, module in zip(report.rows, model, strict=True):
+            assert row.bytes_after == module.qtensor.nbytes + 4 * module.out_features
+        again = lath.patch(model, "mix3-g32", search=True, backend="reference")
+        assert {row.action for row in again.rows} == {"already packed"}
+        with pytest.raises(ValueError, match=r"packed already as weights='mix3-p4-g32'"):
+            lath.patch(model, "mix3-g32", backend="reference")
+    assert type(model[0]) is nn.Linear
+
+
 def test_patch_takes_an_importance_for_each_layer() -> None:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 48))

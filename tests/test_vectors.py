@@ -158,6 +158,23 @@ def test_the_nearest_entry_of_few_by_brute_force() -> None:
     assert found.tolist() == expected
 
 
+@pytest.mark.parametrize("entries", [16, 256, 65536])
+@pytest.mark.parametrize("even", [True, False])
+def test_the_nearest_entry_of_many(entries: int, even: bool) -> None:
+    """Whole numbers, so that fp32 tells exactly: several chunks, runs and equals. Vectors whose
+    numbers count alike take a shorter way."""
+    rng = np.random.default_rng(entries)
+    count = 3 * max(16, (1 << 18) // entries) + 5
+    vectors = rng.integers(-9, 10, (count, 8)).astype(np.float64)
+    mass = rng.integers(1, 4, (count, 1 if even else 8)).repeat(8 if even else 1, axis=1) * 1.0
+    book = rng.integers(-9, 10, (entries, 8)).astype(np.float64)
+    book[-1], book[entries // 2] = book[0], book[1]
+    found = quantize_vectors.nearest(*[torch.from_numpy(a).float() for a in (vectors, mass, book)])
+    some = slice(None) if entries < 65536 else slice(0, None, 7)
+    expected = definition.nearest(vectors[some], mass[some], book)
+    assert np.array_equal(found.numpy()[some], expected)
+
+
 def test_weighted_k_means_beats_scalar_codes_at_equal_bits() -> None:
     """Weights that go with their neighbours: 2 bits each by vectors, less than half the error."""
     weight = correlated(128, 512)

@@ -133,21 +133,21 @@ def _multiply(e: Emitter, a: Arguments, rows: _Rows, first: Any, tokens: int) ->
     """For each token the sums of four rows, apart by column modulo sixteen."""
     x = _tokens_of_x(e, a, first, tokens)
     totals = _zeros(e, tokens)
-    with e.loop(a["groups"]) as group:
-        parts = _zeros(e, tokens)
-        # One book after the other: entries of a large one drive those of a small one from the
-        # first-level cache.
-        for book in rows.books:
+    # One book after the other, each over the whole row: entries of a large one drive those of a
+    # small one from the first-level cache.
+    for book in rows.books:
+        with e.loop(a["groups"]) as group:
+            parts = _zeros(e, tokens)
             with rows.steps(group) as step:
                 values = [e.load(e.offset(start, step, 4 * LANES), FLOATS) for start in x]
                 for r in range(_ROWS):
                     decoded = book.numbers(r, step)
                     for m in range(tokens):
                         parts[m][r].value = e.fma(decoded, values[m], parts[m][r].value)
-        for r in range(_ROWS):
-            scale = rows.scale(r, group)
-            for m in range(tokens):
-                totals[m][r].value = e.fma(parts[m][r].value, scale, totals[m][r].value)
+            for r in range(_ROWS):
+                scale = rows.scale(r, group)
+                for m in range(tokens):
+                    totals[m][r].value = e.fma(parts[m][r].value, scale, totals[m][r].value)
     return [[total.value for total in own] for own in totals]
 
 

@@ -8,6 +8,9 @@ Every kind has the same functions, so that the verbs know no kind by name:
     prepare(weight, bias, activations)      (CPU)                              → a call x → y
     only_view(weight, activations)          (CPU, QTensor)                     → ViewedTensor, None
 
+Codecs with `is_open` leave a size to a search, for which the module of `quantize` has
+`settle(weight, codec, search, table, importance)` → codec.
+
 `out`, fp32 [M, N], receives the sum before it is rounded; without it y has x's dtype.
 """
 

@@ -64,7 +64,9 @@ def quantize(
     the weight must be scaled first: `lath.awq_scales`. hessian: Σ x xᵀ over the inputs x of this
     weight, [K, K] float32 or float64 on its device, in any unit (`lath.Hessian` gathers it).
     search: choose each group's range among 33 fractions of the full one by squared error (about
-    forty times the work, usually a better weight; see `lath.reference.codecs.quantize`). table: the
+    forty times the work, usually a better weight; see `lath.reference.codecs.quantize`); of a mix
+    of three widths ("mix3-g64") also how many groups each of them has, which the codec of the
+    result then says ("mix3-p4-g64"; see `lath.reference.sums.settle`). table: the
     ascending numbers of a "lut" codec, [2**bits]; None: found by k-means, in which a column counts
     as much as its mean squared input where the Hessian is given. importance: for
     codecs that choose which weights matter (outliers, mix, billm) or entries of books (vectors):
@@ -87,11 +89,16 @@ def quantize(
         raise ValueError(f"table is for 'lut' codecs, got codec {str(parsed)!r}")
     if table is None and hessian is not None and isinstance(parsed, Codec) and learns:
         table = weighted_table(weight.detach(), parsed, hessian)
-    tensors = _quantize(
-        weight.detach(), str(parsed), check_flag("search", search),
+    given = (
         None if table is None else check_tensor("table", table).detach().float(),
         None if importance is None else _check_importance(importance, weight, parsed),
-    )  # fmt: skip
+    )
+    if check_flag("search", search) and getattr(parsed, "is_open", False):
+        # What is saved depends on the codec alone: so the codec says what was found.
+        parsed = kind_of(parsed).function("quantize", "settle")(
+            weight.detach(), parsed, search, *given
+        )
+    tensors = _quantize(weight.detach(), str(parsed), search, *given)
     cls = weight_class(parsed)
     named = dict(zip(cls.tensor_names(parsed), tensors, strict=True))
     start = cls.from_tensors(parsed, (weight.shape[0], weight.shape[1]), named)

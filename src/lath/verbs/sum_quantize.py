@@ -36,17 +36,8 @@ def quantize(
 
     ValueError on NaN, infinity or overflow.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("weight must be finite: it has NaN or infinity")
+    places, left, costs = _without_outliers(weight, codec, importance)
     weight = weight.float()
-    costs = torch.ones((), dtype=torch.float64, device=weight.device)
-    if importance is not None:
-        costs = importance.to(weight.device, torch.float64)
-    places, left = None, weight
-    if codec.outliers is not None:
-        places = choose_outliers(costs * weight.double().square(), codec.outliers)
-        left = weight.clone()
-        left.view(-1)[places] = 0
     pieces: list[_Piece] = []
     columns = None
     stored = torch.zeros_like(weight)
@@ -57,10 +48,9 @@ def quantize(
             columns = _deal_groups(left, part, costs, search)
         elif isinstance(part, SignsCodec):
             columns = _order_salient(left, part, costs)
-        decoded = torch.zeros_like(weight)
-        for packed, own in _quantize_part(left, part, columns, search, table):
-            decoded[:, slice(None) if own is None else own] += packed.dequantize()
-            pieces.append((packed, own))
+        coded = list(_quantize_part(left, part, columns, search, table))
+        pieces += coded
+        decoded = _decode_part(coded, weight)
         left = left - decoded
         stored += decoded
         table = None
@@ -70,6 +60,63 @@ def quantize(
         values = weight.reshape(-1)[places] - stored.view(-1)[places]
         terms.append(Outliers.from_places(codec.outliers, shape, places, values))
     return SumTensor(codec, shape, terms, None if columns is None else columns.int())
+
+
+def settle(
+    weight: Tensor,
+    codec: SumCodec,
+    search: bool = True,
+    table: Tensor | None = None,
+    importance: Tensor | None = None,
+) -> SumCodec:
+    """The codec with the number of pairs of a mix of three widths that fits the weight; the
+    arguments are those of `quantize`. See `lath.reference.sums.settle`."""
+    if not codec.is_open:
+        return codec
+    _, left, costs = _without_outliers(weight, codec, importance)
+    for part in codec.parts:
+        if isinstance(part, MixCodec):
+            return codec.with_pairs(_best_pairs(left, part, costs, search))
+        left = left - _decode_part(list(_quantize_part(left, part, None, search, table)), left)
+        table = None
+    raise AssertionError("an open codec has a mix")
+
+
+def _best_pairs(weight: Tensor, codec: MixCodec, costs: Tensor, search: bool) -> int:
+    low, middle, high = (
+        _group_errors(weight, own, codec.group, costs, search) for own in codec.codecs
+    )
+    ranked = _rank_groups(low - high, weight.shape[1], codec)
+    raised = (high - middle)[ranked].cumsum(0)
+    lowered = (low - middle)[ranked.flip(0)].cumsum(0)
+    change = (raised + lowered)[: len(ranked) // 2]
+    return int(torch.cat([change.new_zeros(1), change]).argmin())
+
+
+def _without_outliers(
+    weight: Tensor, codec: SumCodec, importance: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """int64 places of the outliers, the fp32 weight with 0 there, float64 costs of errors."""
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("weight must be finite: it has NaN or infinity")
+    weight = weight.float()
+    costs = torch.ones((), dtype=torch.float64, device=weight.device)
+    if importance is not None:
+        costs = importance.to(weight.device, torch.float64)
+    if codec.outliers is None:
+        return None, weight, costs
+    places = choose_outliers(costs * weight.double().square(), codec.outliers)
+    left = weight.clone()
+    left.view(-1)[places] = 0
+    return places, left, costs
+
+
+def _decode_part(coded: list[_Piece], like: Tensor) -> Tensor:
+    """What the terms of a part stand for, fp32 [N, K] as `like`, added first to last."""
+    decoded = torch.zeros_like(like)
+    for packed, own in coded:
+        decoded[:, slice(None) if own is None else own] += packed.dequantize()
+    return decoded
 
 
 def choose_outliers(score: Tensor, codec: OutlierCodec) -> Tensor:
@@ -118,15 +165,20 @@ def _deal_groups(weight: Tensor, codec: MixCodec, costs: Tensor, search: bool) -
     gains = _group_errors(weight, codec.codecs[0], codec.group, costs, search) - _group_errors(
         weight, codec.codecs[-1], codec.group, costs, search
     )
-    if columns % codec.group:
-        gains[-1] = torch.inf
-    ranked = gains.argsort(descending=True, stable=True)
+    ranked = _rank_groups(gains, columns, codec)
     counts = codec.group_counts(columns)
     of_width = [own.sort().values for own in torch.split(ranked, list(counts[::-1]))][::-1]
     groups = torch.cat(of_width)
     inside = torch.arange(codec.group, device=weight.device)
     order = (groups[:, None] * codec.group + inside).reshape(-1)
     return order[order < columns]
+
+
+def _rank_groups(gains: Tensor, columns: int, codec: MixCodec) -> Tensor:
+    """Groups, those of the largest gains [G] first; the short last one before all."""
+    if columns % codec.group:
+        gains = torch.cat([gains[:-1], gains.new_full((1,), torch.inf)])
+    return gains.argsort(descending=True, stable=True)
 
 
 def _group_errors(weight: Tensor, codec: Codec, group: int, costs: Tensor, search: bool) -> Tensor:
