@@ -36,9 +36,10 @@ from lath.formats.activations import ActivationFormat
 from lath.formats.families import weight_class, weight_codec
 from lath.formats.lattice import LatticeCodec
 from lath.formats.vectors import VectorCodec
-from lath.integration.benchmark import COLD_BYTES, machine_facts
+from lath.integration.benchmark import machine_facts
+from lath.integration.ceilings import COLD_BYTES
 from lath.kernels.simd import isa
-from lath.kernels.simd.compile import compile_kernel
+from lath.kernels.simd.ceilings import Read
 from lath.verbs.kinds import kind_of
 
 torch.set_num_threads(1)
@@ -79,32 +80,6 @@ def test_torch(case: cases.LinearCase, benchmark) -> None:  # type: ignore[no-un
     dense = data.weight.dequantize(data.x.dtype)
     with torch.inference_mode():
         benchmark(torch.nn.functional.linear, data.x, dense)
-
-
-def emit_read(e: Any, begin: Any, end: Any, arguments: Any) -> None:
-    """Sum the bytes [begin, end) as int lanes, four streams at a time: the read ceiling."""
-    quarter = e.divide(e.subtract(end, begin), 4 * 64)
-    totals = [e.variable(e.constant(0)) for _ in range(4)]
-    with e.loop(quarter) as i:
-        for n, total in enumerate(totals):
-            start = e.add(begin, e.multiply(quarter, 64 * n))
-            total.value = e.builder.add(total.value, e.load(e.offset(start, i, 64)))
-    for n, total in enumerate(totals):
-        e.store(e.add(arguments, 64 * n), total.value)
-
-
-def read_call(nbytes: int) -> tuple[Callable[[int], object], int]:
-    """A call that reads the next `nbytes` of cold memory, and how many bytes those are."""
-    kernel = compile_kernel(emit_read).ctypes
-    memory = np.ones(COLD_BYTES, np.uint8)
-    start, out = memory.ctypes.data, np.zeros(64, np.int32)
-    count = len(memory) // nbytes
-
-    def call(i: int, memory: Any = memory) -> None:
-        begin = start + i % count * nbytes
-        kernel(begin, begin + nbytes, out.ctypes.data)
-
-    return call, nbytes
 
 
 def lath_call(name: str, m: int, k: int, n: int) -> tuple[Callable[[int], object], int]:
@@ -167,7 +142,8 @@ def rows_of(names: list[str], m: int, k: int, n: int, rounds: int) -> list[dict[
     """A row for each layer "codec/activations", for torch's bf16 layer and for a plain read."""
     with torch.inference_mode():
         made = {name: lath_call(name, m, k, n) for name in names}
-        made["torch bf16"], made["read"] = torch_call(m, k, n), read_call(8 << 20)
+        read = Read(np.ones(COLD_BYTES, np.uint8), 8 << 20, 1)
+        made["torch bf16"], made["read"] = torch_call(m, k, n), (read, read.nbytes)
         seconds = interleaved({name: call for name, (call, _) in made.items()}, rounds)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     ceiling = made["read"][1] / median["read"]

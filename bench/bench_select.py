@@ -27,7 +27,8 @@ from torch import Tensor
 import lath
 from lath.formats.attention import PageView, Queries
 from lath.formats.pages import PAGE, PageCodec, PageFormat
-from lath.integration.benchmark import COLD_BYTES, machine_facts
+from lath.integration.benchmark import machine_facts
+from lath.integration.ceilings import COLD_BYTES
 from lath.kernels.pages.cpu import write_pages
 from lath.kernels.select import cpu
 from lath.kernels.select.top_k import top_k as portable_top_k

@@ -16,11 +16,18 @@ from dataclasses import asdict, dataclass
 
 import report
 import torch
-from bench_attention import GROUP, HEAD_DIM, KV_HEADS, Call, _decode_peers, copies
 from torch import Tensor
 
 import lath
 from lath.formats.pages import PAGE
+from lath.integration.attention_benchmark import (
+    GROUP,
+    HEAD_DIM,
+    KV_HEADS,
+    Call,
+    copies,
+    decode_peers,
+)
 from lath.integration.benchmark import machine_facts, time_interleaved
 from lath.selectors import SELECTORS
 
@@ -54,7 +61,7 @@ def make_caches(keys: int) -> tuple[Tensor, list[lath.PagedKV], dict[str, Call]]
         kv.reserve(keys)
         kv.append(k, v)
         caches.append(kv)
-    peers = {n: call for n, call in _decode_peers(q, k, v).items() if "rows" in n}
+    peers = decode_peers(q, k, v, gqa=False)
     return q, caches, peers
 
 

@@ -7,12 +7,13 @@ is reported are medians over rounds and the ratio of the medians.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,19 +22,25 @@ import torch
 import lath
 from lath.formats.activations import ActivationFormat
 from lath.formats.families import weight_codec
+from lath.integration import ceilings
+from lath.integration.ceilings import CeilingCalls, Ceilings
 from lath.integration.peers import PEERS, PeerMissingError, PeerSetting, make_peer
 from lath.verbs.backends import resolve_backend
 from lath.verbs.kinds import kind_of
 
-# Copies of a weight together exceed any cache met so far (eight times a 32 MB L3).
-COLD_BYTES = 256 << 20
 # A block of calls is long against the clock's resolution and short against a time slice.
 BLOCK_SECONDS = 0.03
+# With several threads: how long each contender's threads may take to stop waiting for work.
+PAUSE_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One comparison. shape: "KxN" (in_features x out_features). ratio: peer time / lath time."""
+    """One comparison. shape: "KxN" (in_features x out_features). ratio: peer time / lath time.
+
+    ceilings: of the same rounds. of_read: bytes of the CPU's view per second, of those; of_dots:
+    operations, None where activations are not multiplied as int8.
+    """
 
     shape: str
     m: int
@@ -45,6 +52,9 @@ class BenchRow:
     spread_us: tuple[float, float]
     gb_per_s: float
     gops: float
+    ceilings: Ceilings
+    of_read: float
+    of_dots: float | None
     peer: str = ""
     peer_median_us: float = 0.0
     peer_spread_us: tuple[float, float] = (0.0, 0.0)
@@ -72,29 +82,31 @@ def bench_linear(
     peers: list[str],
     activations: ActivationFormat | None = None,
     rounds: int = 9,
-    ggml: Path | None = None,
+    paths: Mapping[str, Path] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[BenchRow], dict[str, str]]:
     """x [m, k] against a weight [n, k]: lath on the CPU and each peer, interleaved.
 
     x is bf16 for lath and each peer's own dtype for the peer; the quantisation of activations is
-    part of lath's time. ggml: the folder of a build of it. clock: seconds; `time.thread_time`
+    part of lath's time. paths: of peers, as in `PeerSetting`. clock: seconds; `time.thread_time`
     leaves out what other processes take from a thread that works alone. Returns a row for each
-    peer, and the peers that are missing with the reason. Raises ValueError for an unknown peer.
+    peer (one without a peer if there is none), and the peers that are missing with the reason.
+    Raises ValueError for an unknown peer.
     """
     for peer in peers:
         if peer not in PEERS:
             raise ValueError(f"peers must be among {sorted(PEERS)}, got {peer!r}")
     activations = activations or default_activations(codec)
-    generator = torch.Generator().manual_seed(0)
-    dense = torch.randn(n, k, generator=generator) / k**0.5
-    x = torch.randn(m, k, generator=generator)
-    packed = lath.quantize(dense, codec)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(0))
+    dense, layers, weight = _cold_layers(k, n, codec, activations)
+    values = x.bfloat16()
+    highest = CeilingCalls()
     calls: dict[str, Callable[[int], object]] = {
-        "lath": _lath_call(packed, x.bfloat16(), activations)
+        "lath": lambda i: layers[i % len(layers)](values),
+        **highest.calls(),
     }
     missing = {}
-    setting = PeerSetting(_copies, torch.get_num_threads(), ggml)
+    setting = PeerSetting(_copies, torch.get_num_threads(), paths or {})
     for peer in peers:
         try:
             calls[peer], _ = make_peer(peer, dense, x, setting)
@@ -102,8 +114,10 @@ def bench_linear(
             missing[peer] = str(error)
     with torch.inference_mode():
         seconds = time_interleaved(calls, rounds, clock)
+    found = highest.take(seconds)
     own = seconds.pop("lath")
     middle = statistics.median(own)
+    gops = 2 * m * n * k / middle / 1e9
     shared = BenchRow(
         shape=f"{k}x{n}",
         m=m,
@@ -113,10 +127,13 @@ def bench_linear(
         threads=torch.get_num_threads(),
         median_us=middle * 1e6,
         spread_us=_spread(own),
-        gb_per_s=packed.nbytes / middle / 1e9,
-        gops=2 * m * n * k / middle / 1e9,
+        gb_per_s=weight.nbytes / middle / 1e9,
+        gops=gops,
+        ceilings=found,
+        of_read=found.of_read(weight.view_nbytes / middle / 1e9),
+        of_dots=found.of_dots(gops) if activations.is_integer else None,
     )
-    return [_beside(shared, peer, theirs) for peer, theirs in seconds.items()], missing
+    return [_beside(shared, peer, theirs) for peer, theirs in seconds.items()] or [shared], missing
 
 
 def _beside(row: BenchRow, peer: str, seconds: list[float]) -> BenchRow:
@@ -132,9 +149,14 @@ def _spread(seconds: list[float]) -> tuple[float, float]:
     return min(seconds) * 1e6, max(seconds) * 1e6
 
 
-def _lath_call(
-    packed: lath.PackedWeight, x: torch.Tensor, activations: ActivationFormat
-) -> Callable[[int], object]:
+@functools.lru_cache(maxsize=1)
+def _cold_layers(
+    k: int, n: int, codec: str, activations: ActivationFormat
+) -> tuple[torch.Tensor, list[Callable[[torch.Tensor], object]], lath.PackedWeight]:
+    """A weight [n, k], layers over enough copies of it to be cold, and one of the copies."""
+    dense = torch.randn(n, k, generator=torch.Generator().manual_seed(1)) / k**0.5
+    packed = lath.quantize(dense, codec)
+
     def copy() -> lath.PackedWeight:
         tensors = {name: tensor.clone() for name, tensor in packed.tensors.items()}
         return packed.from_tensors(packed.codec, packed.shape, tensors)
@@ -142,12 +164,11 @@ def _lath_call(
     weights = [copy() for _ in range(_copies(packed.nbytes))]
     # As a patched module calls it: prepared once. Each weight is repacked for this CPU by that.
     prepare = kind_of(packed).function("cpu", "prepare")
-    layers = [prepare(weight, None, activations) for weight in weights]
-    return lambda i: layers[i % len(layers)](x)
+    return dense, [prepare(weight, None, activations) for weight in weights], weights[0]
 
 
 def _copies(nbytes: int) -> int:
-    return max(2, -(-COLD_BYTES // max(nbytes, 1)))
+    return max(2, -(-ceilings.COLD_BYTES // max(nbytes, 1)))
 
 
 def time_interleaved(
@@ -167,6 +188,10 @@ def time_interleaved(
     for _ in range(rounds):
         for name, call in calls.items():
             first = positions[name]
+            if torch.get_num_threads() > 1:
+                # Threads of the one before still spin on the cores; those of this one are woken.
+                time.sleep(PAUSE_SECONDS)
+                call(first - 1 if first else 0)
             start = clock()
             for i in range(first, first + counts[name]):
                 call(i)
@@ -221,10 +246,13 @@ def rows_as_markdown(rows: list[BenchRow], command: str, notes: Sequence[str] = 
         f"    {command}",
         "",
         f"{facts}. {rows[0].threads} thread(s), weights cold, calls interleaved, medians (fastest "
-        "and slowest round in brackets), x in bf16, quantisation of activations included.",
+        "and slowest round in brackets), x in bf16, quantisation of activations included. Of read: "
+        "bytes of the CPU's view per second, of a plain read in the same rounds (GB/s in "
+        "brackets); of dots: of int8 products in registers (GOPS in brackets).",
         "",
-        "| K x N | M | codec | activations | lath µs | peer | peer µs | ratio | GB/s | GOPS |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| K x N | M | codec | activations | lath µs | peer | peer µs | ratio | GB/s | of read | "
+        "GOPS | of dots |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         own, theirs = (
@@ -234,11 +262,18 @@ def rows_as_markdown(rows: list[BenchRow], command: str, notes: Sequence[str] = 
                 (row.peer_median_us, row.peer_spread_us),
             )
         )
+        peer = f"{row.peer} | {theirs} | {row.ratio:.2f}" if row.peer else " | | "
         lines.append(
-            f"| {row.shape} | {row.m} | `{row.codec}` | `{row.activations}` | {own} | {row.peer} | "
-            f"{theirs} | {row.ratio:.2f} | {row.gb_per_s:.1f} | {row.gops:.0f} |"
+            f"| {row.shape} | {row.m} | `{row.codec}` | `{row.activations}` | {own} | {peer} | "
+            f"{row.gb_per_s:.1f} | {row.of_read:.2f} ({row.ceilings.gb_per_s:.1f}) | "
+            f"{row.gops:.0f} | {share_of_dots(row)} |"
         )
     return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
+
+
+def share_of_dots(row: BenchRow) -> str:
+    """ "0.63 (461)", or a dash where int8 products are not what is computed."""
+    return "–" if row.of_dots is None else f"{row.of_dots:.2f} ({row.ceilings.gops:.0f})"
 
 
 def rows_as_json(rows: list[BenchRow]) -> list[dict[str, object]]:

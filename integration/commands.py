@@ -18,6 +18,7 @@ from lath.formats.quantizer import quantizer as parse_quantizer
 from lath.formats.registry import systems_table
 from lath.integration.bench_command import bench_app
 from lath.integration.compare_command import compare_command
+from lath.integration.console import wide_console
 from lath.integration.models import ACCEPTED_MODELS, parse_dtype
 from lath.integration.patch_attention import attention_options
 from lath.integration.patch_decode import check_decode
@@ -54,12 +55,6 @@ Activations = Annotated[
 ]
 Skip = Annotated[list[str], typer.Option(help="Pattern of layers to leave alone; may be repeated.")]
 Dtype = Annotated[str, typer.Option(help="'bfloat16', 'float16', 'float32' or 'auto'.")]
-
-
-def _console() -> Console:
-    """A console as wide as its reader: lines that go into a file are not broken at 80 columns."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
 
 
 @app.command()
@@ -140,7 +135,7 @@ def run(
         dtype, rounds, patched[0], patched[1], select, mending, audit, quantizer,
         calibration_folder=calibration_folder, decode=check_decode(decode),
     )  # fmt: skip
-    result = run_model(options, _console())
+    result = run_model(options, wide_console())
     if json is not None:
         result.write(json)
 
@@ -161,7 +156,7 @@ def plan(
     """
     numbers = _numbers(m)
     target = parse_dtype(dtype) or torch.bfloat16
-    _console().print(plan_table(model, weights, numbers, device, target, activations, skip))
+    wide_console().print(plan_table(model, weights, numbers, device, target, activations, skip))
 
 
 @app.command()
@@ -195,7 +190,7 @@ def warmup(
             status.update("compiling a step of decoding")
             warm_decoding(codecs)
     seconds = time.perf_counter() - begin
-    _console().print(f"kernels for {', '.join(codecs)} are ready ({seconds:.1f} s)")
+    wide_console().print(f"kernels for {', '.join(codecs)} are ready ({seconds:.1f} s)")
 
 
 def _numbers(text: str) -> list[int]:

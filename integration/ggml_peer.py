@@ -3,6 +3,9 @@
 The libraries are those of a build, given by its folder or in the environment's LATH_GGML, or those
 that the llama-cpp-python package carries. Weights go where ggml itself would put them: into the
 CPU's buffer type that takes them in another order ("CPU_REPACK") if there is one, else as they are.
+
+vlut.cpp (Vec-LUT) is a ggml with types of its own, given by its folder or in LATH_VLUT. Its codes
+are -1, 0, 1 without a scale.
 """
 
 from __future__ import annotations
@@ -21,10 +24,16 @@ from torch import Tensor
 
 # ggml's numbers of its types (ggml.h).
 TYPES = {"q4_0": 2, "q4_1": 3, "q8_0": 8, "q4_k": 12, "tq1_0": 34, "tq2_0": 35}
+# Of vlut.cpp; the others of its types have no quantiser.
+VLUT_TYPES = {"i2_v": 40, "i2_v_4": 42, "i2_v_8": 43, "i1_v": 45, "i1_v_2": 46}
 # Those that ggml has another order for on x86; it fails on others in that buffer type.
 REPACKED = ("q4_0", "q4_k")
 _F32 = 0
 _GRAPH_BYTES = 1 << 20
+
+
+class WrongProductError(RuntimeError):
+    """A peer that does not multiply."""
 
 
 class _InitParams(Structure):
@@ -67,23 +76,39 @@ def find_libraries(folder: str | Path | None = None) -> Path | None:
         if package is None or package.origin is None:
             return None
         folder = Path(package.origin).parent / "lib"
-    found = Path(folder)
-    return found if (found / "libggml-cpu.so").exists() else None
+    return _built(Path(folder))
+
+
+def find_vlut(folder: str | Path | None = None) -> Path | None:
+    """The folder of vlut.cpp's libraries: given, or in LATH_VLUT; or None."""
+    folder = folder or os.environ.get("LATH_VLUT")
+    return None if folder is None else _built(Path(folder))
+
+
+def _built(folder: Path) -> Path | None:
+    return folder if (folder / "libggml-cpu.so").exists() else None
 
 
 @functools.cache
 def _library(folder: Path) -> Any:
-    """An object with ggml's functions, typed; OSError if the libraries cannot be loaded."""
-    loaded = [
-        ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
-        for name in ("libggml-base.so", "libggml-cpu.so")
-    ]
+    """An object with ggml's functions, typed; OSError if the libraries cannot be loaded, or if
+    another build that is loaded stands in for a part of this one."""
+    # Each build keeps to its own symbols (DEEPBIND), as there may be two in one process.
+    mode = os.RTLD_LOCAL | getattr(os, "RTLD_DEEPBIND", 0)
+    base, cpu = (
+        ctypes.CDLL(str(folder / name), mode=mode) for name in ("libggml-base.so", "libggml-cpu.so")
+    )
+    own, used = (ctypes.cast(one.ggml_init, c_void_p).value for one in (base, cpu))
+    if own != used:
+        raise OSError(f"another build of ggml is loaded: time that of {folder} in a run of its own")
 
     class Functions:
         pass
 
     for name, (result, arguments) in _SIGNATURES.items():
-        function = next(getattr(one, name) for one in loaded if hasattr(one, name))
+        function = next((getattr(one, name) for one in (base, cpu) if hasattr(one, name)), None)
+        if function is None:
+            raise OSError(f"the ggml of {folder} has no {name}: another version is needed")
         function.restype, function.argtypes = result, arguments
         setattr(Functions, name, staticmethod(function))
     return Functions
@@ -99,19 +124,21 @@ class GgmlLinear:
     def __init__(
         self, dense: Tensor, x: Tensor, kind: str, copies: int, folder: Path, threads: int = 1
     ) -> None:
-        if kind not in TYPES:
-            raise ValueError(f"a ggml type must be one of {sorted(TYPES)}, got {kind!r}")
+        numbers = TYPES | VLUT_TYPES
+        if kind not in numbers:
+            raise ValueError(f"a ggml type must be one of {sorted(numbers)}, got {kind!r}")
+        self._type = numbers[kind]
         self._ggml = ggml = _library(folder)
         rows, columns = dense.shape
         self._backend = ggml.ggml_backend_cpu_init()
         ggml.ggml_backend_cpu_set_n_threads(self._backend, threads)
-        packed = self._quantize(dense.float().contiguous(), kind)
+        packed = self._quantize(dense.float().contiguous())
         self.nbytes = len(packed)
         self._graphs, self._outputs, self.repacked = [], [], ""
         self._context = ggml.ggml_init(_InitParams(_GRAPH_BYTES * (copies + 1), None, True))
         weights = ggml.ggml_init(_InitParams(_GRAPH_BYTES, None, True))
         matrices = [
-            ggml.ggml_new_tensor_2d(weights, TYPES[kind], columns, rows) for _ in range(copies)
+            ggml.ggml_new_tensor_2d(weights, self._type, columns, rows) for _ in range(copies)
         ]
         tokens = ggml.ggml_new_tensor_2d(self._context, _F32, columns, x.shape[0])
         for matrix in matrices:
@@ -128,11 +155,11 @@ class GgmlLinear:
         ggml.ggml_backend_tensor_set(tokens, values.data_ptr(), 0, values.numel() * 4)
         self._shape = (x.shape[0], rows)
 
-    def _quantize(self, dense: Tensor, kind: str) -> bytes:
+    def _quantize(self, dense: Tensor) -> bytes:
         rows, columns = dense.shape
         buffer = ctypes.create_string_buffer(rows * columns * 2)
         source = ctypes.cast(dense.data_ptr(), POINTER(c_float))
-        size = self._ggml.ggml_quantize_chunk(TYPES[kind], source, buffer, 0, rows, columns, None)
+        size = self._ggml.ggml_quantize_chunk(self._type, source, buffer, 0, rows, columns, None)
         return buffer.raw[:size]
 
     def _place(self, weights: Any, first: Any, kind: str) -> None:
@@ -176,11 +203,14 @@ def ggml_call(
     """The timed call of a peer and the bytes of one weight; checked against the dense product."""
     layer = GgmlLinear(dense, x, kind, copies, folder, threads)
     layer(0)
-    expected = x.float() @ dense.float().T
-    error = torch.linalg.vector_norm(layer.output(0) - expected) / torch.linalg.vector_norm(
-        expected
-    )
     # A ternary rounding of Gaussian weights errs by about a half; a wrong product by more than one.
-    if not float(error) < 0.9:
-        raise RuntimeError(f"ggml's {kind} product is off by {float(error):.2f}, relative")
+    check_product(layer.output(0), dense, x, 0.9, f"ggml's {kind}")
     return layer, layer.nbytes
+
+
+def check_product(y: Tensor, dense: Tensor, x: Tensor, bound: float, name: str) -> None:
+    """WrongProductError if y is farther from x [M, K] times dense [N, K] than `bound`, relative."""
+    expected = x.float() @ dense.float().T
+    error = torch.linalg.vector_norm(y - expected) / torch.linalg.vector_norm(expected)
+    if not float(error) < bound:
+        raise WrongProductError(f"{name} product is off by {float(error):.2f}, relative")

@@ -7,17 +7,21 @@ formats; quantising the activations, where it does, is part of its time as it is
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lath.integration import ggml_peer
+from lath.integration import bitnet_peer, ggml_peer, onnx_peer
+from lath.integration.ggml_peer import WrongProductError
 
 Call = Callable[[int], object]
+# Columns of which vlut.cpp's packings take whole numbers.
+VLUT_COLUMNS = 32
 
 
 class PeerMissingError(RuntimeError):
@@ -27,24 +31,32 @@ class PeerMissingError(RuntimeError):
 @dataclass(frozen=True)
 class PeerSetting:
     """copies: how many weights to take in turn, from the bytes of one. threads: of the peer's own
-    pool, if it has one. ggml: the folder of its libraries; None: those of llama-cpp-python."""
+    pool, if it has one. paths: where "ggml" and "vlut" (folders of libraries) and "bitnet" (a
+    library) are; else as the environment says, and ggml's in llama-cpp-python."""
 
     copies: Callable[[int], int]
     threads: int = 1
-    ggml: Path | None = None
+    paths: Mapping[str, Path] = field(default_factory=dict)
+
+
+Make = Callable[[Tensor, Tensor, PeerSetting], tuple[Call, int]]
 
 
 def make_peer(name: str, dense: Tensor, x: Tensor, setting: PeerSetting) -> tuple[Call, int]:
     """The call of a peer and the bytes of one of its weights.
 
-    ValueError for a name that is not in `PEERS`, PeerMissingError if it is not installed.
+    ValueError for a name that is not in `PEERS`, PeerMissingError if it is not installed, cannot be
+    loaded, or multiplies wrongly.
     """
     if name not in PEERS:
         raise ValueError(f"peers must be among {sorted(PEERS)}, got {name!r}")
-    return PEERS[name](dense, x, setting)
+    try:
+        return PEERS[name](dense, x, setting)
+    except (OSError, WrongProductError) as error:
+        raise PeerMissingError(str(error)) from error
 
 
-def _torch_dense(dtype: torch.dtype) -> Callable[[Tensor, Tensor, PeerSetting], tuple[Call, int]]:
+def _torch_dense(dtype: torch.dtype) -> Make:
     def make(dense: Tensor, x: Tensor, setting: PeerSetting) -> tuple[Call, int]:
         first, values = dense.to(dtype), x.to(dtype)
         nbytes = first.numel() * first.element_size()
@@ -87,22 +99,87 @@ def _torch_int4(dense: Tensor, x: Tensor, setting: PeerSetting) -> tuple[Call, i
     return lambda i: multiply(values, weights[i % len(weights)], group, sides), nbytes
 
 
-def _ggml(kind: str) -> Callable[[Tensor, Tensor, PeerSetting], tuple[Call, int]]:
+def _onnxruntime(block: int) -> Make:
+    """MatMulNBits with blocks of so many columns, activations rounded to int8 within."""
+
     def make(dense: Tensor, x: Tensor, setting: PeerSetting) -> tuple[Call, int]:
-        folder = ggml_peer.find_libraries(setting.ggml)
-        if folder is None:
-            where = "llama-cpp-python is not installed" if setting.ggml is None else setting.ggml
-            raise PeerMissingError(f"no libggml-cpu.so: {where}; give the folder of a build")
-        copies = setting.copies(dense.numel() // 2)
-        return ggml_peer.ggml_call(dense, x, kind, copies, folder, setting.threads)
+        absent = [name for name in ("onnxruntime", "onnx") if find_spec(name) is None]
+        if absent:
+            raise PeerMissingError(f"{' and '.join(absent)} not installed: pip install {absent[0]}")
+        if dense.shape[1] % block:
+            raise PeerMissingError(f"MatMulNBits takes K of {block}s here")
+        call, nbytes = onnx_peer.onnx_call(dense, x, block, setting.copies, setting.threads)
+        # Half a step of 4 bits is some 7 per cent of normal numbers, in wider blocks 11.
+        return _checked(call, dense, x, 0.25, "MatMulNBits'"), nbytes
 
     return make
 
 
-PEERS: dict[str, Callable[[Tensor, Tensor, PeerSetting], tuple[Call, int]]] = {
+def _bitnet(dense: Tensor, x: Tensor, setting: PeerSetting) -> tuple[Call, int]:
+    """I2_S: codes -1, 0, 1 and int8 activations."""
+    path = bitnet_peer.find_library(setting.paths.get("bitnet"))
+    if path is None:
+        raise PeerMissingError(
+            _where("library", setting, "bitnet") + "; bench/bitnet_i2_s.cpp says how to build one"
+        )
+    if dense.shape[1] % bitnet_peer.BLOCK:
+        raise PeerMissingError(f"I2_S takes K of {bitnet_peer.BLOCK}s")
+    ternary = _ternary(dense)
+    copies = setting.copies(dense.numel() // 4)
+    call, nbytes = bitnet_peer.bitnet_call(ternary, x, copies, path, setting.threads)
+    return _checked(call, ternary, x, 0.1, "I2_S's"), nbytes
+
+
+def _ggml(kind: str) -> Make:
+    def make(dense: Tensor, x: Tensor, setting: PeerSetting) -> tuple[Call, int]:
+        folder = ggml_peer.find_libraries(setting.paths.get("ggml"))
+        if folder is None:
+            where = setting.paths.get("ggml", "llama-cpp-python is not installed")
+            raise PeerMissingError(f"no libggml-cpu.so: {where}; give the folder of a build")
+        return ggml_peer.ggml_call(
+            dense, x, kind, setting.copies(dense.numel() // 2), folder, setting.threads
+        )
+
+    return make
+
+
+def _vlut(kind: str) -> Make:
+    def make(dense: Tensor, x: Tensor, setting: PeerSetting) -> tuple[Call, int]:
+        folder = ggml_peer.find_vlut(setting.paths.get("vlut"))
+        if folder is None:
+            raise PeerMissingError(_where("libggml-cpu.so of vlut.cpp", setting, "vlut"))
+        if dense.shape[1] % VLUT_COLUMNS:
+            raise PeerMissingError(f"vlut.cpp takes K of {VLUT_COLUMNS}s here")
+        copies = setting.copies(dense.numel() // 4)
+        return ggml_peer.ggml_call(_ternary(dense), x, kind, copies, folder, setting.threads)
+
+    return make
+
+
+def _where(what: str, setting: PeerSetting, name: str) -> str:
+    given = setting.paths.get(name)
+    return f"no {what}: " + (f"none at {given}" if given else f"--{name} gives no path")
+
+
+def _ternary(dense: Tensor) -> Tensor:
+    """-1, 0, 1, as lath's "ternary" rounds a weight with one scale."""
+    return (dense / dense.abs().mean()).round().clamp(-1, 1)
+
+
+def _checked(call: Call, weight: Tensor, x: Tensor, bound: float, name: str) -> Call:
+    y = call(0)
+    assert isinstance(y, Tensor)
+    ggml_peer.check_product(y, weight, x, bound, name)
+    return call
+
+
+PEERS: dict[str, Make] = {
     "torch-bf16": _torch_dense(torch.bfloat16),
     "torch-fp32": _torch_dense(torch.float32),
     "torch-int8": _torch_int8,
     "torch-int4": _torch_int4,
+    **{f"onnxruntime-g{block}": _onnxruntime(block) for block in (32, 128)},
     **{f"ggml-{kind}": _ggml(kind) for kind in ggml_peer.TYPES},
+    "bitnet-i2_s": _bitnet,
+    **{f"vlut-{kind}": _vlut(kind) for kind in ggml_peer.VLUT_TYPES},
 }
