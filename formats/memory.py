@@ -73,6 +73,20 @@ def _ask_for_huge_pages(tensor: Tensor) -> None:
         advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_HUGEPAGE)
 
 
+def give_back() -> None:
+    """Freed memory back to the system: GNU's allocator keeps pieces of some MB for later."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Any:
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
 @functools.cache
 def _advice() -> Any:
     if not sys.platform.startswith("linux"):

@@ -17,6 +17,7 @@ import torch
 
 from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.families import load_weight, weight_codec
+from lath.formats.memory import give_back
 from lath.formats.packed_weight import PackedWeight, WeightCodec
 from lath.integration.bitnet import bitnet_layers, is_bitnet, quantization_of
 from lath.integration.checkpoint import Checkpoint
@@ -102,8 +103,11 @@ def load(
                 layer.names, weight, activations=own, backend=backend, keep_codes=keep_codes
             )
             del weight
+            give_back()
             advance(1)
-    return skeleton.fill()
+    model = skeleton.fill()
+    give_back()
+    return model
 
 
 def _layers(

@@ -83,8 +83,10 @@ class Skeleton:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.named_parameters(remove_duplicate=False)
-        saved = self.model.state_dict().keys()
-        yield from ((n, t) for n, t in self.model.named_buffers() if n in saved)
+        for path, module in self.model.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    yield f"{path}.{name}" if path else name, buffer
 
     def quantized(self, name: str, codec: WeightCodec, search: bool) -> PackedWeight:
         """The weight of a linear layer, packed."""
