@@ -1,5 +1,6 @@
 """What a layer of the fused decode step may have beside Llama's: other functions between gate and
-up, sub-norms, ternary weights, layers without rotation. The helpers and tolerances are those of test_hf_decode.py."""
+up, sub-norms, ternary weights, layers without rotation. Helpers and tolerances are those of
+test_hf_decode.py."""
 
 from __future__ import annotations
 
