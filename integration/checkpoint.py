@@ -75,7 +75,7 @@ def _read(entry: _Entry, first: int, shape: tuple[int, ...]) -> Tensor:
     nbytes = math.prod(shape) * entry.dtype.itemsize
     raw = torch.empty(nbytes, dtype=torch.uint8)
     try:
-        with entry.file.open("rb", buffering=0) as file:
+        with entry.file.open("rb") as file:
             file.seek(entry.start + first * entry.dtype.itemsize)
             got = file.readinto(raw.numpy().data)
     except OSError as error:

@@ -158,7 +158,7 @@ class GgufCheckpoint:
         row = tensor.raw.nbytes // tensor.shape[0]
         raw = np.empty((stop - start) * row, np.uint8)
         try:
-            with self.file.open("rb", buffering=0) as opened:
+            with self.file.open("rb") as opened:
                 opened.seek(tensor.raw.ctypes.data - self._base + start * row)
                 got = opened.readinto(raw.data)
         except OSError as error:
