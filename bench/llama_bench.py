@@ -10,6 +10,7 @@ import hashlib
 import json
 import statistics
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,12 @@ from typing import Any
 
 from lath.integration.gguf import read_gguf
 from lath.integration.smollm2 import SOURCE
+
+_PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], capture_output=True, check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class LlamaBench:
         self._gguf, self.prompt, self.tokens = gguf, prompt, tokens
         self.facts = ""
 
-    def _run(self, *options: int | str) -> dict[str, Any]:
+    def run(self, *options: int | str) -> dict[str, Any]:
+        """The row that it prints for one test."""
         command = [*self._start, *map(str, options)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -61,13 +69,22 @@ class LlamaBench:
         )
         return row
 
+    def peak_bytes(self) -> int:
+        """The most it has in memory in one run. Not asked of this process: what a child took over
+        from its parent before it became another program counts as the child's."""
+        own = ["-p", str(self.prompt), "-n", str(self.tokens)]
+        done = subprocess.run(
+            [sys.executable, "-c", _PEAK, *self._start, *own], capture_output=True, text=True
+        )
+        return 1024 * int(done.stdout)
+
     def prefill(self) -> float:
         """Seconds of the prompt."""
-        return self.prompt / float(self._run("-p", self.prompt, "-n", 0)["avg_ts"])
+        return self.prompt / float(self.run("-p", self.prompt, "-n", 0)["avg_ts"])
 
     def decode(self) -> float:
         """Seconds of a token behind a prompt of that length."""
-        row = self._run("-p", 0, "-n", self.tokens, "-d", self.prompt)
+        row = self.run("-p", 0, "-n", self.tokens, "-d", self.prompt)
         return 1 / float(row["avg_ts"])
 
     def weights(self) -> str:

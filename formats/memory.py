@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import mmap
 import sys
 import threading
 from typing import Any
@@ -16,7 +17,7 @@ _HUGE_PAGE = 2 << 20
 _CHUNK = 16 << 20
 _SMALLEST = 32 << 10  # of what shares a chunk
 _LINE = 64
-_MADV_HUGEPAGE = 14  # of Linux, <asm-generic/mman-common.h>
+_MADV_DONTNEED, _MADV_HUGEPAGE = 4, 14  # of Linux, <asm-generic/mman-common.h>
 
 
 def zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -56,6 +57,7 @@ class Packing:
             start = -(-self._used // _LINE) * _LINE
             if start + nbytes > self._chunk.numel():
                 self._chunk, start = torch.empty(_CHUNK, dtype=torch.uint8), 0
+                _drop_pages(self._chunk)
                 _ask_for_huge_pages(self._chunk)
             self._used = start + nbytes
             return self._chunk[start : start + nbytes].view(shape)
@@ -65,12 +67,37 @@ WEIGHTS = Packing()
 
 
 def _ask_for_huge_pages(tensor: Tensor) -> None:
-    first = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-    last = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE * _HUGE_PAGE
+    # Advice: where it is refused the memory is what it would have been.
+    _advise(tensor, _HUGE_PAGE, _MADV_HUGEPAGE)
+
+
+def _drop_pages(tensor: Tensor) -> None:
+    """Take away the pages of a tensor without contents, so that none counts before it is written:
+    the allocator may have given memory that others had before."""
+    _advise(tensor, mmap.PAGESIZE, _MADV_DONTNEED)
+
+
+def _advise(tensor: Tensor, page: int, what: int) -> None:
+    """On the whole pages inside a tensor's memory."""
+    first = -(-tensor.data_ptr() // page) * page
+    last = (tensor.data_ptr() + tensor.nbytes) // page * page
     advise = _advice()
     if advise is not None and last > first:
-        # Advice: where it is refused the memory is what it would have been.
-        advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_HUGEPAGE)
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), what)
+
+
+def give_back() -> None:
+    """Freed memory back to the system: GNU's allocator keeps pieces of some MB for later."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Any:
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 @functools.cache

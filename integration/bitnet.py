@@ -164,7 +164,9 @@ def bitnet_layers(
     linears = {n: m for n, m in skeleton.model.named_modules() if isinstance(m, nn.Linear)}
     scaled = {name.removesuffix(_SCALE) for name in checkpoint.names if name.endswith(_SCALE)}
     packed = {
-        name.removesuffix(".weight") for name in checkpoint.names if checkpoint.is_bytes(name)
+        name.removesuffix(".weight")
+        for name in checkpoint.names
+        if checkpoint.dtype(name) == torch.uint8
     }
     for name in sorted(scaled ^ packed):
         have = "a weight_scale but no uint8 weight" if name in scaled else "no weight_scale"

@@ -103,6 +103,8 @@ class _Run:
                     input_ids=ids, position_ids=torch.tensor([positions]), use_cache=True,
                     **{cache_argument(model): self.cache},
                 )  # fmt: skip
+        for layer in self.cache.layers:
+            del layer.attend  # a circle that would keep the cache until it is looked for
 
     def _watched(self, number: int, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def watched(query: Tensor, mask: Any, scores: Scores, *, kind: str) -> Tensor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lath.formats.memory import give_back
 from lath.integration.decode_loop import Loop, check_loop
 from lath.integration.decode_recognise import NotFusedError, find_decoder
 from lath.integration.decode_watch import Skipped, Weights
@@ -45,6 +46,7 @@ class Ready:
         self.decoder = find_decoder(model)
         with torch.no_grad():
             self.step, self.readings, example = probed_step(model, forward, self.decoder, new_cache)
+        give_back()  # the caches of the probe
         self.weights = Weights(self.decoder)
         self.output_class = type(example)
         self.cache_name = next(name for name in _CACHES if name in example)

@@ -9,7 +9,8 @@ A GGUF file (version 2 or 3, little endian) is
 
 Blocks of 32 values that `GgufTensor.values` decodes, d and m being fp16:
 
-    Q4_1    d, m, 16 bytes     value = d * code + m    low nibbles are values 0..15, high are 16..31
+    Q4_0    d, 16 bytes        value = d * (code - 8)  low nibbles are values 0..15, high are 16..31
+    Q4_1    d, m, 16 bytes     value = d * code + m    likewise
     Q8_0    d, 32 int8         value = d * code
 """
 
@@ -38,6 +39,7 @@ class _TensorType:
 _TENSOR_TYPES = {
     0: _TensorType("F32", 1, 4),
     1: _TensorType("F16", 1, 2),
+    2: _TensorType("Q4_0", 32, 18),
     3: _TensorType("Q4_1", 32, 20),
     8: _TensorType("Q8_0", 32, 34),
 }
@@ -99,7 +101,7 @@ def read_gguf(data: bytes | memoryview) -> GgufFile:
     """Parse a whole GGUF file held in memory; its tensors are views of `data`.
 
     Raises ValueError if it is not GGUF, is cut short, or holds a tensor type other than F32, F16,
-    Q4_1 and Q8_0.
+    Q4_0, Q4_1 and Q8_0.
     """
     view = memoryview(data)
     reader = _Reader(view)
@@ -161,6 +163,13 @@ def _decode_f16(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
     return raw.view(np.float16).astype(np.float32)
 
 
+def _decode_q4_0(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
+    blocks = raw.reshape(-1, 18)
+    scale, packed = _half(blocks[:, :2]), blocks[:, 2:]
+    codes = np.concatenate([packed & 15, packed >> 4], axis=1).astype(np.float32)
+    return scale * (codes - 8)
+
+
 def _decode_q4_1(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
     blocks = raw.reshape(-1, 20)
     scale, minimum, packed = _half(blocks[:, :2]), _half(blocks[:, 2:4]), blocks[:, 4:]
@@ -177,6 +186,7 @@ def _decode_q8_0(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
 _DECODERS = {
     "F32": _decode_f32,
     "F16": _decode_f16,
+    "Q4_0": _decode_q4_0,
     "Q4_1": _decode_q4_1,
     "Q8_0": _decode_q8_0,
 }

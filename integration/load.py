@@ -17,10 +17,12 @@ import torch
 
 from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.families import load_weight, weight_codec
+from lath.formats.memory import give_back
 from lath.formats.packed_weight import PackedWeight, WeightCodec
 from lath.integration.bitnet import bitnet_layers, is_bitnet, quantization_of
 from lath.integration.checkpoint import Checkpoint
 from lath.integration.find import check_selection, find_linears, output_layer
+from lath.integration.gguf_llama import GgufCheckpoint
 from lath.integration.linear import META, tensor_of
 from lath.integration.models import parse_dtype
 from lath.integration.patch_rows import auto_activations
@@ -45,7 +47,7 @@ class _Layer:
 
 
 def load(
-    folder: str | Path,
+    path: str | Path,
     weights: str | WeightCodec | None = None,
     *,
     head: str | WeightCodec | None = DEFAULT_HEAD,
@@ -57,41 +59,39 @@ def load(
     keep_codes: bool = False,
     progress: bool | None = None,
 ) -> Any:
-    """The causal language model of a Hugging Face folder, its linear layers packed, on the CPU.
+    """A causal language model with its linear layers packed, on the CPU.
 
-    folder: config.json and safetensors: dense ones; BitNet's, whose layers stay ternary; or what
-    `save_pretrained` wrote of a packed model, whose layers stay as they were saved. weights: the
+    path: of a Hugging Face folder, config.json and safetensors: dense ones; BitNet's, whose layers
+    stay ternary; or what `save_pretrained` wrote of a packed model, whose layers stay as they were
+    saved; or of a GGUF file of the architecture "llama" in F32, F16, Q4_0, Q4_1 and Q8_0
+    ("int4-g32-fzero" holds Q4_1 exactly). weights: the
     codec of dense layers, "int4-g64" if None; of a BitNet folder the ternary codec of those that it
     packs, "ternary-s32" if None, and the others stay dense. head: the codec of the output layer,
     which is untied from the embedding then; None leaves it dense. skip: patterns of layers to leave
     dense. activations, backend, search: as for `lath.patch`; BitNet's are int8 per token. dtype: of
-    what stays dense, "auto": the checkpoint's. keep_codes: keep packed codes beside the view that
-    the compiled CPU kernels multiply by, which is as large; without them saving and moving make
-    them anew (`PackedLinear.compact`). progress: show a bar; None shows it on a terminal.
+    what stays dense, "auto": the checkpoint's, fp32 for GGUF. keep_codes: keep packed codes beside
+    the view that the compiled CPU kernels multiply by, which is as large; without them saving and
+    moving make them anew (`PackedLinear.compact`). progress: show a bar; None shows it on a
+    terminal.
 
     Memory at any time: what is packed by then, and some tens of MB (one dense weight and its
     rounding where a codec has one scale or table for all of it, or books). Attention, cache and
     decoding are left to `lath.patch(model, None, attention=…, kv=…)`. Codes are chosen by rounding
     to nearest; quantisers that calibrate need the dense model, and so `lath.patch`.
 
-    ModelError for a folder that is damaged or does not fit its config; models whose weights
+    ModelError for a file or folder that is damaged or does not fit its config; models whose weights
     transformers rearranges as it loads them (mixtures of experts) do not fit.
     """
-    from transformers import AutoConfig
-
     check_flag("search", search)
     check_flag("keep_codes", keep_codes)
     resolve_backend(_known(backend), torch.device("cpu"))
     chosen = None if activations == "auto" else activation_format(activations)
-    folder = Path(folder).expanduser()
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"folder must hold a Hugging Face model; {folder} has no config.json")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config, checkpoint = _opened(Path(path).expanduser())
     ternary = quantization_of(config) if is_bitnet(config) else None
     if ternary is not None:
         del config.quantization_config
     wanted = parse_dtype(dtype) or getattr(config, "dtype", None) or torch.float32
-    skeleton = Skeleton(config, Checkpoint(folder), wanted)
+    skeleton = Skeleton(config, checkpoint, wanted)
     layers = _layers(skeleton, ternary, weights, head, skip, search)
     with progress_bar("packing", len(layers), progress) as advance:
         # The output layer, the largest, first: while it is packed it is in memory twice.
@@ -102,8 +102,25 @@ def load(
                 layer.names, weight, activations=own, backend=backend, keep_codes=keep_codes
             )
             del weight
+            give_back()
             advance(1)
-    return skeleton.fill()
+    model = skeleton.fill()
+    give_back()
+    return model
+
+
+def _opened(path: Path) -> tuple[Any, Checkpoint | GgufCheckpoint]:
+    """The config and the tensors of a folder or a GGUF file."""
+    from transformers import AutoConfig
+
+    if path.is_file():
+        file = GgufCheckpoint(path)
+        return file.config, file
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"path must be a Hugging Face folder or a GGUF file; {path} has no config.json"
+        )
+    return AutoConfig.from_pretrained(path, local_files_only=True), Checkpoint(path)
 
 
 def _layers(

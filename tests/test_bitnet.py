@@ -3,6 +3,7 @@ run beside transformers' own layers."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,13 @@ from lath.integration.bitnet import BitNetLayout, bitnet_weight, load_bitnet, un
 from lath.integration.cache import cache_argument
 from lath.integration.linear import PackedLinear
 from lath.integration.models import load_model
+from lath.integration.run_command import (
+    DEFAULT_WEIGHTS,
+    NO_HEAD,
+    Patches,
+    RunOptions,
+    with_weights,
+)
 from lath.integration.store import ModelError
 from lath.reference.linear import quantize_activations
 
@@ -280,3 +288,24 @@ def test_the_command_line_loads_them(tmp_path: Path) -> None:
     model, tokenizer = load_model(str(tmp_path))
     assert len(layers(model, PackedLinear)) == 14
     assert tokenizer("a").input_ids
+
+
+def test_run_leaves_its_layers_as_they_are(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "autobitlinear")
+    model = load_bitnet(tmp_path)
+    options = RunOptions(
+        "a folder", DEFAULT_WEIGHTS, "auto", "auto", ("lm_head",), NO_HEAD, False, "", 1, "auto", 1,
+        kv="int8",
+    )  # fmt: skip
+    chosen, note = with_weights(model, options)
+    assert chosen.weights is None
+    assert "ternary-s32" in note
+    patches = Patches(model, chosen)
+    assert patches.body.attention
+    patches.undo()
+    other = dataclasses.replace(options, weights="int8")
+    assert with_weights(model, other) == (other, "")
+    with pytest.raises(ValueError, match="packed already"):
+        Patches(model, other)
+    dense = BitNetForCausalLM(BitNetConfig(**SIZES))
+    assert with_weights(dense, options) == (options, "")

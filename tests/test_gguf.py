@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from lath.integration import models, smollm2
+import lath
+from lath.integration import models, skeleton, smollm2
 from lath.integration.gguf import read_gguf
+from lath.integration.gguf_llama import LAYER_NAMES, GgufCheckpoint
+from lath.integration.linear import PackedLinear
+from lath.integration.store import ModelError
 
 pytest.importorskip("transformers")
 
 STRING, UINT32, FLOAT32, BOOL, ARRAY, INT32 = 8, 4, 6, 7, 9, 5
-F32, F16, Q4_1, Q8_0 = 0, 1, 3, 8
+F32, F16, Q4_0, Q4_1, Q8_0 = 0, 1, 2, 3, 8
 
 
 def _string(text: str) -> bytes:
@@ -128,7 +132,7 @@ def _as_gguf(model: Any) -> bytes:
         "tokenizer.ggml.padding_token_id": 2,
         "tokenizer.chat_template": "{{ messages[0]['content'] }}",
     }
-    names = {new: old for old, new in smollm2._LAYER_NAMES.items()}
+    names = {new: old for old, new in LAYER_NAMES.items()}
     tensors = {}
     for key, value in model.state_dict().items():
         array, parts = value.numpy(), key.removesuffix(".weight").split(".")
@@ -143,6 +147,66 @@ def _as_gguf(model: Any) -> bytes:
             name = {"embed_tokens": "token_embd", "norm": "output_norm"}[parts[1]] + ".weight"
         tensors[name] = (F32, array.shape, np.ascontiguousarray(array).tobytes())
     return write_gguf(metadata, tensors)
+
+
+def test_q4_0_blocks() -> None:
+    codes = np.random.default_rng(0).integers(0, 16, 64).astype(np.uint8).reshape(2, 32)
+    half = np.full((2, 1), 0.25, np.float16).view(np.uint8)
+    blocks = np.concatenate([half, codes[:, :16] | codes[:, 16:] << 4], axis=1)
+    file = read_gguf(write_gguf({}, {"t": (Q4_0, (2, 32), blocks.tobytes())}))
+    np.testing.assert_array_equal(file.tensors["t"].values(), 0.25 * (codes.astype(np.float32) - 8))
+
+
+@pytest.mark.parametrize("pieces", [1 << 19, 96 * 16])
+def test_a_file_is_loaded_packed(
+    tmp_path: Path, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of 16 rows are whole heads of the tiny model, and then two or more."""
+    monkeypatch.setattr(skeleton, "_CHUNK_WEIGHTS", pieces)
+    model, _ = models.tiny_model()
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(_as_gguf(model))
+    loaded = lath.load(file, "int4-g32", head=None, backend="reference")
+    lath.patch(model, "int4-g32", backend="reference")
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            found = loaded.get_submodule(name)
+            assert found.qtensor.digest() == module.qtensor.digest(), name
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_rows_of_any_piece_of_a_head(tmp_path: Path) -> None:
+    model, _ = models.tiny_model()
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(_as_gguf(model))
+    checkpoint = GgufCheckpoint(file)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    for start, stop in ((0, 96), (3, 4), (5, 33), (90, 96)):
+        piece = checkpoint.rows(name, start, stop)
+        assert torch.equal(piece, model.get_parameter(name)[start:stop])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensor", "match"),
+    [
+        ({"general.architecture": "gemma"}, "token_embd.weight", "architecture is 'gemma'"),
+        ({"llama.rope.scaling.type": "yarn"}, "token_embd.weight", "scaled by 'yarn'"),
+        ({}, "rope_freqs.weight", "rope_freqs.weight, which a plain Llama has not"),
+        ({}, "token_embd.weight", "has no 'llama.attention.head_count'"),
+    ],
+)
+def test_files_that_are_no_plain_llama(
+    tmp_path: Path, metadata: dict[str, Any], tensor: str, match: str
+) -> None:
+    file = tmp_path / "other.gguf"
+    file.write_bytes(write_gguf(metadata, {tensor: (F32, (2, 2), b"\0" * 16)}))
+    with pytest.raises(ModelError, match=match):
+        lath.load(file, backend="reference")
+    file.write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="cannot read"):
+        lath.load(file, backend="reference")
 
 
 def test_a_converted_llama_is_the_same_model(tmp_path: Path) -> None:

@@ -179,13 +179,6 @@ def test_constants_in_forward_are_found(spoilt: str, message: str) -> None:
     patched(same, "fused")
 
 
-def test_layers_without_rotation_are_found() -> None:
-    model = decoder("SmolLM3")
-    with patched(model, "fused"):
-        ready = model.__dict__["_lath_decode"].ready(model)
-        assert [own.rotate for own in ready.readings] == [True, False]
-
-
 @pytest.mark.parametrize("options", [
     {"hidden_act": "gelu"},
     {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},

@@ -1,5 +1,6 @@
 """What a layer of the fused decode step may have beside Llama's: other functions between gate and
-up, sub-norms, ternary weights. The helpers and tolerances are those of test_hf_decode.py."""
+up, sub-norms, ternary weights, layers without rotation. Helpers and tolerances are those of
+test_hf_decode.py."""
 
 from __future__ import annotations
 
@@ -70,3 +71,10 @@ def test_ternary_weights_and_tokens_in_int8(codec: str) -> None:
     errors = (out - expected).norm(dim=1) / expected.norm(dim=1)
     assert float(errors.max()) < 3 * TOLERANCES[torch.float32]
     assert float(errors.median()) < ROUNDING
+
+
+def test_layers_without_rotation_are_found() -> None:
+    model = decoder("SmolLM3")
+    with patched(model, "fused"):
+        ready = model.__dict__["_lath_decode"].ready(model)
+        assert [own.rotate for own in ready.readings] == [True, False]
