@@ -49,8 +49,9 @@ def plan_linear(
         reasons.append(f"{term.codec}{listed}: {made.dataflow}")
     # Terms differ in their flows at most where one has no columns; outliers always gather.
     largest = max((p for p in terms if p.dataflow != "gather"), key=lambda plan: plan.bytes_moved)
-    # On a CPU whole groups are read where they lie.
-    in_place = isinstance(codec.dealer, MixCodec) and largest.backend == "cpu"
+    # Read where they lie: whole groups on a CPU, all columns as Triton rounds x.
+    in_place = largest.backend == "triton" and activations.kind != "float"
+    in_place |= isinstance(codec.dealer, MixCodec) and largest.backend == "cpu"
     gathered = 0 if codec.dealer is None or in_place else 2 * m * k * dtype.itemsize
     once = largest.dataflow == "decode_matmul"
     summed = "decoded together and multiplied once" if once else "summed in fp32"
@@ -79,7 +80,8 @@ def run_terms(
 ) -> Tensor:
     """fp32 [terms, M, N]: what each term gives for x [M, K], bias [N] in the first of them.
 
-    layers: of terms that find their columns in x themselves, their calls (x, bias, out).
+    layers: of terms that find their columns in x themselves, their calls (x, bias, out). Triton's
+    rows find them where x is rounded.
     """
     workspace = torch.empty(
         (len(weight.terms), x.shape[0], weight.shape[0]), dtype=torch.float32, device=x.device
@@ -91,14 +93,16 @@ def run_terms(
         if layer is not None:
             layer(x, offsets, workspace[index])
             continue
-        own = x
-        if piece is not None:
+        own, how = x, activations_of(term.codec, activations)
+        more: tuple[Tensor | None, ...] = ()
+        if piece is not None and backend == "triton" and how.kind != "float":
+            more = (weight.columns_of(index),)
+        elif piece is not None:
             ordered = _ordered(x, weight, backend) if ordered is None else ordered
             own = ordered[:, piece[0] : piece[1]]
         kind_of(term).function(backend, "linear")(
-            own, term, offsets, activations_of(term.codec, activations), plan.terms[index],
-            workspace[index],
-        )  # fmt: skip
+            own, term, offsets, how, plan.terms[index], workspace[index], *more
+        )
     return workspace
 
 
