@@ -225,6 +225,11 @@ class Codec:
         most = self.levels - 1 if self.zero == "integer" else int(self.zero_code)
         return 127 // most
 
+    @property
+    def has_row_search(self) -> bool:
+        """Whether a search has a second phase over scales of rows and int8 scales of groups."""
+        return self.values == "integer" and self.scale_dtype == "int8"
+
     def group_size(self, in_features: int) -> int:
         """Length of a group along K; per row, the whole K (1 when K is 0, so that it divides)."""
         return max(in_features, 1) if self.group is None else self.group

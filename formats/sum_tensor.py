@@ -7,9 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lath.formats.codec import GROUP_MULTIPLE
 from lath.formats.outliers import OutlierCodec, Outliers
 from lath.formats.packed_weight import PackedWeight, WeightCodec, check_names
 from lath.formats.sum_codec import SumCodec, Term
+
+RUN = GROUP_MULTIPLE
 
 
 class SumTensor(PackedWeight):
@@ -97,6 +100,18 @@ class SumTensor(PackedWeight):
             return None
         assert self.columns is not None
         return self.columns[piece[0] : piece[1]]
+
+    def runs_of(self, index: int) -> Tensor | None:
+        """Where in x the runs of RUN columns begin that a term multiplies, int32 [ceil(K_t / RUN)]:
+        a kernel that reads by runs needs no gather before it. None: it multiplies all columns, none
+        or single ones (groups of a mix are whole runs, salient columns are not)."""
+        columns = self.columns_of(index)
+        if columns is None or not len(columns):
+            return None
+        starts = columns[::RUN].contiguous()
+        inside = torch.arange(RUN, dtype=torch.int32, device=columns.device)
+        whole = (starts[:, None] + inside).reshape(-1)[: len(columns)]
+        return starts if torch.equal(whole, columns) else None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K]: terms in fp32, added first to last in fp32, rounded once to dtype."""

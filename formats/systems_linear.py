@@ -61,7 +61,10 @@ LINEAR_SYSTEMS: tuple[System, ...] = (
         "DGQ",
         '`linear(x, "int4-g128-s8", activations="int8")`, `quantize(…, search=True)`',
         "scales of groups are multiplied into the codes: one int8 dot, summed in int32 over all K; "
-        "the search is of the groups' scales, not of the rows' after it",
+        "the search is of the groups' scales, then of the rows' and the groups' together, both by "
+        "the error of the weight",
+        "test_scaled_codes.py::test_the_search_of_rows_lowers_errors",
+        "test_scaled_codes.py::test_the_search_of_rows_by_brute_force",
         "test_scaled_codes.py::test_dgq_is_one_integer_sum_over_all_groups",
         "test_scaled_codes.py::test_scales_that_leave_int8_are_refused",
         "test_tables.py::test_int8_group_scales_are_one_int8_matmul",

@@ -20,6 +20,8 @@ from lath.formats.qtensor import SCALE_DTYPES, QTensor
 _SMALLEST_SCALE = {"fp16": 2.0**-24, "fp32": 2.0**-126}
 _RATIOS = [(64 - i) / 64 for i in range(33)]
 _POWER_RATIOS = [1.0, 2.0, 0.5]
+_ROW_RATIOS = [1.0, *(i / 16 for i in range(12, 25) if i != 16)]
+_INNER_STEPS = [0, -1, 1]
 _LLOYD_ROUNDS = 200
 # Weights whose distances to a table are held at once: bounds the temporary memory.
 _CHUNK_WEIGHTS = 1 << 22
@@ -39,6 +41,8 @@ def quantize_in_steps(weight: Tensor, codec: Codec, search: bool, table: Tensor 
         mean = weight.double().abs().mean() if weight.numel() else weight.new_zeros(())
         exact = mean.float().expand_as(exact)
     scales, outer = store_scales(exact.T, codec)
+    if search and codec.has_row_search and outer is not None:
+        scales, outer = _search_rows(blocks, codec, exact, outer)
     rows, pad = weight.shape[0], (0, -weight.shape[0] % packing.PANEL)
     effective = effective_scales(scales, outer, codec).T
     codes, zeros, group = [], [], 0
@@ -101,12 +105,47 @@ def _best_scales(block: Tensor, codec: Codec, entries: Tensor, search: bool) -> 
         safe = torch.where(scale == 0, 1.0, scale)
         if codec.scale_dtype in ("fp16", "fp32", "e8m0"):
             safe = effective_scales(store_scales(scale, codec)[0], None, codec)
-        q, z = _nearest(block, safe, codec, entries)
-        loss = (_decode(q, safe, z, codec, entries) - block.double()).square_().sum(dim=-1)
+        loss = _loss(block, safe, codec, entries)
         better = loss < best_loss
         best_loss = torch.where(better, loss, best_loss)
         best = torch.where(better, scale, best)
     return best
+
+
+def _loss(block: Tensor, scale: Tensor, codec: Codec, entries: Tensor) -> Tensor:
+    """Σ (ŵ - w)² of groups [N, G, g] for scales [N, G], float64 [N, G]."""
+    q, z = _nearest(block, scale, codec, entries)
+    return (_decode(q, scale, z, codec, entries) - block.double()).square_().sum(dim=-1)
+
+
+def _search_rows(
+    blocks: list[Tensor], codec: Codec, exact: Tensor, outer: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scales uint8 [G, N] and outer fp16 [N] by the squared error of rows; exact [N, G]. See
+    `lath.reference.codecs.search_rows`."""
+    entries = exact.new_empty(0)
+    best_loss = torch.full_like(outer, math.inf, dtype=torch.float64)
+    best_row, best = outer, torch.zeros_like(exact, dtype=torch.uint8)
+    for ratio in _ROW_RATIOS:
+        row = (outer.float() * ratio).clamp_(2.0**-24, 65504).half()
+        losses = torch.full_like(exact, math.inf, dtype=torch.float64)
+        inner = torch.zeros_like(best)
+        for step in _INNER_STEPS:
+            near = torch.round(exact / row.float()[:, None]) + step
+            byte = near.clamp_(1, codec.largest_inner_scale).to(torch.uint8)
+            scales = effective_scales(byte.T, row, codec).T
+            counts = [block.shape[1] for block in blocks]
+            pairs = zip(blocks, scales.split(counts, dim=1), strict=True)
+            found = [_loss(block, scale, codec, entries) for block, scale in pairs]
+            better = torch.cat(found, dim=1) < losses
+            losses = torch.where(better, torch.cat(found, dim=1), losses)
+            inner = torch.where(better, byte, inner)
+        total = losses.sum(dim=1)
+        better = total < best_loss
+        best_loss = torch.where(better, total, best_loss)
+        best_row = torch.where(better, row, best_row)
+        best = torch.where(better[:, None], inner, best)
+    return best.T, best_row
 
 
 def _exact_scale(block: Tensor, codec: Codec, entries: Tensor) -> Tensor:

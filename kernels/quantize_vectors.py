@@ -2,10 +2,15 @@
 
 The same vectors are drawn and the same rounds run, in fp32 where the definition has float64: books
 agree but for rounding and what follows from it, and an index is that of an entry as near as fp32
-tells. A book of 65536 is learned from at most 2**17 vectors in 3 rounds.
+tells. On a CPU with numba the nearest entries are found by a compiled kernel. A book of 65536 is
+learned from at most 2**17 vectors in 3 rounds.
 """
 
 from __future__ import annotations
+
+import functools
+from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -126,6 +131,9 @@ def nearest(vectors: Tensor, mass: Tensor, book: Tensor) -> Tensor:
     else:
         terms = torch.cat([mass * vectors, mass], dim=1)
         doubled = torch.cat([-2 * book, book**2], dim=1)
+    compiled = _compiled() if book.device.type == "cpu" else None
+    if compiled is not None:
+        return compiled.least_products(terms, doubled)
     doubled = doubled.T.contiguous()
     run = min(_RUN, entries)
     chunk, runs = max(16, _CHUNK_DISTANCES // entries), entries // run
@@ -143,3 +151,12 @@ def nearest(vectors: Tensor, mass: Tensor, book: Tensor) -> Tensor:
         inside = pieces.index_select(0, begins[: len(part)] + first).argmin(dim=1)
         torch.add(inside, first, alpha=run, out=found)
     return index
+
+
+@functools.cache
+def _compiled() -> ModuleType | None:
+    """The CPU kernel of the same, where numba is installed: several times as fast."""
+    try:
+        return import_module("lath.kernels.quantizers.cpu_nearest")
+    except ModuleNotFoundError:
+        return None

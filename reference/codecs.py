@@ -29,6 +29,10 @@ PANEL, BLOCK = 16, 128
 SEARCH_RATIOS = [(64 - i) / 64 for i in range(33)]
 # A power of two cannot be shrunk to a fraction: the one below and the one above.
 POWER_RATIOS = [1.0, 2.0, 0.5]
+# What `search` multiplies the scale of a row by, below which those of its groups are 8-bit whole
+# numbers, and how far from the nearest one it takes those: what stands without it first.
+ROW_RATIOS = [1.0, *(i / 16 for i in range(12, 25) if i != 16)]
+INNER_STEPS = [0, -1, 1]
 LLOYD_ROUNDS = 200  # of the k-means that finds a learned table
 
 Codes = NDArray[np.uint8]
@@ -74,7 +78,8 @@ def quantize(
 
     search: try the range shrunk to 64/64, 63/64, ... 32/64 (around 0; around the middle for
     "float"; powers of two: itself, twice, half of it) and keep, per group, the first with the least
-    sum of squared errors (float64), below an outer scale with scales before they are stored.
+    sum of squared errors (float64), below an outer scale with scales before they are stored; of
+    integers with int8 scales in groups, then `search_rows`.
 
     Raises ValueError if the weight has NaN or infinity, or a scale or minimum overflows its dtype.
     """
@@ -131,6 +136,8 @@ def _quantize_in_steps(
     if codec.values == "ternary" and codec.group is None:
         exact[:] = np.float32(np.abs(weight.astype(np.float64)).mean()) if weight.size else 0
     scales, outer = store_scales(exact, codec)
+    if search and codec.has_row_search and outer is not None:
+        scales, outer = search_rows(weight, codec, exact, outer)
     effective = effective_scales(scales, outer, codec).astype(np.float32)
     codes = np.zeros((rows, columns), np.uint8)
     zeros = np.zeros((groups, rows), np.uint8)
@@ -143,6 +150,41 @@ def _quantize_in_steps(
     kept = zeros if codec.zero == "integer" else None
     learned = entries if codec.values == "learned" else None
     return Quantised(codes, scales, kept, outer, learned)
+
+
+def search_rows(weight: Floats, codec: Codec, exact: Floats, outer: Side) -> tuple[Side, Side]:
+    """The second phase of DGQ (2310.04836): the scale of a row and the int8 scales of its groups
+    together, by the squared error of the row (float64). exact [G, N]: what the first phase found.
+
+    Each of ROW_RATIOS times the row's scale is stored as fp16; below it each group takes of the
+    integer nearest to exact / row and its two neighbours, 1 to `codec.largest_inner_scale` (so that
+    |scale * (code - zero)| <= 127), that of the least error. Of equal errors the first is kept,
+    and what `store_scales` gives comes first: the error of no row grows.
+    """
+    groups, rows = exact.shape
+    size, entries = codec.group_size(weight.shape[1]), entries_of(codec)
+    best_loss, best_row = np.full(rows, np.inf), outer.copy()
+    best = np.zeros((groups, rows), np.uint8)
+    for ratio in ROW_RATIOS:
+        wide = np.clip(outer.astype(np.float32) * np.float32(ratio), 2.0**-24, 65504)
+        row = wide.astype(np.float16)
+        losses = np.full((groups, rows), np.inf)
+        inner = np.zeros((groups, rows), np.uint8)
+        for step in INNER_STEPS:
+            near = np.rint(exact / row.astype(np.float32)) + step
+            byte = np.clip(near, 1, codec.largest_inner_scale).astype(np.uint8)
+            scale = effective_scales(byte, row, codec).astype(np.float32)
+            for g in range(groups):
+                block = weight[:, g * size : (g + 1) * size].astype(np.float32)
+                q, z = nearest(block, scale[g], codec, entries)
+                error = _decode(q, scale[g][:, None], z[:, None], codec, entries) - block
+                loss = (error**2).sum(axis=1)
+                better = loss < losses[g]
+                losses[g, better], inner[g, better] = loss[better], byte[g, better]
+        better = losses.sum(axis=0) < best_loss
+        best_loss = np.where(better, losses.sum(axis=0), best_loss)
+        best_row[better], best[:, better] = row[better], inner[:, better]
+    return best, best_row
 
 
 def entries_of(codec: Codec, table: Floats | None = None) -> Floats:

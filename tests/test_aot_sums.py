@@ -42,12 +42,17 @@ def test_outliers_compile(architecture: str, tokens: int, columns: int, dtype: t
 
 
 @pytest.mark.parametrize(
-    ("architecture", "text"),
-    [("sm_90", "mix2.5-g64+out1%"), ("gfx942", "mix2:4-2.25-g64-s8"), ("sm_80", "billm10%-g128")],
-)
-def test_sums_compile(architecture: str, text: str) -> None:
-    """Every launch of a sum, the reduction of its terms among them."""
-    codec, activations = SumCodec.parse(text), ActivationFormat()
+    ("architecture", "text", "rounded"),
+    [
+        ("sm_90", "mix2.5-g64+out1%", "float"), ("gfx942", "mix2:4-2.25-g64-s8", "float"),
+        ("sm_80", "billm10%-g128", "float"), ("sm_90", "mix2.5-g64", "int8-g64"),
+        ("gfx942", "mix2.5-g64", "int8-g64"),
+    ],
+)  # fmt: skip
+def test_sums_compile(architecture: str, text: str, rounded: str) -> None:
+    """Every launch of a sum, the reduction of its terms among them; where x is rounded that reads
+    it at the columns of the terms."""
+    codec, activations = SumCodec.parse(text), ActivationFormat.parse(rounded)
     device = known_device(architecture)
     plan = sum_plan.plan_linear(1, 1024, 2048, codec, activations, torch.float16, device, "triton")
     weight = SumTensor.empty(codec, (1024, 2048), "cpu")
@@ -56,5 +61,6 @@ def test_sums_compile(architecture: str, text: str) -> None:
     names = [found.name for found in recording.specialisations()]
     assert "reduce_kernel" in names
     assert ("gather_kernel" in names) == ("out" in text)
+    assert ("quantize_rows_kernel" in names) == (rounded != "float")
     for found in recording.specialisations():
         check(found, plan.terms[0].dot)

@@ -19,9 +19,11 @@ import cases
 import lath
 from lath.formats.activations import ActivationFormat
 from lath.formats.outliers import OutlierCodec, Outliers
+from lath.formats.sum_tensor import SumTensor
 from lath.kernels.outliers import cpu as outliers_cpu
 from lath.kernels.outliers import cpu_kernels
 from lath.kernels.simd.compile import compile_kernel
+from lath.verbs import sum_cpu
 
 TOKENS = (1, 3, 4, 5, 16, 17, 70)
 
@@ -96,6 +98,48 @@ def test_nan_reaches_only_rows_that_read_it(m: int) -> None:
     assert 0 < int(reads.sum()) < 22
     assert not bool(torch.isfinite(y[:, reads]).any())
     assert torch.equal(y[:, ~reads], clean[:, ~reads])
+
+
+@pytest.mark.parametrize("text", ["mix2.5-g64", "mix3-g16-asym", "mix2:4-2.25-g32-s8+out1%"])
+def test_columns_are_read_where_they_lie(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit what a gather before gives: every format and dtype, a short last group, a tail of
+    columns, x that is a part of another. Negative control: with the runs turned it is not."""
+    packed = make_sum(text, 37, 205)
+    runs = [packed.runs_of(index) for index in range(len(packed.terms))]
+    assert [run is not None for run in runs] == [piece is not None for piece in packed.pieces]
+    settings = [
+        (m, dtype, activations)
+        for m in (1, 3, 17)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for activations in ("float", "int8", "int8-g32", "fp8")
+    ]
+    found: list[torch.Tensor] = []
+    for gathers in (False, True):
+        if gathers:
+            monkeypatch.setattr(sum_cpu, "_layer_of", lambda *_: None)
+        for m, dtype, activations in settings:
+            x = torch.randn(m, 410, generator=torch.Generator().manual_seed(m)).to(dtype)[:, 7:212]
+            found.append(lath.linear(x, packed, activations=activations, backend="cpu"))
+    half = len(settings)
+    assert all(torch.equal(a, b) for a, b in zip(found[:half], found[half:], strict=True))
+    monkeypatch.undo()
+    real = SumTensor.runs_of
+    monkeypatch.setattr(SumTensor, "runs_of", lambda self, index: real(self, index).roll(1))
+    wrong = make_sum(text, 37, 205)
+    assert not torch.equal(lath.linear(x, wrong, activations="fp8", backend="cpu"), found[-1])
+
+
+def test_single_columns_are_gathered_and_changed_ones_noticed() -> None:
+    """Salient columns are no runs. An order changed in place is another layer."""
+    signs = make_sum("billm10%-g64", 20, 160)
+    assert [signs.runs_of(index) for index in range(4)] == [None] * 4
+    packed, x = make_sum("mix2.5-g16", 20, 160), torch.randn(3, 160)
+    before = lath.linear(x, packed, backend="cpu")
+    assert packed.columns is not None
+    packed.columns.copy_(packed.columns.view(-1, 16).flip(0).reshape(-1))
+    after = lath.linear(x, packed, backend="cpu")
+    assert not torch.equal(before, after)
+    assert ratio_of(after, answer_of(x, packed, None, "float"), packed) <= 1
 
 
 @pytest.mark.parametrize("text", ["int4-g64+out1%", "mix2.5-g64", "billm10%-g64"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -17,11 +18,13 @@ from lath.formats import values as value_tables
 from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.codec import Codec
 from lath.formats.qtensor import QTensor
+from lath.kernels import quantize_tables
 from lath.kernels.linear import cpu
 from lath.kernels.linear import triton as launcher
 from lath.kernels.linear.cpu_view import cpu_view
 from lath.kernels.linear.plan_facts import folds_scales
 from lath.reference import codecs
+from lath.reference import scales as scales_of_codec
 
 DGQ = ["int4-g64-s8", "int4-g64-asym-s8", "int3-g96-s8", "int2-g32-asym-s8", "int4-s8"]
 PLANS = ["flat int8 16x32x128", "flat int8 8x32x128 k3 swap", "tiled int8 16x32x256"]
@@ -109,6 +112,85 @@ def test_scales_that_leave_int8_are_refused() -> None:
         state["scales"][1, 3] = most + 1
         with pytest.raises(ValueError, match=f"must be {most} or less, so that scale . code fits"):
             QTensor.from_state_dict(state)
+
+
+def row_errors(weight: torch.Tensor, packed: lath.PackedWeight) -> NDArray[np.float64]:
+    decoded = packed.dequantize().double() - weight.double()
+    return decoded.square().sum(dim=1).numpy()  # type: ignore[no-any-return]
+
+
+def rows_of_unlike_groups(rows: int, columns: int) -> torch.Tensor:
+    """Groups of 16 columns that differ up to twentyfold, a row and a group of zeros."""
+    rng = np.random.default_rng(columns)
+    sizes = np.exp(rng.uniform(-3, 0, (rows, -(-columns // 16)))).repeat(16, axis=1)
+    weight = rng.standard_normal((rows, columns)) * sizes[:, :columns]
+    weight[2], weight[3, 16:32] = 0, 0
+    return torch.from_numpy(weight.astype(np.float32))
+
+
+@pytest.mark.parametrize("text", ["int4-g16-s8", "int4-g32-asym-s8", "int2-g16-asym-s8", "int4-s8"])
+def test_the_search_of_rows_lowers_errors(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DGQ's second phase: as the definition bit for bit; the error of no row is larger than the
+    first phase leaves it, that of all together is smaller; products stay in int8."""
+    weight, codec = rows_of_unlike_groups(21, 200), Codec.parse(text)
+    found = lath.quantize(weight, text, search=True)
+    assert isinstance(found, QTensor)
+    expected = codecs.quantize(weight.numpy(), codec, search=True)
+    assert expected.outer is not None
+    assert np.array_equal(found.unpack_codes().numpy(), expected.codes)
+    assert np.array_equal(found.scales[:, :21].numpy(), expected.scales)
+    assert np.array_equal(found.outer[:21].numpy(), expected.outer)  # type: ignore[index]
+    assert np.abs(integers_of(found)).max() <= 127
+    found.check_values()
+    monkeypatch.setattr(quantize_tables, "_ROW_RATIOS", [1.0])
+    monkeypatch.setattr(quantize_tables, "_INNER_STEPS", [0])
+    first = lath.quantize(weight, text, search=True)
+    exact, both = row_errors(weight, first), row_errors(weight, found)
+    assert (both <= exact * (1 + 1e-9)).all()
+    assert both.sum() < (0.98 if codec.group is not None else 1) * exact.sum()
+    # Negative control: with the search switched off so, only the first phase is left.
+    monkeypatch.setattr(codecs, "ROW_RATIOS", [1.0])
+    monkeypatch.setattr(codecs, "INNER_STEPS", [0])
+    alone = codecs.quantize(weight.numpy(), codec, search=True)
+    assert np.array_equal(first.scales[:, :21].numpy(), alone.scales)
+    assert not np.array_equal(found.scales, first.scales)
+
+
+def integers_of(weight: QTensor) -> NDArray[np.int64]:
+    """scale * (code - zero), what the dot multiplies."""
+    codec, (rows, columns) = weight.codec, weight.shape
+    group = np.arange(columns) // codec.group_size(columns)
+    zero: NDArray[np.int64] | int = int(codec.zero_code)
+    if weight.zeros is not None:
+        zero = weight.zeros[:, :rows].numpy().astype(np.int64).T[:, group]
+    scales = weight.scales[:, :rows].numpy().astype(np.int64).T[:, group]
+    product: NDArray[np.int64] = scales * (weight.unpack_codes().numpy().astype(np.int64) - zero)
+    return product
+
+
+def test_the_search_of_rows_by_brute_force() -> None:
+    """Every row scale with every choice of the integers beside the nearest, all groups at once."""
+    weight, codec = rows_of_unlike_groups(6, 48), Codec.parse("int4-g16-s8")
+    exact = np.abs(weight.numpy()).reshape(6, 3, 16).max(axis=2).T / np.float32(7.5)
+    stored, outer = scales_of_codec.store_scales(exact, codec)
+    assert outer is not None
+    inner, rows = codecs.search_rows(weight.numpy(), codec, exact, outer)
+
+    def error(n: int, row: np.float32, chosen: tuple[int, ...]) -> float:
+        scale = (np.array(chosen, np.float32) * row).repeat(16)
+        code = np.clip(np.rint(weight[n].numpy() / scale), -8, 7)
+        return float(((code * scale.astype(np.float64) - weight[n].numpy()) ** 2).sum())
+
+    for n in range(6):
+        least = np.inf
+        for ratio in codecs.ROW_RATIOS:
+            row = np.float32(np.float16(np.float32(outer[n]) * np.float32(ratio)))
+            near = np.rint(exact[:, n] / row)
+            beside = [sorted({int(np.clip(m + s, 1, 15)) for s in (-1, 0, 1)}) for m in near]
+            least = min([least, *(error(n, row, c) for c in itertools.product(*beside))])
+        got = error(n, np.float32(rows[n]), tuple(inner[:, n]))
+        assert got == pytest.approx(least, rel=1e-12)
+        assert got <= error(n, np.float32(outer[n]), tuple(stored[:, n]))
 
 
 def test_dgq_reads_a_byte_of_scale_on_a_cpu() -> None:

@@ -14,6 +14,7 @@ import lath
 from lath.formats.activations import ActivationFormat
 from lath.formats.device import known_device
 from lath.formats.outliers import Outliers
+from lath.kernels.linear import triton as planes
 from lath.kernels.outliers import triton as launcher
 from lath.kernels.outliers.plan import plan_linear
 from lath.verbs import sum_triton
@@ -42,6 +43,35 @@ def test_parity(text: str) -> None:
     assert y.dtype == x.dtype
     found = answer_of(x, packed, bias, activations)
     assert ratio_of(y, found, packed, roundings=int("nf4" in text)) <= 1, text
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8-g16", "fp8"])
+@pytest.mark.parametrize("text", ["mix2.5-g16", "billm10%-g64"])
+def test_columns_are_read_where_they_lie(
+    text: str, activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where x is rounded: bit for bit what a gather before gives, nothing read beside x, and of
+    another order another product. Salient columns are single ones."""
+    packed, x = make_sum(text, 20, 75), torch.randn(3, 80)[:, :75].half()
+    with sanitize() as report:
+        found = lath.linear(x, packed, activations=activations, backend="triton")
+    report.assert_clean()
+    real = planes.linear
+
+    def gathered(x, weight, bias, how, plan, out=None, order=None):  # type: ignore[no-untyped-def]
+        return real(x if order is None else x[:, order.long()], weight, bias, how, plan, out)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(planes, "linear", gathered)
+        assert torch.equal(lath.linear(x, packed, activations=activations, backend="triton"), found)
+    assert packed.columns is not None
+    packed.columns.copy_(packed.columns.roll(16))
+    other = lath.linear(x, packed, activations=activations, backend="triton")
+    assert not torch.equal(other, found)
+    term = packed.terms[0]
+    plan = lath.plan(3, *term.shape, str(term.codec), x.dtype, "sm_80")
+    with pytest.raises(ValueError, match="order needs activations that are rounded"):
+        planes.linear(x, term, None, ActivationFormat(), plan, None, packed.columns_of(0))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("m", "columns"), [(1, 70), (3, 70), (33, 70), (2, 33000), (5, 33000)])

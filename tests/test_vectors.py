@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases_vectors import answer, decode, make_weight
+from test_cpu_processes import LOWERINGS, run_lowered
 from torch import nn
 
 import lath
@@ -160,9 +161,16 @@ def test_the_nearest_entry_of_few_by_brute_force() -> None:
 
 @pytest.mark.parametrize("entries", [16, 256, 65536])
 @pytest.mark.parametrize("even", [True, False])
-def test_the_nearest_entry_of_many(entries: int, even: bool) -> None:
+@pytest.mark.parametrize("way", ["compiled", "torch"])
+def test_the_nearest_entry_of_many(
+    entries: int, even: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole numbers, so that fp32 tells exactly: several chunks, runs and equals. Vectors whose
     numbers count alike take a shorter way."""
+    if way == "torch":
+        monkeypatch.setattr(quantize_vectors, "_compiled", lambda: None)
+    else:
+        pytest.importorskip("numba")
     rng = np.random.default_rng(entries)
     count = 3 * max(16, (1 << 18) // entries) + 5
     vectors = rng.integers(-9, 10, (count, 8)).astype(np.float64)
@@ -173,6 +181,29 @@ def test_the_nearest_entry_of_many(entries: int, even: bool) -> None:
     some = slice(None) if entries < 65536 else slice(0, None, 7)
     expected = definition.nearest(vectors[some], mass[some], book)
     assert np.array_equal(found.numpy()[some], expected)
+
+
+@pytest.mark.parametrize("name", LOWERINGS)
+def test_the_compiled_search_on_other_instruction_sets(name: str) -> None:
+    """Any number of terms, of vectors and of threads; a number that is not finite has a place."""
+    run_lowered(
+        name,
+        """
+        import numpy as np, torch
+        from lath.kernels.quantizers.cpu_nearest import least_products
+        rng = np.random.default_rng(1)
+        for terms, count, entries in ((2, 1, 16), (3, 200, 256), (9, 77, 300), (33, 50, 40)):
+            x, book = (rng.integers(-9, 10, (n, terms)) for n in (count, entries))
+            expected = (x @ book.T).argmin(axis=1)
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                vectors, rows = (torch.from_numpy(a).float() for a in (x, book))
+                assert least_products(vectors, rows).tolist() == expected.tolist()
+            vectors[0] = torch.nan
+            assert least_products(vectors, rows)[0] == 0
+            assert len(least_products(vectors[:0], rows)) == 0
+        """,
+    )
 
 
 def test_weighted_k_means_beats_scalar_codes_at_equal_bits() -> None:

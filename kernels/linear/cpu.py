@@ -8,6 +8,7 @@ many. Where a table's entries are no whole numbers, whole codes go through the f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ except ModuleNotFoundError as error:
         "the compiled CPU kernels need numba: pip install 'lath[cpu]'", name=error.name
     ) from error
 
+from lath.kernels.linear.cpu_arguments import INDEX
 from lath.kernels.linear.cpu_kernels import (
     FLOAT_KINDS,
     linear_block,
@@ -50,6 +52,14 @@ USUAL_CODECS = ("int4-g64", "int4-g32-fzero", "int4-g128-asym", "int8-g64", "int
 PARALLEL_OPERATIONS = 1 << 19
 
 
+class Gather(NamedTuple):
+    """Of x [..., width] the columns that a weight [N, K] multiplies: runs of sixteen that begin at
+    `runs`, int32 [ceil(K / 16)]."""
+
+    runs: Tensor
+    width: int
+
+
 class CpuLinear:
     """One weight on a CPU, ready to run: x [..., K] -> [..., N] of x's dtype.
 
@@ -64,15 +74,16 @@ class CpuLinear:
         activations: ActivationFormat,
         bias: Tensor | None = None,
         looks_up: bool = False,
+        gather: Gather | None = None,
     ) -> None:
         """looks_up: several tokens of ternary weights by look-up, whose indices are made then."""
         if looks_up and not can_look_up(view.record, view.groups):
             raise ValueError(f"a view of {view.record} in {view.groups} groups has no look-ups")
-        self.rows, self.columns = view.rows, view.columns
-        self._view = view
+        self.rows, self.columns = view.rows, view.columns if gather is None else gather.width
+        self._view, self._gather = view, gather
         self._kind = kind
         padded, group = view.groups * view.group, activations.group
-        self._shared = padded if group is None or group >= self.columns else group
+        self._shared = padded if group is None or group >= view.columns else group
         self._largest = 0 if activations.kind == "float" else activations.largest
         self._bias = self._padded(bias)
         self._looks_up = looks_up
@@ -148,6 +159,8 @@ class CpuLinear:
         if dtype not in FLOAT_KINDS:
             raise TypeError(f"x must be float32, float16 or bfloat16, got {dtype}")
         block = self._block(FLOAT_KINDS[dtype], FLOAT_KINDS[y_dtype], tokens)
+        if self._gather is not None:
+            block[INDEX["x_runs"]] = self._gather.runs.data_ptr()
         launch = self._launches[dtype, y_dtype, min(tokens, 9)] = (block.ctypes.data, block)
         return launch
 
@@ -168,9 +181,10 @@ def prepare(
     weight: QTensor | SparseTensor,
     bias: Tensor | None = None,
     activations: ActivationFormat | None = None,
+    gather: Gather | None = None,
 ) -> CpuLinear:
     """The layer of a weight [N, K] on the CPU and a bias [N] for one activation format ("float" if
-    None).
+    None). gather: the columns of a wider x that it multiplies; None: x has K.
 
     The first call for a weight repacks it, the first for a kind of codec compiles (then kept on
     disk). ValueError if the weight is not on the CPU.
@@ -178,7 +192,7 @@ def prepare(
     activations = activations or ActivationFormat()
     kind = kind_of(weight.codec, activations)
     by_look_up = looks_up(weight.shape[1], weight.codec, activations, host_isa())
-    return CpuLinear(_view(weight, activations), kind, activations, bias, by_look_up)
+    return CpuLinear(_view(weight, activations), kind, activations, bias, by_look_up, gather)
 
 
 def linear(

@@ -24,6 +24,7 @@ from lath.kernels.simd.emitter import (
     F32,
     I16,
     I32,
+    I64,
     INTS,
     ITEM_BYTES,
     LANES,
@@ -105,7 +106,8 @@ def emit_widen(e: Emitter, begin: Any, end: Any, arguments: Any, kind: int) -> N
 class _Token:
     """One token: its row of x in memory and its place among the prepared activations.
 
-    Sixteen columns at a time; columns beyond K, and tokens beyond M, read as nothing.
+    Sixteen columns at a time, which may lie anywhere in x ("x_runs"); columns beyond K, and tokens
+    beyond M, read as nothing.
     """
 
     def __init__(self, e: Emitter, a: Arguments, token: Any, kind: int) -> None:
@@ -128,8 +130,7 @@ class _Token:
         whole = e.divide(count, LANES)
         with e.loop(whole) as i:
             column = e.add(first, e.multiply(i, LANES))
-            source = e.offset(self.row, column, self.item)
-            use(column, e.load_floats(source, self.kind))
+            use(column, e.load_floats(self._source(column), self.kind))
         rest = e.subtract(count, e.multiply(whole, LANES))
         with e.when(e.builder.icmp_signed(">", rest, e.integer(0))):
             column = e.add(first, e.multiply(whole, LANES))
@@ -167,11 +168,19 @@ class _Token:
         if scale is not None:
             e.store(e.add(self.a["scales"], entry), scale)
 
+    def _source(self, column: Any) -> Any:
+        """Where sixteen columns begin in memory; column: a multiple of sixteen."""
+        e, place = self.e, self.e.variable(column)
+        with e.when(e.builder.icmp_signed("!=", self.a["x_runs"], e.integer(0))):
+            run = e.load(e.offset(self.a["x_runs"], e.divide(column, LANES), 4), I32)
+            place.value = e.builder.sext(run, I64)
+        return e.offset(self.row, place.value, self.item)
+
     def _load_tail(self, column: Any, count: Any) -> Any:
         """`count` < 16 columns, read one by one: the memory behind them need not be ours."""
         e, scalar = self.e, I32 if self.item == 4 else I16
         e.store(self._tail, e.constant(0))
-        source = e.offset(self.row, column, self.item)
+        source = self._source(column)
         with e.loop(count) as i:
             value = e.load(e.offset(source, i, self.item), scalar)
             e.store(e.offset(self._tail, i, self.item), value)

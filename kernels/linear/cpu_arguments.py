@@ -33,6 +33,7 @@ FIELDS = (
     "expanded",  # bytes that a thread needs to expand the panels of a tile
     "residual_records",  # address of indices into a second book (cpu_vectors.py)
     "residual_table",  # address of that book
+    "x_runs",  # address of int32: where in x each sixteen columns begin; 0: one after another
     "row_scales",  # address of fp32 [16 * panels], where scales do not lie beside codes
     # set for each call
     "x",  # address

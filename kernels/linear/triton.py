@@ -59,17 +59,20 @@ def linear(
     activations: ActivationFormat,
     plan: Plan,
     out: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """x [M, K] times the packed weight [N, K], plus bias [N]: [M, N] of x's dtype.
 
     x: fp16, bf16 or fp32, any strides. bias: any floating dtype. plan: its fields for the Triton
     backend. Scales, zero points and bias are applied in fp32 before the one rounding to x's dtype;
     "decode_matmul" also rounds each decoded weight to it, and leaves the rest to torch.matmul. out:
-    fp32 [M, N], contiguous; filled and returned in place of a new tensor.
-    ValueError for a plan that the kernels cannot run.
+    fp32 [M, N], contiguous; filled and returned in place of a new tensor. order: int32 [K], the
+    columns of a wider x that are multiplied, read where they lie as x is rounded.
+    ValueError for a plan that the kernels cannot run, and for an order without rounded activations.
     """
-    tokens, columns = x.shape
-    outputs = weight.shape[0]
+    tokens, (outputs, columns) = x.shape[0], weight.shape
+    if order is not None and activations.kind == "float":
+        raise ValueError("order needs activations that are rounded, got activations 'float'")
     y = x.new_empty((tokens, outputs)) if out is None else out
     if y.numel() == 0:
         return y
@@ -86,7 +89,7 @@ def linear(
                 f"got {plan.block_m}"
             )
         settings = settings_of(weight.codec, activations, x.dtype, columns, plan, _target(x))
-        operand = _prepare(_addressable(x, plan.block_m), activations, settings)
+        operand = _prepare(_addressable(x, plan.block_m), activations, settings, order)
         pieces = min(plan.split_k, -(-columns // settings.step))
         if pieces == 1:
             _multiply(y, operand, weight, bias, settings, plan, pieces)
@@ -201,9 +204,11 @@ def _multiply(
     )  # fmt: skip
 
 
-def _prepare(x: Tensor, activations: ActivationFormat, settings: Settings) -> _Rows:
+def _prepare(
+    x: Tensor, activations: ActivationFormat, settings: Settings, order: Tensor | None = None
+) -> _Rows:
     """x in the activation format, with the sums that the loop needs."""
-    tokens, columns = x.shape
+    tokens, columns = x.shape[0], x.shape[1] if order is None else len(order)
     span = settings.sum_span
     padded = packing.round_up(columns, settings.step)
     spans = padded // span
@@ -234,9 +239,11 @@ def _prepare(x: Tensor, activations: ActivationFormat, settings: Settings) -> _R
     together = max(1, min(_power_of_two(-(-padded // size)), 1024 // chunk))
     programs = triton.cdiv(triton.cdiv(padded, size), together)
     rows.quantize_rows_kernel[(padded_tokens, programs)](
-        x, codes, scales, sums, columns, tokens, x.stride(0), padded, padded_tokens, groups, size,
+        x, _or(order, scales),
+        codes, scales, sums, columns, tokens, x.stride(0), padded, padded_tokens, groups, size,
         SPAN=span, NATURAL=settings.natural, GROUPS=together, CHUNK=chunk,
         LIMIT=float(activations.largest), SMALLEST=SMALLEST_ABSMAX, VALUES=activations.values,
+        ORDER=order is not None,
         num_warps=8 if chunk * together >= 4096 else 4, enable_fp_fusion=False,
     )  # fmt: skip
     return _Rows(codes, padded_tokens, scales, sums, groups)

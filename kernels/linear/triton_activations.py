@@ -25,8 +25,17 @@ def _columns(first, WIDTH: tl.constexpr, NATURAL: tl.constexpr):
 
 
 @triton.jit
+def _load(row, order, column, inside, ORDER: tl.constexpr):
+    """Columns of a row of x in fp32, 0 outside."""
+    if ORDER:
+        column = tl.load(order + column, mask=inside, other=0)
+    return tl.load(row + column, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
 def quantize_rows_kernel(
     x,
+    order,
     codes,
     scales,
     sums,
@@ -44,8 +53,10 @@ def quantize_rows_kernel(
     LIMIT: tl.constexpr,
     SMALLEST: tl.constexpr,
     VALUES: tl.constexpr,
+    ORDER: tl.constexpr,
 ):
-    """GROUPS groups of one token of x [M, K] to codes, scales and sums of codes.
+    """GROUPS groups of one token of x [M, K] to codes, scales and sums of codes. With ORDER column
+    k is that of number order[k], int32 [K], of a wider x.
 
     codes: [M, padded_columns], whole numbers in int8 or fp16, or where VALUES is "e4m3" or "e5m2"
     such floats, in that type or fp16; columns beyond K hold 0. scales: fp32 [groups,
@@ -62,7 +73,7 @@ def quantize_rows_kernel(
     broken = tl.zeros((GROUPS,), tl.int32)
     for start in range(0, group_size, CHUNK):
         column = first + start + tl.arange(0, CHUNK)[None, :]
-        values = tl.load(row + column, mask=column < last, other=0).to(tl.float32)
+        values = _load(row, order, column, column < last, ORDER)
         size = tl.abs(values)
         finite = size < float("inf")  # false for NaN too
         absmax = tl.maximum(absmax, tl.max(tl.where(finite, size, 0.0), axis=1))
@@ -79,7 +90,7 @@ def quantize_rows_kernel(
     for start in range(0, group_size, CHUNK):
         column = _columns(first + start, CHUNK, NATURAL)
         inside = (column < last) & (broken == 0)[:, None]
-        values = tl.load(row + column, mask=inside, other=0).to(tl.float32)
+        values = _load(row, order, column, inside, ORDER)
         scaled = values * inverse[:, None]
         scaled = tl.where(inside, scaled, 0.0)
         if VALUES == "e4m3":
