@@ -20,6 +20,7 @@ from typing import Any
 import report
 import torch
 from bench_linear import interleaved, lath_call
+from bench_lowerings import IN_CHILD, LOWERINGS
 
 import lath
 from lath.formats.activations import ActivationFormat
@@ -29,11 +30,6 @@ from lath.kernels.simd import isa
 
 SHAPES = ((2560, 6912), (4096, 4096), (4096, 14336))  # K x N
 DENSE, WIDE = "ternary-1.6/int8", "ternary/int8"
-HASWELL = {
-    "NUMBA_CPU_NAME": "haswell", "LATH_ISA": "",
-    "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+sse4.2,+bmi,+bmi2,+popcnt",
-}  # fmt: skip
-IN_CHILD = "LATH_BENCH_CHILD"
 
 
 def paired(calls: dict[str, Any], rounds: int, shape: tuple[int, int], m: int) -> dict[str, Any]:
@@ -110,7 +106,8 @@ def main() -> None:
         rows = measure_bits(options.rounds)
     child = subprocess.run(
         [sys.executable, Path(__file__), "--rounds", str(options.rounds)],
-        env={**os.environ, **HASWELL, IN_CHILD: "1"}, capture_output=True, text=True, check=True,
+        env={**os.environ, **LOWERINGS["avx2"], IN_CHILD: "1"}, capture_output=True, text=True,
+        check=True,
     )  # fmt: skip
     rows += json.loads(child.stdout)
     command = report.command_of("bench_ternary.py")

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 COLD_BYTES = 256 << 20
 READ_BYTES = 16 << 20  # of a call
 DOT_ROUNDS = 20_000
-NAMES = ("read", "dots")
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,16 @@ class CeilingCalls:
     def calls(self) -> dict[str, Callable[[int], object]]:
         return {"read": self._read, "dots": self._dots}
 
+    def sizes(self) -> dict[str, int]:
+        """What one call does: bytes read, operations."""
+        return {"read": self._read.nbytes, "dots": self._dots.operations}
+
     def take(self, seconds: dict[str, list[float]]) -> Ceilings:
         """The medians of `calls()`, whose times are taken out of `seconds`."""
-        read, dots = (statistics.median(seconds.pop(name)) for name in NAMES)
-        return Ceilings(self._read.nbytes / read / 1e9, self._dots.operations / dots / 1e9)
+        rates = [
+            size / statistics.median(seconds.pop(name)) / 1e9 for name, size in self.sizes().items()
+        ]
+        return Ceilings(*rates)
 
 
 @functools.cache

@@ -9,7 +9,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
+import lath
 from lath.kernels.simd import isa
 
 TESTS = Path(__file__).resolve().parent
@@ -57,6 +59,30 @@ def test_other_instruction_sets(name: str) -> None:
                 check(LinearCase.parse(text.format(m=m)))
         """,
     )
+
+
+@pytest.mark.parametrize("name", LOWERINGS)
+def test_sums_of_the_largest_products(name: str) -> None:
+    """Where a lowering adds in 16 bits, the largest codes and activations still fit."""
+    run_lowered(name, "import test_cpu_processes; test_cpu_processes.check_largest_products()")
+
+
+def check_largest_products() -> None:
+    torch.set_num_threads(1)
+    x = torch.ones(9, 320)
+    x[1], x[2, ::2] = -1, -1
+    dense = torch.ones(16, 320)
+    dense[1], dense[2, ::2], dense[3, 1::2] = -1, -1, -1
+    for codec in ("int2", "int4", "int4-asym", "int8", "int8-asym", "ternary", "ternary-1.6",
+                  "mxfp4", "mxfp6", "int8-nested"):  # fmt: skip
+        weight = lath.quantize(dense, codec)
+        for tokens in (1, 4, 9):
+            y, exact = (
+                lath.linear(x[:tokens], weight, activations="int8", backend=backend)
+                for backend in ("cpu", "reference")
+            )
+            assert (y - exact).abs().max() <= 2.0**-20 * exact.abs().max(), (codec, tokens)
+            assert exact.abs().max() > 100, codec
 
 
 def test_instruction_set_by_name() -> None:

@@ -14,6 +14,8 @@ import lath
 from cases_attention import DTYPE_NAMES, as_array, as_cache, as_options
 
 pytest.importorskip("numba")
+from test_cpu_processes import LOWERINGS, run_lowered
+
 from lath.formats.activations import ActivationFormat
 from lath.formats.attention import ScoreOptions
 from lath.formats.decode_step import (
@@ -346,6 +348,20 @@ def test_a_page_is_the_one_that_append_writes() -> None:
     other = caches[1].spans[0].pages[0]
     assert torch.equal(caches[0].pool.records[page], caches[1].pool.records[other])
     assert torch.equal(caches[0].pool.index[page], caches[1].pool.index[other])
+
+
+@pytest.mark.parametrize("name", LOWERINGS)
+def test_other_instruction_sets(name: str) -> None:
+    run_lowered(
+        name,
+        """
+        import torch; torch.set_num_threads(1)
+        import test_decode_step as own
+        torch.manual_seed(0)
+        own.test_layers_agree_with_the_definition(own.CASES[1])
+        own.test_layers_agree_with_the_definition(own.CASES[3])
+        """,
+    )
 
 
 def test_sizes_that_are_refused() -> None:

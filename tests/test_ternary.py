@@ -17,10 +17,10 @@ from lath.formats import packing
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
 from lath.formats.qtensor import QTensor
-from lath.kernels.linear import cpu, cpu_kernels
+from lath.kernels.linear import cpu, cpu_kernels, plan_cpu
 from lath.kernels.linear.cpu_record import Record
 from lath.kernels.linear.cpu_view import build_view, view_group
-from lath.kernels.simd import emitter, lanes
+from lath.kernels.simd import emitter, isa, lanes
 from lath.kernels.simd.compile import compile_kernel
 from lath.reference import ternary as reference
 from lath.verbs.planning import describe_device
@@ -342,9 +342,12 @@ def check_planned_look_up(text: str) -> None:
     weight, x = trits(37, 501), np.ones((20, 501), np.int8)
     x[:] = np.random.default_rng(2).integers(-127, 128, x.shape)
     x[:, 0] = 127
-    for tokens, dataflow in ((1, "gemv"), (7, "tiled"), (8, "look_up"), (20, "look_up")):
+    x = np.concatenate([x, x[::-1]])
+    least = plan_cpu.LOOK_UP_TOKENS[isa.host_isa()]
+    for tokens in (1, 2, least - 1, least, 16, 17, 20, 24, 25, 32, 40):
         plan = lath.plan(tokens, 37, 501, text, torch.float32, "cpu", "int8")
-        assert plan.dataflow == dataflow
+        few = "gemv" if tokens == 1 else "tiled"
+        assert plan.dataflow == ("look_up" if tokens >= least else few)
         exact = reference.look_up_linear(x[:tokens], weight, reference.Tl2)
         assert np.array_equal(
             exact_linear(x[:tokens], packed(weight, Codec.parse(text)), "cpu"), exact
@@ -355,19 +358,20 @@ def test_the_plan_says_when_it_looks_up() -> None:
     def dataflow(m: int, text: str, device: str, activations: str = "int8") -> str:
         return lath.plan(m, 64, 2560, text, torch.float32, device, activations).dataflow
 
-    for device in ("avx2", "portable"):
+    for device, least, few in (("avx2", 9, "tiled"), ("portable", 2, "gemv")):
         for text in ("ternary", "ternary-1.6-s32"):
-            assert dataflow(8, text, device) == "look_up"
-            assert dataflow(7, text, device) == "tiled"
-            assert dataflow(8, text, device, "float") == "tiled"
-            assert dataflow(8, text, device, "int8-g64") == "tiled"
-        assert dataflow(8, "ternary-g64", device) == "tiled"
-        assert dataflow(8, "int2", device) == "tiled"
-    assert dataflow(8, "ternary", "avx512_vnni") == "tiled"
-    long = lath.plan(8, 16, 65537, "ternary", torch.float32, "avx2", "int8")
+            assert dataflow(least, text, device) == "look_up"
+            assert dataflow(least - 1, text, device) == few
+            assert dataflow(16, text, device, "float") == "tiled"
+            assert dataflow(16, text, device, "int8-g64") == "tiled"
+        assert dataflow(16, "ternary-g64", device) == "tiled"
+        assert dataflow(16, "int2", device) == "tiled"
+    assert dataflow(16, "ternary", "avx512_vnni") == "tiled"
+    long = lath.plan(16, 16, 65537, "ternary", torch.float32, "avx2", "int8")
     assert long.dataflow == "tiled"  # its sums are cut into groups
     plan = lath.plan(32, 64, 2560, "ternary", torch.float32, "avx2", "int8")
     assert "no VNNI" in plan.reason
+    assert "(up to 8 that are left: products)" in plan.reason
     assert (plan.block_m, plan.block_n) == (16, 16)
 
 

@@ -106,7 +106,11 @@ class CpuLinear:
         if tokens == 0 or self.rows == 0:
             y = x.new_empty((*shape[:-1], self.rows)) if out is None else out
             return y.copy_(offsets[: self.rows].expand_as(y))
-        if tokens > LOOK_UP_TILE and self._looks_up and 0 < tokens % LOOK_UP_TILE <= LOOK_UP_REST:
+        if (
+            tokens > LOOK_UP_TILE
+            and self._looks_up
+            and 0 < tokens % LOOK_UP_TILE <= LOOK_UP_REST.get(host_isa(), 0)
+        ):
             # A tile of look-ups costs the same for few tokens, which products do in less.
             y = x.new_empty((*shape[:-1], self.rows)) if out is None else out
             flat, parts = x.reshape(tokens, columns), y.view(tokens, self.rows)
@@ -166,7 +170,7 @@ class CpuLinear:
 
     def _block(self, x_type: int, y_type: int, tokens: int) -> NDArray[np.int64]:
         """The argument block of a call with so many tokens."""
-        if self._looks_up and tokens >= LOOK_UP_TOKENS:
+        if self._looks_up and tokens >= LOOK_UP_TOKENS.get(host_isa(), 1):
             if self._look_up is None:
                 self._look_up = look_up_of(self._view)
             return look_up_block(self._look_up, self._largest, x_type, y_type)

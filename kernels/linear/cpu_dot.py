@@ -130,17 +130,40 @@ class _Tile:
         }
 
     def _multiply(self, streams: Streams, x: Any, accumulators: Any) -> None:
-        e, narrow = self.e, self.reader.record.is_narrow
+        e = self.e
         with e.loop(self.reader.steps):
             codes = [self._numbers(word) for word in streams.vectors()]
-            for j in range(self.fields):
-                for m in range(self.tokens):
-                    activations = e.broadcast(e.add(x.value, 4 * (j * self.tokens + m)))
-                    for n in range(self.panels):
-                        part = accumulators[m, n][min(j, self.parts - 1) if self.apart else 0]
-                        part.value = e.dot(part.value, codes[n][j], activations, narrow)
+            if e.isa == "avx2":
+                self._add_fields(codes, x, accumulators)
+            else:
+                self._add_each(codes, x, accumulators)
             streams.advance()
             x.value = e.add(x.value, self.reader.record.columns * self.tokens)
+
+    def _add_each(self, codes: list[list[Any]], x: Any, accumulators: Any) -> None:
+        """A dot for each field, token and panel; an activation is loaded once for all panels."""
+        e, narrow = self.e, self.reader.record.is_narrow
+        for j in range(self.fields):
+            for m in range(self.tokens):
+                activations = self._activations(x, j, m)
+                for n in range(self.panels):
+                    part = accumulators[m, n][min(j, self.parts - 1) if self.apart else 0]
+                    part.value = e.dot(part.value, codes[n][j], activations, narrow)
+
+    def _add_fields(self, codes: list[list[Any]], x: Any, accumulators: Any) -> None:
+        """The dots of all fields at once."""
+        activations = [
+            [self._activations(x, j, m) for j in range(self.fields)] for m in range(self.tokens)
+        ]
+        for n in range(self.panels):
+            parts = [accumulators[m, n][0] for m in range(self.tokens)]
+            largest = self.reader.record.largest
+            sums = self.e.dots([part.value for part in parts], codes[n], activations, largest)
+            for part, total in zip(parts, sums, strict=True):
+                part.value = total
+
+    def _activations(self, x: Any, field: int, token: int) -> Any:
+        return self.e.broadcast(self.e.add(x.value, 4 * (field * self.tokens + token)))
 
     def _numbers(self, word: Any) -> list[Any]:
         """The numbers in a vector of codes, a field after the other, as uint8."""

@@ -39,6 +39,7 @@ STEP_COLUMNS = WEIGHTS * GROUPS
 CHUNK = 64
 _NOTHING = ENTRIES // 2  # the index of four zeros
 _ENTRY = 2 * LOOK_UP_TILE  # bytes
+_ENTRY_BITS = _ENTRY.bit_length() - 1
 
 
 @dataclass(frozen=True)
@@ -163,10 +164,11 @@ class _LookUps:
             place = e.offset(self.shorts, row, _ENTRY)
             total = e.load(place, SHORTS)
             for group in range(GROUPS):
-                index = e.builder.lshr(word, e.integer(8 * group))
-                index = e.builder.and_(index, e.integer(0xFF))
+                # The index where an entry's bytes are counted: one rotation and one mask.
+                start = e.rotate_right(word, 8 * group - _ENTRY_BITS)
+                start = e.builder.and_(start, e.integer(0xFF << _ENTRY_BITS))
                 table = e.add(self.tables, group * ENTRIES * _ENTRY)
-                total = e.builder.add(total, e.load(e.offset(table, index, _ENTRY), SHORTS))
+                total = e.builder.add(total, e.load(e.add(table, start), SHORTS))
             e.store(place, total)
 
     def widen(self, panels: Any) -> None:

@@ -19,7 +19,7 @@ from lath.formats.codec import Zero
 from lath.formats.packing import TRITS
 from lath.kernels.linear.cpu_arguments import Arguments
 from lath.kernels.simd import tables
-from lath.kernels.simd.emitter import BF16, F32, FP16, FP32, I8, LANES, Emitter
+from lath.kernels.simd.emitter import BF16, F32, FP16, FP32, I8, LANES, NARROW, Emitter
 
 VECTOR_BYTES = 64
 
@@ -92,7 +92,16 @@ class Record:
     @property
     def is_narrow(self) -> bool:
         """Whether the numbers of the int8 kernel are at most 127."""
-        return self.width <= 4 or self.stored == "e2m3"
+        return self.largest <= NARROW
+
+    @property
+    def largest(self) -> int:
+        """The largest number of the int8 kernel; 0 for what only the float kernel reads."""
+        if self.stored in ("integer", "nested"):
+            return (1 << self.width) - 1
+        if self.stored == "trits":
+            return 2
+        return max(whole_entries(self.stored)) if self.stored in ("fp4", "e2m3") else 0
 
     @property
     def by_column(self) -> bool:

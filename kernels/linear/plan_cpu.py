@@ -18,12 +18,12 @@ LONG_STREAM = 32768
 LONGEST_GROUP = 65536
 # Columns that are whole vectors of a CPU's base-3 codes (20) and of its activations (16).
 TRIT_GROUP = 80
-# Ternary look-ups of a CPU without VNNI: tokens side by side in an entry, tokens from which they
-# are no slower than products, and tokens behind the last whole entry that are one tile of products
-# (bench/results/ternary_cpu.md).
+# Ternary look-ups of a CPU without VNNI: tokens side by side in an entry, and by instruction set
+# from how many tokens they are faster than products, and how many behind the last whole entry
+# products take in less time than an entry of their own (bench/results/ternary_cpu.md).
 LOOK_UP_TILE = 16
-LOOK_UP_TOKENS = 8
-LOOK_UP_REST = 4
+LOOK_UP_TOKENS = {"avx2": 9, "portable": 2}
+LOOK_UP_REST = {"avx2": 8, "portable": 1}
 # Register tiles (tokens, panels) by what is multiplied and whether the CPU has AVX512-VNNI:
 # accumulators, one panel of codes each and a broadcast fill the 32 (or 16 half as wide) registers.
 CPU_TILES = {
@@ -71,10 +71,11 @@ def plan_cpu(
         if x_group is not None and weight_group is not None and x_group % weight_group:
             shared = math.gcd(x_group, weight_group)
             reasons.append(f"groups of {x_group} and {weight_group} share runs of {shared}")
-    if m >= LOOK_UP_TOKENS and looks_up(k, codec, activations, device.architecture):
+    if looks_up(k, codec, activations, device.architecture, m):
         reasons.append(
             "no VNNI: four ternary codes are an index into sums of four activations, of "
-            f"{LOOK_UP_TILE} tokens at a time (up to {LOOK_UP_REST} that are left: products)"
+            f"{LOOK_UP_TILE} tokens at a time (up to {LOOK_UP_REST[device.architecture]} that are "
+            "left: products)"
         )
         return replace(
             draft, dataflow="look_up", dot=dot, reason="; ".join(reasons), threads=device.threads,
@@ -135,12 +136,16 @@ def looks_up(
     codec: PlanesCodec | SparseCodec,
     activations: ActivationFormat,
     architecture: str,
+    tokens: int | None = None,
 ) -> bool:
-    """Whether a CPU multiplies several tokens by look-ups: ternary codes, one scale for a row and
-    for a token, and no instruction that adds four products of bytes."""
+    """Whether a CPU multiplies so many tokens (None: enough of them) by look-ups: ternary codes,
+    one scale for a row and for a token, and no instruction that adds four products of bytes."""
+    least = LOOK_UP_TOKENS.get(architecture)
+    if least is None or (tokens is not None and tokens < least):
+        return False
     groups = [g for g in (codec.group, activations.group) if g is not None and g < k]
     ternary = codec.values == "ternary" and activations.is_integer
-    return ternary and not groups and k <= LONGEST_GROUP and architecture != "avx512_vnni"
+    return ternary and not groups and k <= LONGEST_GROUP
 
 
 def _why_wide(activations: ActivationFormat, device: DeviceDescription) -> str:

@@ -9,13 +9,13 @@ where the machine's are narrower, so that one kernel serves every instruction se
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
 
-from lath.kernels.simd import half
+from lath.kernels.simd import dot_avx2, half
 from lath.kernels.simd.isa import Isa
 
 LANES = 16
@@ -28,6 +28,9 @@ SHORTS = ir.VectorType(I16, LANES)
 BYTES = ir.VectorType(I8, LANES)
 _BYTES64 = ir.VectorType(I8, 64)
 _SHORTS64 = ir.VectorType(I16, 64)
+
+# The largest code of which two products with int8 numbers fit in 16 bits.
+NARROW = 127
 
 # Float types in memory, as kernels name them.
 FP32, FP16, BF16 = 0, 1, 2
@@ -110,6 +113,11 @@ class Emitter:
     def divide(self, left: Any, right: Any) -> Any:
         """left // right for a left that is not negative."""
         return self.builder.udiv(left, self._like(left, right))
+
+    def rotate_right(self, value: Any, count: int) -> Any:
+        """An int64 with its bits moved down by `count`, those below the lowest put on top."""
+        function = self.function("llvm.fshr.i64", I64, [I64] * 3)
+        return self.builder.call(function, [value, value, self.integer(count % 64)])
 
     def offset(self, address: Any, index: Any, scale: int) -> Any:
         return self.add(address, self.multiply(index, scale))
@@ -274,41 +282,35 @@ class Emitter:
         if self.isa == "avx512_vnni":
             function = self.function("llvm.x86.avx512.vpdpbusd.512", INTS, [INTS] * 3)
             return self.builder.call(function, [total, codes, signed])
-        codes = self.builder.bitcast(codes, _BYTES64)
-        signed = self.builder.bitcast(signed, _BYTES64)
         if self.isa == "avx2":
-            pairs = self._pairs_avx2(codes, signed) if narrow else self._products(codes, signed)
-            return self.builder.add(total, self._add_pairs_avx2(pairs))
-        return self.builder.add(total, self._add_quads(self._products(codes, signed)))
+            if narrow:
+                return dot_avx2.narrow_dots(self, [total], [codes], [[signed]])[0]
+            return dot_avx2.wide_dot(self, total, codes, signed)
+        products = self._products(*(self.builder.bitcast(v, _BYTES64) for v in (codes, signed)))
+        return self.builder.add(total, self._add_quads(products))
+
+    def dots(
+        self,
+        totals: Sequence[Any],
+        codes: Sequence[Any],
+        signed: Sequence[Sequence[Any]],
+        largest: int,
+    ) -> list[Any]:
+        """Each total plus the `dot`s of all `codes` with its own vectors of `signed`; codes are at
+        most `largest`. AVX2 adds products of narrow ones in 16 bits: one multiplication less."""
+        if self.isa == "avx2" and dot_avx2.fits_in_short(largest, len(codes)):
+            return dot_avx2.narrow_dots(self, totals, codes, signed)
+        sums = []
+        for total, own in zip(totals, signed, strict=True):
+            for code, x in zip(codes, own, strict=True):
+                total = self.dot(total, code, x, narrow=largest <= NARROW)
+            sums.append(total)
+        return sums
 
     def _products(self, codes: Any, signed: Any) -> Any:
         """64 products as int16: 255 * 127 still fits."""
         wide = self.builder.zext(codes, _SHORTS64), self.builder.sext(signed, _SHORTS64)
         return self.builder.mul(*wide)
-
-    def _pairs_avx2(self, codes: Any, signed: Any) -> Any:
-        """32 int16 sums of two neighbouring products."""
-        half = ir.VectorType(I8, 32)
-        function = self.function("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), [half, half])
-        low, high = (
-            self.builder.call(function, [self._slice(codes, h, 32), self._slice(signed, h, 32)])
-            for h in (0, 32)
-        )
-        return self._concatenate(low, high)
-
-    def _add_pairs_avx2(self, shorts: Any) -> Any:
-        """Neighbouring int16 (32 or 64 of them) added until there are 16 int32."""
-        half = ir.VectorType(I16, 16)
-        function = self.function("llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), [half, half])
-        ones = ir.Constant(half, [1] * 16)
-        parts = [
-            self.builder.call(function, [self._slice(shorts, start, 16), ones])
-            for start in range(0, shorts.type.count, 16)
-        ]
-        joined = [self._concatenate(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        if len(joined) == 1:
-            return joined[0]
-        return self._add_neighbours(self._concatenate(*joined))
 
     def _add_quads(self, products: Any) -> Any:
         wide = self.builder.sext(products, ir.VectorType(I32, 64))
@@ -322,10 +324,11 @@ class Emitter:
         )
         return self.builder.add(even, odd)
 
-    def _slice(self, value: Any, start: int, count: int) -> Any:
+    def part(self, value: Any, start: int, count: int) -> Any:
+        """`count` lanes from `start` on."""
         return self.shuffle(value, value, list(range(start, start + count)))
 
-    def _concatenate(self, low: Any, high: Any) -> Any:
+    def concatenate(self, low: Any, high: Any) -> Any:
         return self.shuffle(low, high, list(range(2 * low.type.count)))
 
     def shuffle(self, left: Any, right: Any, lanes: list[int]) -> Any:
