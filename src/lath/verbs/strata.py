@@ -1,0 +1,145 @@
+"""Strata: groups of a cache's tokens with index rows of their own, in torch.
+
+What they are: `lath.reference.strata`. To scores and repair a stratum is a page, so that the
+kernels over index rows read them as they read pages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from lath.formats.activations import SMALLEST_ABSMAX
+from lath.formats.attention import PageView, Queries
+from lath.formats.page_pool import SideTable
+from lath.formats.pages import INDEX_LEVELS, PAGE, PageFormat
+from lath.formats.selection import IndexList, Strata
+from lath.verbs.page_decode import decode_pages, read_field
+from lath.verbs.paged_kv import PagedKV
+
+
+def index_rows(keys: Tensor, values: Tensor, of: Tensor, count: int, fmt: PageFormat) -> Tensor:
+    """Index rows uint8 [..., count, index_bytes] of strata; zeros for one that has no tokens.
+
+    keys: fp64 [..., n, D], values [..., n, E]. of: int64 [..., n], the stratum of each token,
+    `count` for one in none.
+    """
+    group = functools.partial(_by_stratum, of=of, count=count)
+    tokens = group(torch.ones_like(keys[..., :1]), reduce="sum")
+    divisor = tokens.clamp(min=1)
+    mean = (group(keys, reduce="sum") / divisor).float().bfloat16()
+    centre = torch.nn.functional.pad(mean.double(), (0, 0, 0, 1))  # a row for tokens in none
+    centred = keys - centre.gather(-2, of[..., None].expand(keys.shape))
+    finite = group(torch.isfinite(centred).double(), reduce="amin").amin(-1) > 0
+    centred = torch.nan_to_num(centred, nan=0, posinf=0, neginf=0)
+    largest, smallest = (group(centred, reduce=how) for how in ("amax", "amin"))
+    shift = group(centred, reduce="sum") / divisor
+    variance = group(centred.square(), reduce="sum") / divisor - shift.square()
+    amax = torch.maximum(largest, -smallest).amax(-1).float()
+    unit = torch.where(amax < SMALLEST_ABSMAX, 1.0, amax / INDEX_LEVELS)
+    step = unit.double()[..., None]
+    # A quotient that is a whole number but for its rounding is that number.
+    contents = {
+        "mean": mean,
+        "max": torch.ceil(torch.round(largest / step, decimals=6)).to(torch.int8),
+        "min": torch.floor(torch.round(smallest / step, decimals=6)).to(torch.int8),
+        "numbers": torch.stack([unit.masked_fill(~finite, math.nan), tokens[..., 0].float()], -1),
+        "deviation": torch.round(2 * variance.clamp(min=0).sqrt() / step).clamp(max=255).byte(),
+        "value_mean": (group(values, reduce="sum") / divisor).float().bfloat16(),
+    }
+    rows = torch.zeros((*tokens.shape[:-1], fmt.index_bytes), dtype=torch.uint8, device=of.device)
+    for name, numbers in contents.items():
+        stored = numbers.contiguous().view(torch.uint8)
+        first = fmt.index_fields[name].offset
+        rows[..., first : first + stored.shape[-1]] = stored
+    return rows * (tokens > 0)
+
+
+def _by_stratum(x: Tensor, *, of: Tensor, count: int, reduce: str) -> Tensor:
+    """Numbers of tokens [..., n, C] → of strata [..., count, C], 0 (amin: 1) of nothing."""
+    shape = (*x.shape[:-2], count + 1, x.shape[-1])
+    places = of[..., None].expand(x.shape)
+    start = x.new_zeros(shape)
+    return start.scatter_reduce(-2, places, x, reduce, include_self=False)[..., :count, :]
+
+
+def cut(kv: PagedKV, view: PageView, unit: int) -> PageView:
+    """A view whose pages are units of `unit` tokens: entry i becomes entries i * 64/unit and up, of
+    which those behind its last token have count 0."""
+    known, name = kv.derived, f"units-{unit}"
+    if name not in known:
+        compute = functools.partial(_rows_of_units, kv.format, kv.dtype, unit)
+        table = kv.pool.side_tables.setdefault(name, SideTable(compute))
+        (rows,) = table.of(
+            kv.pool, lambda: [page for span in kv.spans for page in span.pages], view.table
+        )
+        first = torch.arange(0, PAGE, unit, dtype=torch.int32, device=rows.device)
+        known[name] = {
+            "index": rows.flatten(0, 1),
+            "table": (view.table[..., None] * len(first) + first // unit).flatten(1),
+            "starts": (view.starts[..., None] + first).flatten(1),
+            "counts": (view.counts[..., None] - first).clamp(0, unit).flatten(1),
+            "page_counts": view.page_counts * len(first),
+        }
+    own = known[name]
+    return dataclasses.replace(view, records=own["index"], **own)
+
+
+def _rows_of_units(
+    fmt: PageFormat, dtype: torch.dtype, unit: int, records: Tensor, index: Tensor
+) -> tuple[Tensor]:
+    """uint8 [n, 64/unit, Hkv, index_bytes]."""
+    keys, values = decode_pages(records, index, fmt, dtype)
+    rows = index_rows(keys, values, places_of_units(index, fmt, unit), PAGE // unit, fmt)
+    return (rows.transpose(1, 2).contiguous(),)
+
+
+def places_of_units(index: Tensor, fmt: PageFormat, unit: int) -> Tensor:
+    """int64 [n, Hkv, 64]: the unit of each token of a page, 64 / unit where none was written."""
+    written = read_field(index, fmt.index_fields["numbers"], torch.float32)[..., 1, None]
+    token = torch.arange(PAGE, device=index.device)
+    return torch.where(token < written, token // unit, PAGE // unit)
+
+
+def units(kv: PagedKV, view: PageView, unit: int) -> Strata:
+    """The units of `cut` as strata."""
+    slots = torch.arange(view.table.shape[1] * PAGE, device=view.table.device)
+    shape = (view.num_sequences, view.num_kv_heads, -1)
+    return Strata(cut(kv, view, unit), (slots // unit).expand(shape))
+
+
+def unread_of_strata(strata: Strata, ids: IndexList, rows: int) -> Tensor:
+    """fp32 [S, H, C], H of the lists: `reference.select.unread_quantile` of every stratum; with
+    strata of each head [S * Hkv, H / Hkv, C].
+
+    A stratum that some of the `rows` last positions may not read wholly counts as read.
+    """
+    view, of = strata.view, strata.of
+    width, heads = view.table.shape[1], of.shape[1]
+    indices = ids.indices.long()
+    if strata.per_head and ids.num_heads < heads:
+        indices = indices.expand(-1, heads, -1)
+    lists = indices.shape[1]
+    of = of[:, :1] if lists < heads else of.repeat_interleave(lists // heads, dim=1)
+    entries = of.gather(2, indices.clamp(min=0))
+    entries = torch.where((indices >= 0) & (entries >= 0), entries, width)
+    read = torch.zeros((*entries.shape[:2], width + 1), dtype=torch.float64, device=of.device)
+    read.scatter_add_(2, entries, torch.ones_like(entries, dtype=torch.float64))
+    read = read[..., :width].reshape(view.num_sequences, -1, width)
+    share = (read / view.counts.clamp(min=1)[:, None]).clamp(max=1)
+    absent = view.counts == 0
+    if rows > 1:
+        absent = absent | (view.starts + view.counts > (view.lengths - rows + 1)[:, None])
+    z: Tensor = torch.special.ndtri(1 - share).float()
+    return z.masked_fill(absent[:, None], -math.inf)
+
+
+def queries_of_heads(queries: Queries, heads: int) -> Queries:
+    """Queries [S, Hq, L, D] as those of S * heads sequences of Hq / heads query heads."""
+    q = queries.q
+    own = q.reshape(q.shape[0] * heads, q.shape[1] // heads, *q.shape[2:])
+    return Queries(own, queries.lengths.repeat_interleave(heads), queries.longest)
