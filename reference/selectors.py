@@ -241,6 +241,28 @@ def with_outliers(scores: Array, cache: Cache, wish: Wish, rows: int, per_page: 
     return pick(wide, cache, wish, rows, PAGE)
 
 
+def refined(
+    q: NDArray[np.float32],
+    rows: Rows,
+    cache: Cache,
+    wish: Wish,
+    pooled: Array,
+    factor: int,
+    query: QueryFormat,
+) -> Indices:
+    """Tokens by the soft vote over `factor` times the budget of candidates: the pages of the
+    largest of the pooled scores [S, H, W] of another selector."""
+    pages = pooled.reshape(*pooled.shape[:2], cache.table.shape[1], -1).max(axis=-1)
+    chosen = select.top_k(pages, max(factor * wish.budget // PAGE, 1))
+    scores = hide(select.token_scores(q, rows, cache, wish.scale, query), cache, PAGE)
+    group = q.shape[1] // wish.lists
+    for s, head in np.ndindex(chosen.shape[:2]):
+        others = ~np.isin(np.arange(pages.shape[2]), chosen[s, head]).repeat(PAGE)
+        scores[s, head * group : (head + 1) * group, :, others] = -np.inf
+    votes = select.pool(scores, wish.lists, part_mass(q, cache, wish.scale))
+    return pick(votes, cache, wish, q.shape[2], PAGE)
+
+
 def paged_eviction(
     q: NDArray[np.float32], rows: Rows, cache: Cache, wish: Wish, size: int = PAGE
 ) -> Indices:

@@ -52,15 +52,18 @@ def defined(name: str, q: Tensor, kv: lath.PagedKV, wish: definition.Wish) -> An
     """The lists of the definition for a text form."""
     cache, rows = as_cache(kv.view(), q.dtype), np.full(q.shape[0], q.shape[2], np.int32)
     array = as_array(q)
-    inner, outliers, _ = name.partition("+outliers")
+    inner, _, suffix = name.partition("+")
     kind, _, option = inner.partition("-")
     size = int(digits) if (digits := option.removeprefix("mass").removeprefix("-")) else PAGE
     score: Any = "bound" if kind == "quest" else "mass" if option.startswith("mass") else "mean"
-    if outliers:  # of Quest or the centroid
+    if suffix:  # of Quest or the centroid
         own = cache if size == PAGE else strata.cut(cache, size)
         scores = reference.page_scores(array, rows, own, score, wish.scale)
         pooled = reference.pool(definition.hide(scores, cache, PAGE // size), wish.lists)
-        return definition.with_outliers(pooled, cache, wish, q.shape[2], PAGE // size)
+        if suffix == "outliers":
+            return definition.with_outliers(pooled, cache, wish, q.shape[2], PAGE // size)
+        factor = int(suffix.removeprefix("tokens-"))
+        return definition.refined(array, rows, cache, wish, pooled, factor, "int8")
     if kind in ("quest", "centroid"):
         return definition.by_page(array, rows, cache, wish, score, size)
     if kind == "tokenselect":

@@ -32,6 +32,7 @@ from lath.verbs.selection import Selecting
     [
         *map(spelled, SELECTORS), "quest-16", "centroid-8", "centroid-mass", "centroid-mass-32",
         "paged_eviction-16", "quest+outliers", "centroid-mass+outliers", "quest-16+outliers",
+        "centroid+tokens-2", "quest-16+tokens-2",
     ],
 )  # fmt: skip
 def test_equals_its_definition(name: str, heads: str, backend: str) -> None:
@@ -144,6 +145,8 @@ def test_outliers_of_what() -> None:
     named = lath.selector("quest-16+outliers")
     assert (str(named), named.default_heads, named.claims_mass) == (
         "quest-16+outliers",
+        "centroid+tokens-2",
+        "quest-16+tokens-2",
         "kv",
         False,
     )

@@ -26,6 +26,7 @@ class Request:
 
     queries: as attention reads the cache's keys. lists: how many lists a sequence has, 1, Hkv or
     Hq. hidden: bool [S, P], pages that some row may not read wholly; None where there are none.
+    budget: tokens that a list may hold besides what is read in any case; 0 where a mass decides.
     """
 
     queries: Queries
@@ -35,6 +36,7 @@ class Request:
     backend: Backend
     lists: int
     hidden: Tensor | None = None
+    budget: int = 0
 
     @property
     def rows(self) -> int:

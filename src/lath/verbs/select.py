@@ -111,7 +111,9 @@ def pick(
     if isinstance(budget, TopMass):
         size = width * per_page
     else:
-        free = budget_units(budget_tokens(budget, view.longest), unit)
+        tokens = budget_tokens(budget, view.longest)
+        request = dataclasses.replace(request, budget=tokens)
+        free = budget_units(tokens, unit)
         size = free + (recent + hidden) * per_page
         if size >= width * per_page:
             return everything(request, selector.granularity)
