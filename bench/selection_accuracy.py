@@ -28,12 +28,13 @@ from tools.selection_data import BY_NAME, RECIPES, Recipe, Size, ask, measure
 RESULTS = Path(__file__).parent / "results"
 OUTLIERS = ["quest", "centroid", "centroid-mass", "paged_eviction", "clusterkv"]
 SELECTORS = [
-    *lath.selectors.SELECTORS, "quest-16", "centroid-mass", *(f"{s}+outliers" for s in OUTLIERS),
+    *lath.selectors.SELECTORS, "quest-16", "centroid-mass", "centroid-mass-16", "quest+tokens",
+    "centroid-mass+tokens", *(f"{s}+outliers" for s in OUTLIERS),
 ]  # fmt: skip
 BUDGETS = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
 SHOWN = 1 / 8  # the budget of the summaries
 SHARPNESS = [1.0, 2.0]
-PAGE_METHODS = ["quest", "quest-16", "centroid", "centroid-mass"]
+PAGE_METHODS = ["quest", "quest-16", "centroid", "centroid-mass", "centroid-mass-16"]
 
 Row = dict[str, Any]
 
@@ -159,7 +160,7 @@ def kind_gains(table: Table) -> str:
     lines = []
     for recipe in table.sets():
         for sharpness in SHARPNESS if not recipe.defeats else []:
-            for selector in PAGE_METHODS:
+            for selector in [*PAGE_METHODS, "clusterkv"]:
                 row = table.at(recipe.name, sharpness, selector, SHOWN)
                 if row["dropped"] < 2 * row["repaired"]:
                     lines.append(f"- {recipe.name}, q {sharpness:g}, {selector}: {gain(row)}")
@@ -212,7 +213,8 @@ def report(result: dict[str, Any]) -> str:
         ]  # fmt: skip
     parts += [
         f"## Repair gains less than 2× at {share(SHOWN)}", "",
-        "Selectors of pages, sets that are no trap:", "", kind_gains(table), "",
+        "Selectors of pages, of units and of clusters, sets that are no trap:", "",
+        kind_gains(table), "",
         f"## With outliers, at {share(SHOWN)}", "",
         "Error of the selector as it is, dropped → with the outlier of every page among its tokens "
         "(`+outliers`, the same budget), repaired; in brackets what repair does to the error of "
