@@ -16,7 +16,7 @@ from lath.formats.selection import Granularity, Strata
 from lath.selectors.base import Request, Scored, Selector, parse_count, pool
 from lath.verbs.page_decode import decode_pages
 from lath.verbs.paged_kv import PagedKV
-from lath.verbs.strata import index_rows, places_of_units
+from lath.verbs.strata import Places, index_rows, written
 
 # Pages that are clustered together at most: k-means over n tokens costs n² / tokens_per_cluster.
 _MOST_PAGES = 64
@@ -134,9 +134,9 @@ class ClusterKV(Selector):
         )
         count = max(keys.shape[1] // self.tokens_per_cluster, 1)
         centroids, cluster_of = k_means(keys.float(), count, _ROUNDS)
-        absent = places_of_units(index, kv.format, PAGE).transpose(0, 1).flatten(1) > 0
-        members = cluster_of.masked_fill(absent, count)
-        return Segment(centroids, cluster_of, index_rows(keys, values, members, count, kv.format))
+        there = written(index, kv.format).transpose(0, 1).flatten(1)
+        members = Places(cluster_of.masked_fill(~there, count), count)
+        return Segment(centroids, cluster_of, index_rows(keys, values, members, kv.format))
 
 
 def strata_of_segments(segments: list[list[Segment]], view: PageView) -> Strata:

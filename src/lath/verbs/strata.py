@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,24 +22,62 @@ from lath.formats.selection import IndexList, Strata
 from lath.verbs.page_decode import decode_pages, read_field
 from lath.verbs.paged_kv import PagedKV
 
+_PAGES_AT_ONCE = 64  # their float64 numbers stay near
 
-def index_rows(keys: Tensor, values: Tensor, of: Tensor, count: int, fmt: PageFormat) -> Tensor:
+
+@dataclass(frozen=True)
+class Places:
+    """Strata by the number of each token's, int64 [..., n]; `count` for one in none."""
+
+    of: Tensor
+    count: int
+
+    def reduce(self, x: Tensor, how: str) -> Tensor:
+        """Numbers of tokens [..., n, C] → of strata [..., count, C], 0 of one without tokens."""
+        shape = (*x.shape[:-2], self.count + 1, x.shape[-1])
+        places = self.of[..., None].expand(x.shape)
+        out = x.new_zeros(shape).scatter_reduce(-2, places, x, how, include_self=False)
+        return out[..., : self.count, :]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Numbers of strata [..., count, C] → of their tokens [..., n, C]; 0 for one in none."""
+        wide = torch.nn.functional.pad(x, (0, 0, 0, 1))
+        return wide.gather(-2, self.of[..., None].expand(*self.of.shape, x.shape[-1]))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Strata of `unit` tokens side by side, of which those `used`, bool [..., n], count."""
+
+    used: Tensor
+    unit: int
+
+    def reduce(self, x: Tensor, how: str) -> Tensor:
+        """As of `Places`."""
+        nothing = {"sum": 0.0, "amax": -math.inf, "amin": math.inf}[how]
+        kept = x if bool(self.used.all()) else x.masked_fill(~self.used[..., None], nothing)
+        runs = kept.reshape(*x.shape[:-2], -1, self.unit, x.shape[-1])
+        out: Tensor = getattr(runs, how)(dim=-2)
+        return out if kept is x else out.masked_fill(out == nothing, 0.0)
+
+    def spread(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(self.unit, dim=-2)
+
+
+def index_rows(keys: Tensor, values: Tensor, strata: Places | Runs, fmt: PageFormat) -> Tensor:
     """Index rows uint8 [..., count, index_bytes] of strata; zeros for one that has no tokens.
 
-    keys: fp64 [..., n, D], values [..., n, E]. of: int64 [..., n], the stratum of each token,
-    `count` for one in none.
+    keys: fp64 [..., n, D], values [..., n, E].
     """
-    group = functools.partial(_by_stratum, of=of, count=count)
-    tokens = group(torch.ones_like(keys[..., :1]), reduce="sum")
+    tokens = strata.reduce(torch.ones_like(keys[..., :1]), "sum")
     divisor = tokens.clamp(min=1)
-    mean = (group(keys, reduce="sum") / divisor).float().bfloat16()
-    centre = torch.nn.functional.pad(mean.double(), (0, 0, 0, 1))  # a row for tokens in none
-    centred = keys - centre.gather(-2, of[..., None].expand(keys.shape))
-    finite = group(torch.isfinite(centred).double(), reduce="amin").amin(-1) > 0
+    mean = (strata.reduce(keys, "sum") / divisor).float().bfloat16()
+    centred = keys - strata.spread(mean.double())
+    finite = strata.reduce(torch.isfinite(centred).all(-1, keepdim=True).double(), "amin")[..., 0]
     centred = torch.nan_to_num(centred, nan=0, posinf=0, neginf=0)
-    largest, smallest = (group(centred, reduce=how) for how in ("amax", "amin"))
-    shift = group(centred, reduce="sum") / divisor
-    variance = group(centred.square(), reduce="sum") / divisor - shift.square()
+    largest, smallest = (strata.reduce(centred, how) for how in ("amax", "amin"))
+    shift = strata.reduce(centred, "sum") / divisor
+    variance = strata.reduce(centred.square(), "sum") / divisor - shift.square()
     amax = torch.maximum(largest, -smallest).amax(-1).float()
     unit = torch.where(amax < SMALLEST_ABSMAX, 1.0, amax / INDEX_LEVELS)
     step = unit.double()[..., None]
@@ -47,24 +86,18 @@ def index_rows(keys: Tensor, values: Tensor, of: Tensor, count: int, fmt: PageFo
         "mean": mean,
         "max": torch.ceil(torch.round(largest / step, decimals=6)).to(torch.int8),
         "min": torch.floor(torch.round(smallest / step, decimals=6)).to(torch.int8),
-        "numbers": torch.stack([unit.masked_fill(~finite, math.nan), tokens[..., 0].float()], -1),
+        "numbers": torch.stack(
+            [unit.masked_fill(finite == 0, math.nan), tokens[..., 0].float()], -1
+        ),
         "deviation": torch.round(2 * variance.clamp(min=0).sqrt() / step).clamp(max=255).byte(),
-        "value_mean": (group(values, reduce="sum") / divisor).float().bfloat16(),
+        "value_mean": (strata.reduce(values, "sum") / divisor).float().bfloat16(),
     }
-    rows = torch.zeros((*tokens.shape[:-1], fmt.index_bytes), dtype=torch.uint8, device=of.device)
+    rows = torch.zeros((*tokens.shape[:-1], fmt.index_bytes), dtype=torch.uint8, device=keys.device)
     for name, numbers in contents.items():
         stored = numbers.contiguous().view(torch.uint8)
         first = fmt.index_fields[name].offset
         rows[..., first : first + stored.shape[-1]] = stored
     return rows * (tokens > 0)
-
-
-def _by_stratum(x: Tensor, *, of: Tensor, count: int, reduce: str) -> Tensor:
-    """Numbers of tokens [..., n, C] → of strata [..., count, C], 0 (amin: 1) of nothing."""
-    shape = (*x.shape[:-2], count + 1, x.shape[-1])
-    places = of[..., None].expand(x.shape)
-    start = x.new_zeros(shape)
-    return start.scatter_reduce(-2, places, x, reduce, include_self=False)[..., :count, :]
 
 
 def cut(kv: PagedKV, view: PageView, unit: int) -> PageView:
@@ -93,16 +126,18 @@ def _rows_of_units(
     fmt: PageFormat, dtype: torch.dtype, unit: int, records: Tensor, index: Tensor
 ) -> tuple[Tensor]:
     """uint8 [n, 64/unit, Hkv, index_bytes]."""
-    keys, values = decode_pages(records, index, fmt, dtype)
-    rows = index_rows(keys, values, places_of_units(index, fmt, unit), PAGE // unit, fmt)
-    return (rows.transpose(1, 2).contiguous(),)
+    pieces = zip(*(torch.split(rows, _PAGES_AT_ONCE) for rows in (records, index)), strict=True)
+    made = [
+        index_rows(*decode_pages(own, few, fmt, dtype), Runs(written(few, fmt), unit), fmt)
+        for own, few in pieces
+    ]
+    return (torch.cat(made).transpose(1, 2).contiguous(),)
 
 
-def places_of_units(index: Tensor, fmt: PageFormat, unit: int) -> Tensor:
-    """int64 [n, Hkv, 64]: the unit of each token of a page, 64 / unit where none was written."""
-    written = read_field(index, fmt.index_fields["numbers"], torch.float32)[..., 1, None]
-    token = torch.arange(PAGE, device=index.device)
-    return torch.where(token < written, token // unit, PAGE // unit)
+def written(index: Tensor, fmt: PageFormat) -> Tensor:
+    """bool [n, Hkv, 64]: the tokens that a page was written with."""
+    tokens = read_field(index, fmt.index_fields["numbers"], torch.float32)[..., 1, None]
+    return torch.arange(PAGE, device=index.device) < tokens
 
 
 def units(kv: PagedKV, view: PageView, unit: int) -> Strata:
