@@ -42,7 +42,8 @@ class Strata:
 
     view: these pages, for scores and repair alone: records hold nothing, starts are those of the
     first token. Where each KV head has groups of its own, it has S * Hkv sequences of one head.
-    of: int64 [S, Hkv, W], for each slot of tokens the entry of its group; -1 for one in no group.
+    of: int64 [S, Hkv, W], for each slot of tokens the entry of its group; -1 for one in no group,
+    or that holds no token.
     """
 
     view: PageView

@@ -170,7 +170,8 @@ def test_repair_goes_by_clusters(backend: str) -> None:
     q = 0.05 * q
     ids = lath.select(q, kv, "clusterkv-16", 128)
     assert ids.strata is not None
-    of = clusters_of(ids, kv).of
+    assert ids.always is not None
+    of = clusters_of(ids, kv).of.masked_fill(ids.always, -1)  # those were not chosen
 
     def groups(s: int, head: int) -> list[list[int]]:
         numbers = range(int(of[s, head].max()) + 1)
@@ -209,23 +210,25 @@ def test_clusters_are_strata() -> None:
 
 
 def test_lists_of_all_heads_and_of_each() -> None:
-    """What was read of a stratum, for every whose of a list: counted one by one."""
+    """What was read of a stratum, for every whose of a list: counted one by one. What is listed in
+    any case is not counted."""
     kv, q = make_cache(1100, batch=2)
     for name in ("quest-16", "clusterkv-16"):
         for heads, lists in (("kv", HEADS), ("query", HEADS * GROUP), ("layer", 1)):
             ids = lath.select(q, kv, name, 128, heads=heads)
-            strata = clusters_of(ids, kv)
-            z = unread_of_strata(strata, ids, 1)
-            width = strata.view.table.shape[1]
+            assert ids.always is not None
+            strata, always = clusters_of(ids, kv), ids.always[:, 0]
+            view, z = unread_of_strata(strata, ids, 1)
+            width = view.table.shape[1]
             per_head = max(lists, HEADS) if strata.per_head else lists
-            z = z.reshape(2, per_head, width)
-            counts = strata.view.counts.reshape(2, -1, width)
+            z, counts = z.reshape(2, per_head, width), view.counts.reshape(2, -1, width)
             for s, head in np.ndindex(2, per_head):
-                own = ids.tolist()[s][head * lists // per_head]
                 kv_head = head * HEADS // per_head
-                entries = [e for e in strata.of[s, kv_head, own].tolist() if e >= 0]
-                read = torch.bincount(torch.tensor(entries), minlength=width)
+                of = strata.of[s, kv_head].masked_fill(always[s], -1)
+                entries = of[ids.tolist()[s][head * lists // per_head]]
+                read = torch.bincount(entries[entries >= 0], minlength=width)
                 total = counts[s, kv_head if strata.per_head else 0]
+                assert torch.equal(torch.bincount(of[of >= 0], minlength=width), total.long())
                 assert torch.equal(z[s, head] == -math.inf, read == total)
                 assert torch.equal(z[s, head] == math.inf, (read == 0) & (total > 0))
 

@@ -164,6 +164,7 @@ def strata_of_segments(segments: list[list[Segment]], view: PageView) -> Strata:
     index = torch.cat(rows)[:, None] if rows else view.index[:1, :1]
     slot = torch.arange(PAGE, device=device)
     there = (slot < view.counts[..., None]).flatten(1)[:, None] & (of >= 0)
+    of = of.masked_fill(~there, -1)
     places = torch.where(there, of, width)
     ends = (view.starts[..., None] + slot + 1).flatten(1)[:, None].expand_as(of)
     wide = (len(segments), heads, width + 1)

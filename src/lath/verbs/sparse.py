@@ -82,7 +82,7 @@ def run_sparse(
     if strata is None:
         unread, asked = unread_quantiles(kv, view, sparse.ids, q.shape[2]), queries
     else:
-        unread, view = unread_of_strata(strata, sparse.ids, q.shape[2]), strata.view
+        view, unread = unread_of_strata(strata, sparse.ids, q.shape[2])
         asked = queries_of_heads(queries, kv.num_kv_heads) if strata.per_head else queries
     rest, rest_lse = repair_pages(asked, view, unread, options.scale, backend, spreads=spreads)
     rest, rest_lse = rest.reshape(o.shape), rest_lse.reshape(lse.shape)

@@ -143,34 +143,45 @@ def written(index: Tensor, fmt: PageFormat) -> Tensor:
 def units(kv: PagedKV, view: PageView, unit: int) -> Strata:
     """The units of `cut` as strata."""
     slots = torch.arange(view.table.shape[1] * PAGE, device=view.table.device)
-    shape = (view.num_sequences, view.num_kv_heads, -1)
-    return Strata(cut(kv, view, unit), (slots // unit).expand(shape))
+    there = (slots % PAGE).reshape(-1, PAGE) < view.counts[..., None]
+    of = torch.where(there.flatten(1), slots // unit, -1)
+    return Strata(cut(kv, view, unit), of[:, None].expand(-1, view.num_kv_heads, -1))
 
 
-def unread_of_strata(strata: Strata, ids: IndexList, rows: int) -> Tensor:
-    """fp32 [S, H, C], H of the lists: `reference.select.unread_quantile` of every stratum; with
-    strata of each head [S * Hkv, H / Hkv, C].
+def unread_of_strata(strata: Strata, ids: IndexList, rows: int) -> tuple[PageView, Tensor]:
+    """The strata as what was chosen from, and `reference.select.unread_quantile` of each, fp32
+    [S, H, C], H of the lists; with strata of each head [S * Hkv, H / Hkv, C].
 
-    A stratum that some of the `rows` last positions may not read wholly counts as read.
+    What was listed whatever its score was not chosen, and counts as in no stratum: read tokens are
+    taken to be the best of theirs. A stratum that some of the `rows` last positions may not read
+    wholly counts as read.
     """
-    view, of = strata.view, strata.of
+    view, of, indices = strata.view, strata.of, ids.indices.long()
+    of = of if strata.per_head else of[:, :1]
+    if ids.always is not None and ids.granularity == "token":
+        of = of.masked_fill(ids.always, -1)
     width, heads = view.table.shape[1], of.shape[1]
-    indices = ids.indices.long()
-    if strata.per_head and ids.num_heads < heads:
+    counts = _count(of, width)  # [S, 1 or Hkv, C]
+    if ids.num_heads < heads:
         indices = indices.expand(-1, heads, -1)
-    lists = indices.shape[1]
-    of = of[:, :1] if lists < heads else of.repeat_interleave(lists // heads, dim=1)
-    entries = of.gather(2, indices.clamp(min=0))
-    entries = torch.where((indices >= 0) & (entries >= 0), entries, width)
-    read = torch.zeros((*entries.shape[:2], width + 1), dtype=torch.float64, device=of.device)
-    read.scatter_add_(2, entries, torch.ones_like(entries, dtype=torch.float64))
-    read = read[..., :width].reshape(view.num_sequences, -1, width)
-    share = (read / view.counts.clamp(min=1)[:, None]).clamp(max=1)
-    absent = view.counts == 0
+    sharing = indices.shape[1] // heads
+    entries = of.repeat_interleave(sharing, dim=1).gather(2, indices.clamp(min=0))
+    read = _count(entries.masked_fill(indices < 0, -1), width)
+    share = read.double() / counts.repeat_interleave(sharing, dim=1).clamp(min=1)
+    counts = counts.flatten(0, 1)
+    late = counts == 0
     if rows > 1:
-        absent = absent | (view.starts + view.counts > (view.lengths - rows + 1)[:, None])
-    z: Tensor = torch.special.ndtri(1 - share).float()
-    return z.masked_fill(absent[:, None], -math.inf)
+        late = late | (view.starts + view.counts > (view.lengths - rows + 1)[:, None])
+    z = torch.special.ndtri(1 - share).float().reshape(view.num_sequences, -1, width)
+    own = dataclasses.replace(view, counts=counts.int())
+    return own, z.masked_fill(late[:, None], -math.inf)
+
+
+def _count(of: Tensor, width: int) -> Tensor:
+    """int64 [S, H, width]: how many of [S, H, n] are each number; -1 is none."""
+    places = torch.where(of >= 0, of, width)
+    total = of.new_zeros((*of.shape[:2], width + 1))
+    return total.scatter_add_(2, places, torch.ones_like(places))[..., :width]
 
 
 def queries_of_heads(queries: Queries, heads: int) -> Queries:
