@@ -124,23 +124,26 @@ def test_kernels_read_units_as_pages(backend: Any, codec: str) -> None:
 
 def exact_repair(kv: lath.PagedKV, q: Tensor, ids: IndexList, groups: Any) -> Tensor:
     """What repair is to be, in float64 from the decoded tokens alone: groups(sequence, KV head) is
-    a list of lists of positions; q [S, Hq, 1, D] and one list for each KV head."""
+    a list of lists of positions; q [S, Hq, 1, D] and one list for each KV head. What is listed in
+    any case is in the means of its group, but it was not chosen from it."""
+    assert ids.always is not None
     o, lse = lath.decode_attention(q, kv, pages=ids, return_lse=True, precision="int16")
     out = o.double().clone()
     for s, head in np.ndindex(q.shape[0], HEADS * GROUP):
         keys, values = (side[head // GROUP].double() for side in kv.dequantize(s))
         read = {slot + 64 for slot in ids.tolist()[s][head // GROUP]}
+        always = {slot + 64 for slot in ids.always[s, 0].nonzero().flatten().tolist()}
         row, total, mixed = q[s, head, 0].double(), [float(lse[s, head, 0])], [out[s, head, 0]]
         for group in groups(s, head // GROUP):
-            left = len(set(group) - read)
+            count, left = len(set(group) - always), len(set(group) - read)
             if not left:
                 continue
             scores = DIM**-0.5 * keys[group] @ row
             sigma = float(scores.std(unbiased=False))
-            z = float(torch.special.ndtri(torch.tensor(left / len(group)).double()))
+            z = float(torch.special.ndtri(torch.tensor(left / count).double()))
             mass = float(scores.mean()) + float(reference.log_mean(np.array(sigma)))
             rest = float(reference.log_rest(np.array(z - sigma)))
-            total.append(mass + math.log(len(group)) + rest)
+            total.append(mass + math.log(count) + rest)
             mixed.append(values[group].mean(0))
         out[s, head, 0] = torch.softmax(torch.tensor(total).double(), 0) @ torch.stack(mixed)
     return out
@@ -170,8 +173,7 @@ def test_repair_goes_by_clusters(backend: str) -> None:
     q = 0.05 * q
     ids = lath.select(q, kv, "clusterkv-16", 128)
     assert ids.strata is not None
-    assert ids.always is not None
-    of = clusters_of(ids, kv).of.masked_fill(ids.always, -1)  # those were not chosen
+    of = clusters_of(ids, kv).of
 
     def groups(s: int, head: int) -> list[list[int]]:
         numbers = range(int(of[s, head].max()) + 1)
