@@ -1,9 +1,11 @@
 """What selectors capture of synthetic caches, and how far off the attention over it is.
 
     python bench/selection_accuracy.py [--backend auto] [--tokens 8192] [--queries 4] [--plot]
+        [--selectors quest-16,clusterkv]
 
 writes bench/results/selection_accuracy.md and .json, and with matplotlib selection_accuracy.png;
---plot draws the .json that is there. The sets are those of tests/tools/selection_data.py.
+--plot draws the .json that is there, --selectors measures these and keeps its other rows. The sets
+are those of tests/tools/selection_data.py.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ from tools.selection_data import BY_NAME, RECIPES, Recipe, Size, ask, measure
 RESULTS = Path(__file__).parent / "results"
 OUTLIERS = ["quest", "centroid", "centroid-mass", "paged_eviction", "clusterkv"]
 SELECTORS = [
-    *lath.selectors.SELECTORS, "quest-16", "centroid-mass", *(f"{s}+outliers" for s in OUTLIERS),
+    *lath.selectors.SELECTORS, "quest-16", "centroid-mass", "centroid-mass-16", "quest+tokens",
+    "centroid-mass+tokens", *(f"{s}+outliers" for s in OUTLIERS),
 ]  # fmt: skip
 BUDGETS = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
 SHOWN = 1 / 8  # the budget of the summaries
 SHARPNESS = [1.0, 2.0]
-PAGE_METHODS = ["quest", "quest-16", "centroid", "centroid-mass"]
+PAGE_METHODS = ["quest", "quest-16", "centroid", "centroid-mass", "centroid-mass-16"]
 
 Row = dict[str, Any]
 
@@ -52,13 +55,13 @@ class Table:
         return [recipe for recipe in RECIPES if any(r["set"] == recipe.name for r in self.rows)]
 
 
-def run(size: Size, backend: str, seed: int = 0) -> list[Row]:
+def run(size: Size, backend: str, selectors: Sequence[str], seed: int = 0) -> list[Row]:
     rows = []
     for recipe in RECIPES:
         start = time.perf_counter()
         for sharpness in SHARPNESS:
             asked = ask(recipe.make(size, sharpness, seed), backend)
-            for selector in SELECTORS:
+            for selector in selectors:
                 for budget in BUDGETS:
                     found = asdict(measure(asked, selector, budget))
                     key = {"set": recipe.name, "sharpness": sharpness}
@@ -159,7 +162,7 @@ def kind_gains(table: Table) -> str:
     lines = []
     for recipe in table.sets():
         for sharpness in SHARPNESS if not recipe.defeats else []:
-            for selector in PAGE_METHODS:
+            for selector in [*PAGE_METHODS, "clusterkv"]:
                 row = table.at(recipe.name, sharpness, selector, SHOWN)
                 if row["dropped"] < 2 * row["repaired"]:
                     lines.append(f"- {recipe.name}, q {sharpness:g}, {selector}: {gain(row)}")
@@ -190,7 +193,7 @@ def report(result: dict[str, Any]) -> str:
     exact = sum(row["exact"] for row in full)
     parts = [
         "# Selection on synthetic caches", "", __doc__.strip(), "",
-        f"{facts}; backend {result['backend']}. Command: `{result['command']}`", "",
+        f"{facts}; backend {result['backend']}. Command: `{result['command']}`{result['kept']}", "",
         f"{size.tokens} tokens, D {size.dim}, {size.kv_heads} KV heads of {size.group} query heads "
         f"each, {size.queries} queries of one row, int8 keys and values. Keys have standard "
         "deviation 1 in every channel, queries 1 or 2, and so have scores. Budgets are shares of "
@@ -212,7 +215,8 @@ def report(result: dict[str, Any]) -> str:
         ]  # fmt: skip
     parts += [
         f"## Repair gains less than 2× at {share(SHOWN)}", "",
-        "Selectors of pages, sets that are no trap:", "", kind_gains(table), "",
+        "Selectors of pages, of units and of clusters, sets that are no trap:", "",
+        kind_gains(table), "",
         f"## With outliers, at {share(SHOWN)}", "",
         "Error of the selector as it is, dropped → with the outlier of every page among its tokens "
         "(`+outliers`, the same budget), repaired; in brackets what repair does to the error of "
@@ -273,6 +277,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--queries", type=int, default=4)
+    parser.add_argument("--selectors", default="", help="these alone, beside the stored rows")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--plot", action="store_true", help="only draw what was measured before")
     options = parser.parse_args()
@@ -286,10 +291,18 @@ def main() -> None:
     for name, value in (("tokens", size.tokens), ("queries", size.queries)):
         if value != parser.get_default(name):
             command += f" --{name} {value}"
+    selectors, kept, rows = SELECTORS, "", []
+    if options.selectors:
+        selectors, before = options.selectors.split(","), json.loads(stored.read_text())
+        command += f" --selectors {options.selectors}"
+        kept = f"; all other selectors: commit {before['machine']['commit']}"
+        if before["size"] != asdict(size):
+            parser.error(f"{stored} has other sizes: {before['size']}")
+        rows = [row for row in before["rows"] if row["selector"] not in selectors]
     result = {
-        "machine": machine_facts(), "backend": options.backend, "command": command,
+        "machine": machine_facts(), "backend": options.backend, "command": command, "kept": kept,
         "size": asdict(size), "sets": {r.name: r.what for r in BY_NAME.values()},
-        "rows": run(size, options.backend),
+        "rows": [*rows, *run(size, options.backend, selectors)],
     }  # fmt: skip
     store(result, stored)
     stored.with_suffix(".md").write_text(report(result))

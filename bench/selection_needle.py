@@ -55,16 +55,21 @@ SELECTORS = [*lath.selectors.SELECTORS, "centroid-mass"]
 # Other forms than the default: chosen, or the nearest to dense of their selector, on CHOICE_SEEDS.
 VARIANTS = [
     "double_sparsity-32", "clusterkv+outliers", "quest+outliers", "centroid+outliers",
-    "centroid-mass+outliers", "paged_eviction+outliers",
+    "centroid-mass+outliers", "paged_eviction+outliers", "clusterkv-10", "quest+tokens",
+    "centroid-mass+tokens", "paged_eviction+tokens",
 ]  # fmt: skip
 CHOICE = [
     "quest", "quest-16", "quest+outliers", "quest-16+outliers", "centroid", "centroid+outliers",
     "centroid-mass", "centroid-mass+outliers", "paged_eviction", "paged_eviction+outliers",
     "double_sparsity", "double_sparsity-16", "double_sparsity-24", "double_sparsity-32",
-    "clusterkv", "clusterkv+outliers", "clusterkv-20", "clusterkv-10",
+    "clusterkv", "clusterkv+outliers", "clusterkv-20", "clusterkv-10", "centroid-16",
+    "centroid-mass-16", "centroid-mass-8", "paged_eviction-16", "quest+tokens", "quest+tokens-2",
+    "quest+tokens-8", "quest-16+tokens", "centroid+tokens", "centroid-mass+tokens",
+    "centroid-mass+tokens-2", "paged_eviction+tokens", "paged_eviction+tokens-2",
 ]  # fmt: skip
 HELD = ["quest", "centroid", "centroid-mass", "paged_eviction", "clusterkv"]
-EVERY_BUDGET = {"double_sparsity-32"}  # the others at the largest alone
+# The others at the largest alone.
+EVERY_BUDGET = {"double_sparsity-32", "centroid-mass+tokens", "paged_eviction+tokens"}
 PARTS = ("needles", "choice", "held", "layers", "perplexities")
 DEPTHS = [0, 0.25, 0.5, 0.75, 1]
 CHUNK = 256

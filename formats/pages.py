@@ -30,6 +30,9 @@ from typing import Literal
 
 PAGE = 64
 SUBPAGE = 16
+# Max and min of an index row are counted in key codes, or where these are no int8 in amax / 120:
+# rounded outward they stay inside int8.
+INDEX_LEVELS = 120
 UNIT = 16  # bytes that a GPU thread or a CPU lane group loads at once along the contracted axis
 RECORD_ALIGNMENT = 128
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
+from lath.formats.attention import PageView
 from lath.formats.pages import PAGE
 
 Granularity = Literal["page", "token"]
 Heads = Literal["kv", "query", "layer"]
 PageScore = Literal["bound", "mean", "mass", "floor"]
+UNITS = (8, 16, 32, PAGE)  # tokens that a selector of pages may choose together
 
 # Scores of n tokens with a normal spread σ: log mean exp is σ²/2 only while the tokens that carry
 # that mean are among the n. From σ = sqrt(2 ln n) on, the largest token alone carries it, and it
@@ -34,6 +37,24 @@ class PageChoice:
 
 
 @dataclass(frozen=True)
+class Strata:
+    """Groups of a cache's tokens, each with an index row as if it were a page.
+
+    view: these pages, for scores and repair alone: records hold nothing, starts are those of the
+    first token. Where each KV head has groups of its own, it has S * Hkv sequences of one head.
+    of: int64 [S, Hkv, W], for each slot of tokens the entry of its group; -1 for one in no group,
+    or that holds no token.
+    """
+
+    view: PageView
+    of: Tensor
+
+    @property
+    def per_head(self) -> bool:
+        return self.view.num_sequences != self.of.shape[0]
+
+
+@dataclass(frozen=True)
 class IndexList:
     """Lists of pages or tokens, one of each sequence and head.
 
@@ -51,6 +72,7 @@ class IndexList:
     granularity: Granularity
     mass: Tensor | None = None
     always: Tensor | None = None
+    strata: Callable[[Any, PageView], Strata | None] | None = None
 
     @property
     def num_heads(self) -> int:

@@ -113,8 +113,10 @@ ATTENTION_SYSTEMS: tuple[System, ...] = (
     _selector(
         "Quest",
         "quest",
-        "the bound of every page, or of its sub-pages (`quest-16`); `+outliers`",
+        "the bound of pages of 64 tokens, or of 8, 16 or 32 (`quest-16`); `+outliers`, `+tokens`",
         "test_selectors.py::test_quest_finds_the_page_of_the_largest_score",
+        "test_strata.py::test_rows_say_what_is_true_of_their_tokens",
+        "test_refined.py::test_a_needle_among_tokens_that_score_less",
     ),
     _selector(
         "TokenSelect",
@@ -140,9 +142,10 @@ ATTENTION_SYSTEMS: tuple[System, ...] = (
     _selector(
         "ClusterKV",
         "clusterkv",
-        "cosine k-means of each KV head, whole clusters to the budget",
+        "cosine k-means of each KV head, whole clusters to the budget; repair by clusters",
         "test_selectors_data.py::test_planted_clusters_are_found",
         "test_selectors_data.py::test_singleton_clusters_are_the_exact_top_k",
+        "test_strata.py::test_repair_goes_by_clusters",
     ),
     _selector(
         "HGCA",

@@ -22,7 +22,7 @@ from lath.selectors import (
     SparQ,
     TokenSelect,
 )
-from lath.verbs.budgets import Budget, TopMass, budget_pages, budget_tokens
+from lath.verbs.budgets import Budget, TopMass, budget_tokens, budget_units
 from lath.verbs.planning import plan_attention
 from lath.verbs.repairs import parse_repair
 from lath.verbs.selection import Selection
@@ -78,8 +78,11 @@ class Step:
             return 0
         if wanted.kind == "mean":
             return 4 * self.kv_heads * self.pages * self.format.value_dim
-        own_lists = lists != self.kv_heads
-        return self._select("repair", own_lists=own_lists, spreads=wanted.kind == "spreads")
+        selector, given = selection.selector, {"spreads": wanted.kind == "spreads"}
+        unit = selector.unit if selector.unit > 1 else PAGE
+        if isinstance(selector, ClusterKV):
+            unit = selector.tokens_per_cluster
+        return self._select("repair", unit, own_lists=lists != self.kv_heads, **given)
 
     def _entries(self, selection: Selection, budget: Budget) -> int:
         """Pages that a list touches at most."""
@@ -87,9 +90,8 @@ class Step:
         selector = selection.selector
         recent = selector.recent if selection.recent is None else selection.recent
         tokens = budget_tokens(budget, self.context)
-        if selector.granularity == "page":
-            return min(budget_pages(tokens) + recent, self.pages)
-        return min(tokens + recent * PAGE, self.pages)  # each token in a page of its own
+        units = budget_units(tokens, selector.unit) + recent * PAGE // selector.unit
+        return min(units, self.pages)  # each in a page of its own
 
     def _attention(self, keys: int, lists: int | None) -> int:
         fmt = self.format
@@ -99,10 +101,10 @@ class Step:
             device=self.device, lists=lists,
         ).bytes_moved  # fmt: skip
 
-    def _select(self, kind: Any, **options: Any) -> int:
+    def _select(self, kind: Any, unit: int = PAGE, **options: Any) -> int:
         return plan_select(
             sequences=1, query_heads=self.query_heads, kv_heads=self.kv_heads, queries=1,
-            pages=self.pages, fmt=self.format, kind=kind, device=self.device,
+            pages=self.pages * PAGE // unit, fmt=self.format, kind=kind, device=self.device,
             backend=self.backend, **options,
         ).bytes_moved  # fmt: skip
 
@@ -110,9 +112,9 @@ class Step:
         """Bytes that making the lists moves."""
         dim = self.format.key_dim
         if isinstance(selector, Quest):
-            return self._select("bound", subpages=selector.subpages)
+            return self._select("bound", selector.unit)
         if isinstance(selector, Centroid):
-            return self._select("mass" if selector.mass else "mean")
+            return self._select("mass" if selector.mass else "mean", selector.unit)
         if isinstance(selector, SparQ):
             return self._select("label", labels=(selector.channels or max(dim // 4, 1), 8))
         if isinstance(selector, DoubleSparsity):
@@ -121,7 +123,7 @@ class Step:
         if isinstance(selector, (TokenSelect, HGCA)):
             return self._select("token")
         if isinstance(selector, PagedEviction):
-            return 4 * self.kv_heads * self.pages
+            return 4 * self.kv_heads * self.pages * PAGE // selector.unit
         if isinstance(selector, ClusterKV):
             clusters = self.pages * PAGE // selector.tokens_per_cluster
             return self.kv_heads * (4 * dim * clusters + 8 * self.pages * PAGE)

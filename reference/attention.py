@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from lath.formats.activations import SMALLEST_ABSMAX
 from lath.formats.attention import Precision, QueryFormat
-from lath.formats.pages import PAGE, Map, PageFormat
+from lath.formats.pages import Map, PageFormat
 from lath.reference import floats
 from lath.reference.pages import Page, read_page
 
@@ -251,7 +251,6 @@ class Cache:
             number, start, count = (
                 int(array[own][i]) for array in (self.table, self.starts, self.counts)
             )
-            assert 0 < count <= PAGE
             readable = None
             if self.tokens is not None:
                 bits = int(self.tokens[own][i])

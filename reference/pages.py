@@ -22,14 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lath.formats.activations import SMALLEST_ABSMAX
-from lath.formats.pages import PAGE, SUBPAGE, UNIT, PageCodec, PageFormat
+from lath.formats.pages import INDEX_LEVELS, PAGE, SUBPAGE, UNIT, PageCodec, PageFormat
 from lath.reference import floats
 
 FloatArray = NDArray[np.float32]
 _SUBPAGES = PAGE // SUBPAGE
-# For codecs whose codes are not int8, max and min are counted in units of amax / 120: rounded
-# outward they stay inside int8.
-INDEX_LEVELS = 120
 
 
 @dataclass(frozen=True)
@@ -125,18 +122,24 @@ def write_page(
     padded_scales = np.ones(fmt.padded_value_dim, np.float32)
     padded_scales[: fmt.value_dim] = value_scales
     _put(record, fmt, "value_scales", padded_scales)
-    return record, _index_row(fmt, mean, decoded, centred, unit, value_mean)
+    return record, index_row(fmt, mean, decoded, centred, unit, value_mean)
 
 
 def index_unit(centred: FloatArray, codec: PageCodec) -> float:
     """What one step of max and min stands for: the key scale of an int8 page, else amax / 120."""
     if codec.name in ("int8", "int8-planes"):
         return float(encode(centred, codec, None)[1].item())
+    return widest_unit(centred)
+
+
+def widest_unit(centred: NDArray[np.floating]) -> float:
+    """A unit in which the largest of centred keys is `INDEX_LEVELS`; 1 for zeros, NaN where one is
+    not finite."""
     finite = bool(np.isfinite(centred).all())
-    amax = np.abs(centred).max() if finite and centred.size else np.float32(0)
+    amax = np.float32(np.abs(centred).max() if finite and centred.size else 0)
     if finite and amax < SMALLEST_ABSMAX:
         return 1.0
-    return float(np.float32(amax) / np.float32(INDEX_LEVELS)) if finite else float("nan")
+    return float(amax / np.float32(INDEX_LEVELS)) if finite else float("nan")
 
 
 def _put_values(
@@ -156,14 +159,15 @@ def _put_values(
         return kept[0], codes.sum(axis=0).astype(np.float32) * kept[0] / count
 
 
-def _index_row(
+def index_row(
     fmt: PageFormat,
     mean: FloatArray,
     decoded: NDArray[np.float64],
-    centred: FloatArray,
+    centred: NDArray[np.floating],
     unit: float,
     value_mean: FloatArray,
 ) -> NDArray[np.uint8]:
+    """The index row uint8 of tokens: max and min of `decoded`, deviation of `centred` keys."""
     row = np.zeros(fmt.index_bytes, np.uint8)
     step = unit if np.isfinite(unit) else 1.0
     kept = np.nan_to_num(decoded, nan=0, posinf=0, neginf=0)

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lath.formats.attention import QueryFormat
-from lath.formats.pages import PAGE, SUBPAGE, PageFormat
+from lath.formats.pages import PAGE, PageFormat
 from lath.formats.selection import FREEZING, LOGISTIC, Granularity, PageScore
 from lath.reference import floats
 from lath.reference.attention import Array, Cache, page_tile, raw_scores
@@ -92,22 +92,6 @@ def page_score(q: Array, row: IndexRow, count: int, kind: PageScore, scale: floa
     return scale * (centre - slack) + math.log(count)
 
 
-def subpage_extremes(page: Page, unit: float, tokens: int) -> NDArray[np.int8]:
-    """int8 [4, 2, D]: max and min of the centred keys of each sub-page of 16 tokens, in index units
-    and rounded outward like those of the page; of a sub-page without tokens, of the whole page."""
-    centred = page.key_codes * page.key_scales.astype(np.float64)[:, None]
-    step = unit if np.isfinite(unit) else 1.0
-    rows = []
-    for first in range(0, PAGE, SUBPAGE):
-        own = np.nan_to_num(
-            centred[first : min(first + SUBPAGE, tokens)], nan=0, posinf=0, neginf=0
-        )
-        own = own if len(own) else np.nan_to_num(centred[:tokens], nan=0, posinf=0, neginf=0)
-        largest = np.ceil(np.round(own.max(axis=0) / step, 6))
-        rows.append([largest, np.floor(np.round(own.min(axis=0) / step, 6))])
-    return np.array(rows).astype(np.int8)
-
-
 def each_page(
     q: NDArray[np.float32], query_lengths: NDArray[np.int32], cache: Cache
 ) -> Iterator[tuple[tuple[int, int, slice, int], NDArray[np.float32], tuple[int, int], int, int]]:
@@ -119,7 +103,8 @@ def each_page(
     for s, head in np.ndindex(q.shape[:2]):
         rows = slice(int(query_lengths[s]))
         for i, (number, start, count, _) in enumerate(cache.entries(s, head // group)):
-            yield (s, head, rows, i), q[s, head, rows], (number, head // group), start, count
+            if count:  # a stratum behind the last token of its page has none
+                yield (s, head, rows, i), q[s, head, rows], (number, head // group), start, count
 
 
 def page_scores(
@@ -128,23 +113,15 @@ def page_scores(
     cache: Cache,
     kind: PageScore,
     scale: float,
-    extremes: NDArray[np.int8] | None = None,
 ) -> Array:
     """q [S, Hq, L, D] → [S, Hq, L, P]; -inf for unused entries and rows a sequence has not got.
 
-    cache: without lists. extremes: int8 [N, Hkv, 4, 2, D] of `subpage_extremes`, kind "bound" only:
-    the largest of the bounds of the sub-pages that hold tokens which count.
+    cache: without lists.
     """
     scores = np.full((*q.shape[:3], cache.table.shape[1]), -np.inf)
     for at, rows, place, _, count in each_page(q, query_lengths, cache):
-        own, row = rows.astype(np.float64), read_index(cache.index[place], cache.format)
-        if extremes is None:
-            scores[at] = page_score(own, row, count, kind, scale)
-            continue
-        for part in extremes[place][: -(-count // SUBPAGE)]:
-            narrow = replace(row, largest=part[0] * 1.0, smallest=part[1] * 1.0)
-            bound = page_score(own, narrow, count, "bound", scale)
-            scores[at] = np.maximum(scores[at], bound)
+        row = read_index(cache.index[place], cache.format)
+        scores[at] = page_score(rows.astype(np.float64), row, count, kind, scale)
     return scores
 
 

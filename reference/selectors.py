@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lath.formats.attention import QueryFormat
 from lath.formats.pages import PAGE
 from lath.formats.selection import PageScore
-from lath.reference import select
+from lath.reference import select, strata
 from lath.reference.attention import Array, Cache
 from lath.reference.pages import Page, read_page
 
@@ -25,8 +25,8 @@ Rows = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Wish:
-    """scale: of scores. lists: of a sequence, 1, Hkv or Hq. budget: pages or tokens of a list.
-    recent: last full pages that are read in any case."""
+    """scale: of scores. lists: of a sequence, 1, Hkv or Hq. budget: pages, units or tokens of
+    a list. recent: last full pages that are read in any case."""
 
     scale: float
     lists: int
@@ -34,9 +34,12 @@ class Wish:
     recent: int = 1
 
 
-def pick(pooled: Array, cache: Cache, wish: Wish, rows: int, unit: int) -> Indices:
+def pick(pooled: Array, cache: Cache, wish: Wish, rows: int, per_page: int) -> Indices:
     """The largest `budget` of pooled scores [S, H, W], and what is read in any case: the last
-    `recent` pages and those that hold keys behind the position of the first of `rows` rows."""
+    `recent` pages and those that hold keys behind the position of the first of `rows` rows.
+
+    per_page: scores of a page, of 64 / per_page tokens each.
+    """
     scores = pooled.copy()
     hidden = 0  # the most of any sequence
     for s in range(len(scores)):
@@ -46,20 +49,30 @@ def pick(pooled: Array, cache: Cache, wish: Wish, rows: int, unit: int) -> Indic
             late = rows > 1 and end > int(cache.lengths[s]) - rows + 1
             own += late
             if entry >= number - wish.recent or late:
-                count = 1 if unit == 1 else int(cache.counts[s, entry])
-                scores[s, :, entry * unit : entry * unit + count] = np.inf
+                count = -(-int(cache.counts[s, entry]) * per_page // PAGE)
+                scores[s, :, entry * per_page : entry * per_page + count] = np.inf
         hidden = max(hidden, own)
-    return select.top_k(scores, wish.budget + (wish.recent + hidden) * unit)
+    return select.top_k(scores, wish.budget + (wish.recent + hidden) * per_page)
 
 
-def hide(scores: Array, cache: Cache, unit: int) -> Array:
+def slots_of_units(indices: Indices, cache: Cache, size: int) -> Indices:
+    """Lists of units [S, H, K] → of the slots of their tokens [S, H, K size], -1 at the end."""
+    slots = np.full((*indices.shape[:2], indices.shape[2] * size), -1, np.int32)
+    for s, head in np.ndindex(indices.shape[:2]):
+        own = [size * i + t for i in indices[s, head] if i >= 0 for t in range(size)]
+        own = [slot for slot in own if slot % PAGE < cache.counts[s, slot // PAGE]]
+        slots[s, head, : len(own)] = own
+    return slots
+
+
+def hide(scores: Array, cache: Cache, per_page: int) -> Array:
     """Scores [S, Hq, L, W], -inf for pages that hold keys behind the first row's position."""
     rows, hidden = scores.shape[2], scores.copy()
     for s in range(len(scores) if rows > 1 else 0):
         for entry in range(int(cache.page_counts[s])):
             end = int(cache.starts[s, entry]) + int(cache.counts[s, entry])
             if end > int(cache.lengths[s]) - rows + 1:
-                hidden[s, :, :, entry * unit : (entry + 1) * unit] = -np.inf
+                hidden[s, :, :, entry * per_page : (entry + 1) * per_page] = -np.inf
     return hidden
 
 
@@ -96,11 +109,13 @@ def by_page(
     cache: Cache,
     wish: Wish,
     kind: PageScore,
-    extremes: NDArray[np.int8] | None = None,
+    size: int = PAGE,
 ) -> Indices:
-    """Quest ("bound", with `extremes` by sub-pages) and the centroid ("mean" or "mass")."""
-    scores = hide(select.page_scores(q, rows, cache, kind, wish.scale, extremes), cache, 1)
-    return pick(select.pool(scores, wish.lists), cache, wish, q.shape[2], 1)
+    """Quest ("bound") and the centroid ("mean", "mass"), by pages or by units of `size` tokens."""
+    own, per_page = cache if size == PAGE else strata.cut(cache, size), PAGE // size
+    scores = hide(select.page_scores(q, rows, own, kind, wish.scale), cache, per_page)
+    chosen = pick(select.pool(scores, wish.lists), cache, wish, q.shape[2], per_page)
+    return chosen if size == PAGE else slots_of_units(chosen, cache, size)
 
 
 def token_select(
@@ -207,12 +222,11 @@ def farthest(page: Page, mean: Array, written: int) -> int:
     return int(np.square(page.keys[:written] - mean).sum(axis=1).argmax())
 
 
-def with_outliers(scores: Array, cache: Cache, wish: Wish, rows: int, unit: int) -> Indices:
-    """Pooled scores [S, H, W] of pages (unit 1) or tokens (PAGE), and before them the outlier of
-    every page, all of them within the budget, which is of tokens."""
+def with_outliers(scores: Array, cache: Cache, wish: Wish, rows: int, per_page: int) -> Indices:
+    """Pooled scores [S, H, W], so many of a page, and before them the outlier of every page, all of
+    them within the budget, which is of tokens."""
     heads = cache.records.shape[1]
-    wide = scores if unit == PAGE else scores.repeat(PAGE, axis=2)
-    wide, pages = wide.copy(), pages_of(cache)
+    wide, pages = scores.repeat(PAGE // per_page, axis=2), pages_of(cache)
     for s, head in np.ndindex(len(wide), heads):
         for i, (number, _, count, _) in enumerate(cache.entries(s, head)):
             row = select.read_index(cache.index[number, head], cache.format)
@@ -227,22 +241,49 @@ def with_outliers(scores: Array, cache: Cache, wish: Wish, rows: int, unit: int)
     return pick(wide, cache, wish, rows, PAGE)
 
 
-def paged_eviction(q: NDArray[np.float32], rows: Rows, cache: Cache, wish: Wish) -> Indices:
-    """PagedEviction: the mean over a page's tokens of |v| / |k|."""
-    kv_heads = cache.records.shape[1]
-    scores = np.full((len(q), kv_heads, cache.table.shape[1]), -np.inf)
+def refined(
+    q: NDArray[np.float32],
+    rows: Rows,
+    cache: Cache,
+    wish: Wish,
+    pooled: Array,
+    factor: int,
+    query: QueryFormat,
+) -> Indices:
+    """Tokens by the soft vote over `factor` times the budget of candidates: the pages of the
+    largest of the pooled scores [S, H, W] of another selector."""
+    pages = pooled.reshape(*pooled.shape[:2], cache.table.shape[1], -1).max(axis=-1)
+    chosen = select.top_k(pages, max(factor * wish.budget // PAGE, 1))
+    scores = hide(select.token_scores(q, rows, cache, wish.scale, query), cache, PAGE)
+    group = q.shape[1] // wish.lists
+    for s, head in np.ndindex(chosen.shape[:2]):
+        others = ~np.isin(np.arange(pages.shape[2]), chosen[s, head]).repeat(PAGE)
+        scores[s, head * group : (head + 1) * group, :, others] = -np.inf
+    votes = select.pool(scores, wish.lists, part_mass(q, cache, wish.scale))
+    return pick(votes, cache, wish, q.shape[2], PAGE)
+
+
+def paged_eviction(
+    q: NDArray[np.float32], rows: Rows, cache: Cache, wish: Wish, size: int = PAGE
+) -> Indices:
+    """PagedEviction: the mean over a page's or unit's tokens of |v| / |k|."""
+    kv_heads, per_page = cache.records.shape[1], PAGE // size
+    scores = np.full((len(q), kv_heads, cache.table.shape[1] * per_page), -np.inf)
     pages = pages_of(cache)
     for s, head in np.ndindex(len(q), kv_heads):
-        for i, (number, _, _, _) in enumerate(cache.entries(s, head)):
+        for i, (number, _, count, _) in enumerate(cache.entries(s, head)):
             written = select.read_index(cache.index[number, head], cache.format).tokens
             page = pages[number, head]
             norms = np.linalg.norm(page.keys[:written], axis=1)
             ratios = np.linalg.norm(page.values[:written], axis=1) / np.maximum(norms, 1e-30)
-            scores[s, head, i] = ratios.mean()
+            for part in range(-(-count // size)):
+                own = ratios[part * size : (part + 1) * size]
+                scores[s, head, i * per_page + part] = own.mean()
     if wish.lists == 1:
         scores = scores.mean(axis=1, keepdims=True)
     scores = scores.repeat(max(wish.lists // kv_heads, 1), axis=1)
-    return pick(scores, cache, wish, q.shape[2], 1)
+    chosen = pick(scores, cache, wish, q.shape[2], per_page)
+    return chosen if size == PAGE else slots_of_units(chosen, cache, size)
 
 
 def k_means(x: Array, clusters: int, rounds: int) -> tuple[Array, NDArray[np.int64]]:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 import lath
 from cases_attention import as_array, as_cache
+from lath.formats.pages import PAGE
 from lath.reference import select as reference
 from lath.reference import selectors as definition
+from lath.reference import strata
 from lath.verbs.backends import is_installed
 
 BACKENDS = [
@@ -50,23 +52,26 @@ def defined(name: str, q: Tensor, kv: lath.PagedKV, wish: definition.Wish) -> An
     """The lists of the definition for a text form."""
     cache, rows = as_cache(kv.view(), q.dtype), np.full(q.shape[0], q.shape[2], np.int32)
     array = as_array(q)
-    inner, outliers, _ = name.partition("+outliers")
+    inner, _, suffix = name.partition("+")
     kind, _, option = inner.partition("-")
-    if outliers:  # of Quest or the centroid
-        score = "bound" if kind == "quest" else option or "mean"
-        scores = reference.page_scores(array, rows, cache, score, wish.scale)  # type: ignore[arg-type]
-        pooled = reference.pool(definition.hide(scores, cache, 1), wish.lists)
-        return definition.with_outliers(pooled, cache, wish, q.shape[2], 1)
+    size = int(digits) if (digits := option.removeprefix("mass").removeprefix("-")) else PAGE
+    score: Any = "bound" if kind == "quest" else "mass" if option.startswith("mass") else "mean"
+    if suffix:  # of Quest or the centroid
+        own = cache if size == PAGE else strata.cut(cache, size)
+        scores = reference.page_scores(array, rows, own, score, wish.scale)
+        pooled = reference.pool(definition.hide(scores, cache, PAGE // size), wish.lists)
+        if suffix == "outliers":
+            return definition.with_outliers(pooled, cache, wish, q.shape[2], PAGE // size)
+        factor = int(suffix.removeprefix("tokens-"))
+        return definition.refined(array, rows, cache, wish, pooled, factor, "int8")
     if kind in ("quest", "centroid"):
-        score = "bound" if kind == "quest" else option or "mean"
-        extremes = extremes_of(cache) if kind == "quest" and option else None
-        return definition.by_page(array, rows, cache, wish, score, extremes)  # type: ignore[arg-type]
+        return definition.by_page(array, rows, cache, wish, score, size)
     if kind == "tokenselect":
         return definition.token_select(array, rows, cache, wish, "int8")
     if kind == "hgca":
         return definition.hgca(array, rows, cache, wish, "int8", 1.0)
     if kind == "paged_eviction":
-        return definition.paged_eviction(array, rows, cache, wish)
+        return definition.paged_eviction(array, rows, cache, wish, size)
     if kind == "clusterkv":
         segments = [[min(len(span.pages), 64)] for span in kv.spans]
         return definition.cluster_kv(array, rows, cache, wish, segments, 40)
@@ -78,15 +83,6 @@ def defined(name: str, q: Tensor, kv: lath.PagedKV, wish: definition.Wish) -> An
     channels = most_spread(cache, count)
     rows_of = np.tile(np.arange(count, dtype=np.int32), (*q.shape[:2], 1))
     return definition.by_channels(array, rows, cache, wish, channels, rows_of, 8, False)
-
-
-def extremes_of(cache: Any) -> Any:
-    shape = (*cache.records.shape[:2], 4, 2, cache.format.key_dim)
-    extremes = np.zeros(shape, np.int8)
-    for (number, head), page in definition.pages_of(cache).items():
-        row = reference.read_index(cache.index[number, head], cache.format)
-        extremes[number, head] = reference.subpage_extremes(page, row.unit, row.tokens)
-    return extremes
 
 
 def most_spread(cache: Any, count: int) -> Any:

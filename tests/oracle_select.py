@@ -27,12 +27,11 @@ def page_scores(
     pages: PageView,
     kind: PageScore,
     scale: float,
-    extremes: torch.Tensor | None = None,
 ) -> tuple[Array, Array]:
     """Scores [S, Hq, L, P] and the largest admitted error of each."""
     cache, q = as_cache(pages, queries.q.dtype), dense_queries(queries)
     rows = queries.lengths.numpy()
-    exact = select.page_scores(q, rows, cache, kind, scale, as_array(extremes))
+    exact = select.page_scores(q, rows, cache, kind, scale)
     bound = np.zeros_like(exact)
     for s, head in np.ndindex(*exact.shape[:2]):
         own = np.abs(q[s, head, : rows[s]]).astype(np.float64)
@@ -45,7 +44,8 @@ def page_scores(
 def _rows(cache, s: int, head: int, heads: int):  # type: ignore[no-untyped-def]
     kv_head = head // (heads // cache.records.shape[1])
     for i, (number, _, count, _) in enumerate(cache.entries(s, kv_head)):
-        yield i, select.read_index(cache.index[number, kv_head], cache.format), count
+        if count:
+            yield i, select.read_index(cache.index[number, kv_head], cache.format), count
 
 
 def _page_error(q: Array, row: select.IndexRow, kind: PageScore, scale: float) -> Array:

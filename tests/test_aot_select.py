@@ -34,9 +34,9 @@ COVER = [
     "repair_by_centroids int8 bf16 1",
 ]  # fmt: skip
 OTHERS = [
-    "subpages int8 bf16 1", "bound int8 fp16 16", "mass int8 fp16 16", "floor float fp16 1",
+    "bound int8 fp16 16", "mass int8 fp16 16", "floor float fp16 1",
     "repair int8 fp16 16", "repair_of_heads int8 fp16 1", "repair int8 fp32 1",
-    "bound int8 fp32 16", "subpages int8 fp16 16", "mass int8 fp32 1", "token int4 fp16 1",
+    "bound int8 fp32 16", "mass int8 fp32 1", "token int4 fp16 1",
     "token int8-planes bf16 16", "token float fp16 1", "token int2 fp16 16", "label4 int8 bf16 1",
     "label float fp16 16", "label4 int4 fp32 16",
 ]  # fmt: skip
@@ -77,9 +77,7 @@ def record(text: str, dim: int, architecture: str) -> list[Specialisation]:
         unread = torch.zeros(1, lists, PAGES)
         return kernels.repair(queries, pages, unread, SCALE, spreads=spreads)
 
-    extremes = torch.zeros(4, KV_HEADS, 4, 2, dim, dtype=torch.int8)
     calls: dict[str, Callable[[], object]] = {
-        "subpages": lambda: kernels.page_scores(queries, pages, "bound", SCALE, extremes),
         "repair": lambda: repair(KV_HEADS),
         "repair_of_heads": lambda: repair(heads),
         "repair_by_centroids": lambda: repair(KV_HEADS, False),

@@ -12,7 +12,7 @@ import oracle_select as oracle
 import pytest
 import torch
 from test_cpu_processes import LOWERINGS, run_lowered
-from test_triton_select import extremes_of, labels_of, unread_of
+from test_triton_select import labels_of, unread_of
 from torch import Tensor
 
 from cases_attention import CATALOGUE, AttentionCase, integers, make_attention
@@ -82,18 +82,6 @@ def test_lengths_around_a_page_and_a_tile(length: int) -> None:
         check(AttentionCase("int8/int8", "2/1", "32/32", 1, f"{length},5", "bf16", "int8", options))
 
 
-PARTS = [CASES[0], CASES[3], WIDE[0], WIDE[1], WIDE[3], WIDE[4]]
-
-
-@pytest.mark.parametrize("case", PARTS, ids=str)
-def test_bounds_of_subpages(case: AttentionCase) -> None:
-    queries, pages, options = make_attention(case)
-    extremes = extremes_of(pages, case.dtype)
-    answer = oracle.page_scores(queries, pages, "bound", options.scale, extremes)
-    share = share_of(cpu.page_scores(queries, pages, "bound", options.scale, extremes), *answer)
-    assert share <= 1
-
-
 def labelled(case: AttentionCase, count: int, chosen: int, bits: int) -> tuple[Any, ...]:
     """queries, pages, labels (not packed), scales, channels, rows of labels, scale."""
     queries, pages, options = make_attention(case)
@@ -132,14 +120,12 @@ def calls(case: AttentionCase) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """Every kernel once."""
     queries, pages, labels, *given = labelled(case, 9, 5, 8)
     scale, heads = given[-1], queries.q.shape[1]
-    extremes = extremes_of(pages, case.dtype)
     shared, own = unread_of(pages, pages.num_kv_heads), unread_of(pages, heads)
     scores = torch.randn(70, 1000)
     made: dict[str, Callable[[], tuple[Tensor, ...]]] = {
         kind: lambda kind=kind: (cpu.page_scores(queries, pages, kind, scale),) for kind in KINDS
     }
     return made | {
-        "sub-pages": lambda: (cpu.page_scores(queries, pages, "bound", scale, extremes),),
         "token": lambda: (cpu.token_scores(queries, pages, scale, "int8"),),
         "label": lambda: (cpu.label_scores(queries, pages, labels, *given),),
         "repair": lambda: cpu.repair(queries, pages, shared, scale),
@@ -346,11 +332,10 @@ def test_a_wrong_label_is_found(packed: bool) -> None:
 def test_a_wrong_extreme_or_key_is_found() -> None:
     case = AttentionCase("int8/int8", "2/1", "32/32", 1, "500", "fp32", "int8", "-")
     queries, pages, options = make_attention(case)
-    extremes, page = extremes_of(pages, case.dtype), int(pages.table[0, 2])
-    answer = oracle.page_scores(queries, pages, "bound", options.scale, extremes)
-    extremes[page, 0] += 1
-    got = cpu.page_scores(queries, pages, "bound", options.scale, extremes)
-    assert share_of(got, *answer) > 1
+    page, field = int(pages.table[0, 2]), pages.format.index_fields["max"]
+    answer = oracle.page_scores(queries, pages, "bound", options.scale)
+    pages.index[page, 0, field.offset : field.end] -= 1
+    assert share_of(cpu.page_scores(queries, pages, "bound", options.scale), *answer) > 1
     answer = oracle.token_scores(queries, pages, options.scale, "int8")
     pages.records[page, 0, pages.format.fields["keys"].offset + 7] ^= 1
     assert share_of(cpu.token_scores(queries, pages, options.scale, "int8"), *answer) > 1
@@ -362,7 +347,6 @@ def test_refusals() -> None:
     doubled = dataclasses.replace(queries, q=queries.q.double())
     packed = dataclasses.replace(queries, offsets=integers([0, 1]))
     turned = labels.transpose(2, 3).contiguous().transpose(2, 3)
-    extremes = extremes_of(pages, "bf16")
     case = AttentionCase("int8/int8", "4/2", "64/64", 1, "900", "bf16", "int8", "lists=kv")
     _, listed, _ = make_attention(case)
     with pytest.raises(ValueError, match="kind must be one of"):
@@ -371,8 +355,6 @@ def test_refusals() -> None:
         cpu.page_scores(doubled, pages, "mean", scale)
     with pytest.raises(ValueError, match="offsets"):
         cpu.repair(packed, pages, z[:, :1], scale)
-    with pytest.raises(ValueError, match="extremes must be None"):
-        cpu.page_scores(queries, pages, "mean", scale, extremes)
     with pytest.raises(ValueError, match="unread must be"):
         cpu.repair(queries, pages, z, scale)
     with pytest.raises(ValueError, match="labels must be contiguous"):

@@ -33,7 +33,8 @@ ROWS: dict[str, Any] = {
 }
 # What is asked of the layer's own lists between two pieces of the program.
 ASKED: dict[str, Any] = {
-    "quest, sub-pages": "quest-16:128",
+    "quest, units": "quest-16:128",
+    "quest, two steps": "quest+tokens-2:64",
     "tokens": "sparq-16:128",
     "labels": "double_sparsity-16:128",
     "mass": "quest:p0.9",

@@ -22,8 +22,8 @@ ROUNDING = 1e-5
 PROMPT = 330
 EVERYTHING = 256  # tokens of the pages: fewer than there are in all, so that lists are made
 SELECTORS = [
-    "quest", "quest-16", "centroid", "centroid-mass", "paged_eviction", "sparq", "double_sparsity",
-    "tokenselect", "hgca-64", "clusterkv",
+    "quest", "quest-16", "quest+tokens", "centroid", "centroid-mass", "paged_eviction", "sparq",
+    "double_sparsity", "tokenselect", "hgca-64", "clusterkv",
 ]  # fmt: skip
 CLAIM_MASS = ("sparq", "tokenselect", "hgca-64")
 

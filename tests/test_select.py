@@ -14,7 +14,7 @@ import lath
 from lath.formats.pages import PAGE
 from lath.formats.selection import IndexList
 from lath.selectors import SELECTORS, selector
-from lath.verbs.budgets import budget_pages, parse_budget
+from lath.verbs.budgets import budget_units, parse_budget
 from lath.verbs.selection import Selecting
 
 
@@ -100,7 +100,7 @@ def test_an_empty_cache_and_one_without_pages() -> None:
             assert torch.equal(o, lath.decode_attention(q, kv))
 
 
-@pytest.mark.parametrize("name", [*SELECTORS, "quest-16", "centroid-mass"])
+@pytest.mark.parametrize("name", [*SELECTORS, "centroid-mass-16", "paged_eviction-32"])
 def test_after_a_crop_and_an_eviction(name: str) -> None:
     """Pages of fewer tokens, positions with gaps: lists stay within what there is."""
     kv, q = make_cache(1000)
@@ -153,8 +153,8 @@ def test_budgets_in_their_forms() -> None:
     assert parse_budget("12.5%") == 0.125
     assert parse_budget("p0.9") == lath.TopMass(0.9)
     assert str(lath.TopMass(0.9)) == "p0.9"
-    assert budget_pages(1) == 1
-    assert budget_pages(1024) == 16
+    assert budget_units(1) == 1
+    assert budget_units(1024) == 16
     kv, q = make_cache(1000)
     for budget, pages in ((64, 2), (128, 3), (200, 4), (0.5, 8), ("25%", 4), (1, 2)):
         ids = lath.select(q, kv, "quest", budget)
@@ -184,8 +184,9 @@ def test_budgets_of_other_types(wrong: Any) -> None:
 
 
 def test_selectors_by_name() -> None:
-    texts = ("quest", "quest-16", "centroid-mass", "sparq-32", "double_sparsity-8", "clusterkv-80",
-             "hgca-512", "tokenselect", "paged_eviction")  # fmt: skip
+    texts = ("quest", "quest-16", "centroid-8", "centroid-mass", "centroid-mass-32", "sparq-32",
+             "double_sparsity-8", "clusterkv-80", "hgca-512", "tokenselect", "paged_eviction",
+             "paged_eviction-16")  # fmt: skip
     for text in texts:
         assert str(selector(text)) == text
     assert set(SELECTORS) == {
@@ -193,8 +194,10 @@ def test_selectors_by_name() -> None:
         "centroid",
     }  # fmt: skip
     for wrong, match in (
-        ("quests", "must be one of"), ("quest-8", "16"), ("sparq-x", "whole number"),
-        ("sparq-0", "whole number"), ("tokenselect-3", "no option"), ("centroid-max", "mass"),
+        ("quests", "must be one of"), ("quest-24", "24"), ("sparq-x", "whole number"),
+        ("sparq-0", "whole number"), ("tokenselect-3", "no option"), ("centroid-max", "one of"),
+        ("centroid-16-mass", "one of"), ("centroid-mass-4", "centroid-mass"),
+
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             selector(wrong)

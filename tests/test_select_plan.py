@@ -107,7 +107,6 @@ def test_what_an_index_row_costs() -> None:
     assert whole == 256 + (256 + 4 + 256) + (256 + 4 + 128) + (256 + 8)
     assert index_bytes("repair", fmt) == 256 + 4 + 128 + 192
     assert index_bytes("repair", fmt, spreads=False) == 256 + 192
-    assert index_bytes("bound", fmt, True) == 256 + 4 + 4 * 256
     for kind in get_args(SelectKind):
         assert index_bytes(kind, fmt) <= fmt.index_bytes
 
@@ -131,7 +130,6 @@ def test_other_backends() -> None:
         ("label", {"labels": None}, "labels must be given for kind 'label' alone"),
         ("bound", {"labels": (4, 8)}, "labels must be given for kind 'label' alone"),
         ("label", {"labels": (4, 2)}, "labels must have 4 or 8 bits, got 2"),
-        ("mass", {"subpages": True}, "subpages must be given for kind 'bound' alone"),
         ("token", {"own_lists": True}, "own_lists must be given for kind 'repair' alone"),
         ("mass", {"spreads": False}, "spreads=False must be given for kind 'repair' alone"),
     ],
@@ -171,7 +169,7 @@ def make_view(codecs: str, dims: tuple[int, int], dtype: str, pages: int, heads:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "subpages", "own_lists", "centroids"])
+@pytest.mark.parametrize("kind", [*KINDS, "own_lists", "centroids"])
 @pytest.mark.parametrize(("codecs", "dims", "dtype", "rows", "pages", "heads"), SHAPES)
 def test_bytes_are_those_that_kernels_load(
     kind: str, codecs: str, dims: tuple[int, int], dtype: str, rows: int, pages: int, heads: str
@@ -187,7 +185,6 @@ def test_bytes_are_those_that_kernels_load(
     }  # fmt: skip
     extra = extras(kind, view, query_heads, rows)
     options = {
-        "subpages": {"kind": "bound", "subpages": True},
         "own_lists": {"kind": "repair", "own_lists": True},
         "centroids": {"kind": "repair", "spreads": False},
         "label": {"kind": "label", "labels": (7, 8)},
@@ -219,9 +216,7 @@ def test_bytes_are_those_that_kernels_load(
 def extras(kind: str, view: PageView, query_heads: int, rows: int) -> dict[str, Tensor]:
     """Further tensors that a kind of selection reads."""
     pages, kv_heads = view.index.shape[:2]
-    dim = view.format.key_dim
     return {
-        "subpages": {"extremes": torch.zeros(pages, kv_heads, 4, 2, dim, dtype=torch.int8)},
         "label": {
             "labels": torch.zeros(pages, kv_heads, 9, PAGE, dtype=torch.int8),
             "label_scales": torch.ones(pages, kv_heads),
@@ -240,9 +235,6 @@ def call(
 ) -> Callable[[], object]:
     query = "e4m3" if view.format.key.name == "e4m3" else "int8"
     calls: dict[str, Callable[[], object]] = {
-        "subpages": lambda: kernels.page_scores(
-            queries, view, "bound", 1.0, extra["extremes"], found
-        ),
         "token": lambda: kernels.token_scores(queries, view, 1.0, query, found),  # type: ignore[arg-type]
         "label": lambda: kernels.label_scores(queries, view, *extra.values(), 1.0, found),
         "repair": lambda: kernels.repair(queries, view, extra["unread"], 1.0, found),

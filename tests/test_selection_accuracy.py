@@ -6,6 +6,7 @@ bench/selection_accuracy.py. Figures here are of 2048 tokens and a budget of an 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -55,7 +56,7 @@ def gain(name: str, sharpness: float, seed: int, selector: str) -> float:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("selector", ["quest", "quest-16", "centroid-mass"])
+@pytest.mark.parametrize("selector", ["quest", "quest-16", "centroid-mass", "centroid-mass-16"])
 @pytest.mark.parametrize("name", KIND)
 def test_repair_halves_the_error_at_least(name: str, selector: str, seed: int) -> None:
     assert gain(name, 1, seed, selector) >= 2
@@ -65,6 +66,29 @@ def test_repair_halves_the_error_at_least(name: str, selector: str, seed: int) -
 @pytest.mark.parametrize("name", ["iid", "clustered", "drifting", "heads agree"])
 def test_repair_halves_the_error_of_the_centroid(name: str, seed: int) -> None:
     assert gain(name, 1, seed, "centroid") >= 2
+
+
+def test_units_need_no_outliers_on_heavy_tails() -> None:
+    """Of sharp queries over a long cache. Pages do: they do not find the tokens that carry the
+    softmax."""
+    one = ask(BY_NAME["heavy-tailed"].make(Size(8192, 2), 2, 0), "auto")
+    units, pages = (measure(one, name, BUDGET) for name in ("centroid-mass-16", "centroid-mass"))
+    assert units.dropped >= 2 * units.repaired
+    assert pages.dropped < 2 * pages.repaired
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", [name for name in KIND if name != "heavy-tailed"])
+def test_clusters_repair_what_they_were_chosen_from(name: str, seed: int) -> None:
+    """Twice as well as dropping, and better than the pages that they go across."""
+    one = asked(name, 1, seed)
+    ids = lath.select(one.q, one.kv, "clusterkv", BUDGET)
+    by_pages = lath.decode_attention(
+        one.q, one.kv, pages=dataclasses.replace(ids, strata=None), repair=True
+    )
+    own = found(name, 1, seed, "clusterkv")
+    assert own.dropped >= 2 * own.repaired
+    assert own.repaired < relative_l1(by_pages, one.dense)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

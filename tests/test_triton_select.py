@@ -46,19 +46,6 @@ def check(got: Tensor, exact: np.ndarray, bound: np.ndarray, what: str) -> None:
     assert share <= 1, f"{what}: {share}"
 
 
-def extremes_of(pages: PageView, dtype: str) -> Tensor:
-    """int8 [N, Hkv, 4, 2, D] of all pages; rubbish for the last, which is nobody's."""
-    numbers, heads, _ = pages.index.shape
-    fmt = pages.format
-    out = np.full((numbers, heads, 4, 2, fmt.key_dim), 0x55, np.int8)
-    for place in np.ndindex(numbers - 1, heads):
-        index = pages.index[place].numpy()
-        row = reference.read_index(index, fmt)
-        page = read_page(pages.records[place].numpy(), index, fmt, dtype)
-        out[place] = reference.subpage_extremes(page, row.unit, row.tokens)
-    return torch.from_numpy(out)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_page_scores(case: AttentionCase) -> None:
     queries, pages, options = make_attention(case)
@@ -130,19 +117,6 @@ def test_many_pages_in_pieces(case: AttentionCase) -> None:
     heads = int(case.heads.split("/")[0])
     check_repair(queries, pages, unread_of(pages, heads), scale, small_plan(case, 2))
     check_repair(queries, pages, unread_of(pages, 1), scale, small_plan(case, 1))
-
-
-@pytest.mark.parametrize(
-    "case", [CASES[0], CASES[3], WIDE[1], CASES[5], CASES[13], CASES[15]], ids=str
-)
-def test_bounds_of_subpages(case: AttentionCase) -> None:
-    queries, pages, options = make_attention(case)
-    extremes = extremes_of(pages, case.dtype)
-    exact, bound = oracle.page_scores(queries, pages, "bound", options.scale, extremes)
-    whole, _ = oracle.page_scores(queries, pages, "bound", options.scale)
-    assert (exact <= whole + bound).all()
-    assert (exact < whole - bound).any(), "the case says nothing of sub-pages"
-    check(kernels.page_scores(queries, pages, "bound", options.scale, extremes), exact, bound, "")
 
 
 def labels_of(pages: PageView, dtype: str, bits: int, channels: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,14 +200,12 @@ def calls(text: str) -> dict[str, Callable[[], Any]]:
     given = (scales, channels, rows_of, scale)
     tokens = dataclasses.replace(plan, block_n=64)
     apart = dataclasses.replace(plan, pack=1)
-    extremes = extremes_of(pages, case.dtype)
     z, own = unread_of(pages, kv_heads), unread_of(pages, heads)
     made: dict[str, Callable[[], Any]] = {
         kind: lambda kind=kind: kernels.page_scores(queries, pages, kind, scale, plan=plan)
         for kind in KINDS
     }
     return made | {
-        "sub-pages": lambda: kernels.page_scores(queries, pages, "bound", scale, extremes, plan),
         "token": lambda: kernels.token_scores(queries, pages, scale, options.query, tokens),
         "label": lambda: kernels.label_scores(queries, pages, labels, *given, plan=apart),
         "label of 4 bits": lambda: kernels.label_scores(queries, pages, packed, *given, plan=apart),
@@ -374,11 +346,6 @@ def test_bad_arguments_are_refused() -> None:
         kernels.page_scores(packed, pages, "mean", scale)
     with pytest.raises(ValueError, match=r"kind must be one of .* got 'median'"):
         kernels.page_scores(queries, pages, "median", scale)  # type: ignore[arg-type]
-    extremes = extremes_of(pages, case.dtype)
-    with pytest.raises(ValueError, match="extremes must be None for kind 'mass'"):
-        kernels.page_scores(queries, pages, "mass", scale, extremes)
-    with pytest.raises(ValueError, match=r"extremes must be .* got \(4, 2, 4, 2, 31\)"):
-        kernels.page_scores(queries, pages, "bound", scale, extremes[..., :-1])
     with pytest.raises(ValueError, match=r"unread must be \[S, H, P\] with H = 1, 2 or 4, got"):
         kernels.repair(queries, pages, torch.zeros(1, 3, width), scale)
     with pytest.raises(TypeError, match=r"unread must be torch\.float32, got torch\.float64"):

@@ -47,7 +47,7 @@ class BoundSelection:
         )  # fmt: skip
         dtype, group = DTYPES[queries.q.dtype], queries.q.shape[1] // choice.lists
         kernels = (
-            (compile_kernel(emit_page_scores, choice.score, 0, dtype), 1, self._scores),
+            (compile_kernel(emit_page_scores, choice.score, dtype), 1, self._scores),
             (compile_kernel(emit_votes, int(group == 1)), choice.lists, self._votes),
             (compile_kernel(cpu_top_k.emit_top_k), 1, self._top),
             (compile_kernel(emit_lists), choice.lists, self._votes),

@@ -11,10 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lath.formats.pages import INDEX_LEVELS
 from lath.kernels.pages.triton_numbers import encode_e4m3, rint, round_e4m3
 
 # What a step of max and min is a fraction of where codes are not int8 codes.
-_INDEX_LEVELS = tl.constexpr(120.0)
+_INDEX_LEVELS = tl.constexpr(float(INDEX_LEVELS))
 # More than the rounding of a quotient below 128: max and min never lie inside the true ones.
 _OUTWARD = tl.constexpr(2.0**-15)
 

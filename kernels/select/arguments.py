@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lath.formats.attention import PageView, Queries
-from lath.formats.pages import PAGE, SUBPAGE
+from lath.formats.pages import PAGE
 from lath.formats.selection import PageScore
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -47,17 +47,9 @@ def check_top_k(scores: Tensor, k: int) -> None:
         raise ValueError(f"k must be 0 or more, got {k}")
 
 
-def check_extremes(extremes: Tensor | None, pages: PageView, kind: PageScore) -> None:
+def check_kind(kind: PageScore) -> None:
     if kind not in get_args(PageScore):
         raise ValueError(f"kind must be one of {get_args(PageScore)}, got {kind!r}")
-    if extremes is None:
-        return
-    if kind != "bound":
-        raise ValueError(f"extremes must be None for kind {kind!r}: they bound scores")
-    shape = (*pages.index.shape[:2], PAGE // SUBPAGE, 2, pages.format.key_dim)
-    _check_tensor("extremes", extremes, torch.int8, shape)
-    if not extremes.is_contiguous():
-        raise ValueError(f"extremes must be contiguous, got strides {extremes.stride()}")
 
 
 def check_unread(unread: Tensor, pages: PageView, query_heads: int) -> None:

@@ -26,7 +26,7 @@ from lath.kernels.attention.cpu_arguments import INDEX as ATTENTION_INDEX
 from lath.kernels.select import cpu_tokens, cpu_top_k
 from lath.kernels.select.arguments import (
     check,
-    check_extremes,
+    check_kind,
     check_labels,
     check_top_k,
     check_unread,
@@ -54,16 +54,14 @@ def page_scores(
     pages: PageView,
     kind: PageScore,
     scale: float,
-    extremes: Tensor | None = None,
 ) -> Tensor:
     """Scores fp32 [S, Hq, L, P] of pages; -inf for unused entries and rows a sequence has not got.
 
-    queries: dense. pages: without lists. kind: "bound", "mean", "mass" or "floor". extremes: int8
-    [N, Hkv, 4, 2, D], max and min of each sub-page in index units, kind "bound" only: the largest
-    bound of those that hold tokens which count. ValueError or TypeError for what is none of these.
+    queries: dense. pages: without lists. kind: "bound", "mean", "mass" or "floor".
+    ValueError or TypeError for what is none of these.
     """
     check(queries, pages)
-    check_extremes(extremes, pages, kind)
+    check_kind(kind)
     q = queries.q
     sequences, heads, rows, _ = q.shape
     kv_heads, width = pages.num_kv_heads, pages.table.shape[1]
@@ -74,11 +72,7 @@ def page_scores(
     division = divide(sequences, kv_heads, heads // kv_heads, rows, width, threads)
     block, alive = block_of(queries, pages, scale, division)
     block[INDEX["out"]] = scores.data_ptr()
-    if extremes is not None:
-        at = INDEX["extremes"]
-        block[at] = extremes.data_ptr()
-        block[at + 1], block[at + 2] = extremes.stride(0), extremes.stride(1)
-    kernel = compile_kernel(emit_page_scores, kind, int(extremes is not None), DTYPES[q.dtype])
+    kernel = compile_kernel(emit_page_scores, kind, DTYPES[q.dtype])
     run_units(kernel, block, block.buffer_info()[0], division.units, SLOTS)
     del alive  # until here the kernel used it
     return scores

@@ -28,7 +28,6 @@ FIELDS = (
     "table", "table_sequence", "counts", "counts_sequence",  # int32
     "page_counts",  # int32 [S]
     "width",  # entries of a table
-    "extremes", "extremes_page", "extremes_head",  # int8 [4, 2, key_dim] each
     "scale",  # the bits of a float
     "out",  # fp32 [S, Hq, rows, width] of scores
     # repair: fp32 z of the entries; query heads that share a list; fp32 o and lse

@@ -1,4 +1,4 @@
-"""Four rows of q times numbers of four index rows, or of the four parts of one; 16 channels a step.
+"""Four rows of q times numbers of four index rows, 16 channels a step.
 
 relu(q)·max - relu(-q)·min = q·centre + |q|·reach with centre = (max + min) / 2 and reach = (max -
 min) / 2: two multiplications of a number of q, and an index row is widened once for four rows.
@@ -10,14 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llvmlite import ir
-
-from lath.formats.pages import SUBPAGE
 from lath.kernels.select.cpu_arguments import ROWS, TILE, VECTOR, Context
 from lath.kernels.select.cpu_units import Tile
 from lath.kernels.simd import lanes, mathematics
 from lath.kernels.simd.arguments import load_index
-from lath.kernels.simd.emitter import BF16, BYTES, F32, FLOATS, I32, INTS, LANES
+from lath.kernels.simd.emitter import BF16, BYTES, F32, FLOATS, INTS, LANES
 
 QUADS = TILE // 4
 _WIDE = 2.0**-8  # how far a mean rounded to bfloat16 may lie from the mean, of its size
@@ -175,74 +172,3 @@ def middle(c: Context, mean: Any, largest: Any, smallest: Any, half: Any) -> tup
     high, low = (b.sext(side, INTS) for side in (largest, smallest))
     centre = e.fma(e.to_floats(b.add(high, low)), half, mean)
     return centre, b.fmul(e.to_floats(b.sub(high, low)), half)
-
-
-class Parts:
-    """The bound over the sub-pages of a page: the largest of those that hold tokens that count."""
-
-    def __init__(self, c: Context, tile: Tile, rows: Any) -> None:
-        self.c, self.tile, self._rows = c, tile, rows
-        self._edges = c.e.buffer(2 * ROWS)  # what is less than 16 channels, of all parts
-
-    def bounds(self) -> None:
-        c, e, a = self.c, self.c.e, self.c.a
-        whole = e.divide(a["key_dim"], LANES)
-        rest = e.subtract(a["key_dim"], e.multiply(whole, LANES))
-        with e.loop(self.tile.count) as entry:
-            row = self.tile.row(entry)
-            unit = e.broadcast(e.add(row, a["numbers"]), F32)
-            half = c.b.fmul(unit, e.floats(0.5))
-            base = self._extremes(entry)
-
-            def terms(
-                i: Any, place: Callable[[int], Any], row: Any = row, half: Any = half
-            ) -> Terms:
-                mean = e.load_floats(e.offset(e.add(row, a["mean"]), i, 2 * LANES), BF16)
-                sides = [e.load(place(n), BYTES) for n in range(8)]
-                return [
-                    middle(c, mean, high, low, half)
-                    for high, low in zip(sides[::2], sides[1::2], strict=True)
-                ]
-
-            totals = sums_of(c)
-            with e.loop(whole) as i:
-                at = e.offset(base, i, LANES)
-                places = [e.add(at, e.multiply(a["key_dim"], n)) for n in range(8)]
-                add_terms(c, totals, self._rows, i, terms(i, places.__getitem__))
-            with e.when(e.less(e.integer(0), rest)):
-                self._copy_edges(e.offset(base, whole, LANES), rest)
-                edges = [e.add(self._edges, LANES * n) for n in range(8)]
-                add_terms(c, totals, self._rows, whole, terms(whole, edges.__getitem__))
-            self._store(entry, reduce_sums(c, totals))
-
-    def _extremes(self, entry: Any) -> Any:
-        """The address of int8 [4, 2, key_dim] of the page of an entry."""
-        e, a = self.c.e, self.c.a
-        page = load_index(e, e.offset(self.tile.per_entry("places"), entry, 4))
-        at = e.add(a["extremes"], e.multiply(page, a["extremes_page"]))
-        return e.add(at, e.multiply(self.tile.head, a["extremes_head"]))
-
-    def _copy_edges(self, base: Any, rest: Any) -> None:
-        """The memory behind the last part need not be ours."""
-        e = self.c.e
-        for n in range(8):
-            target = e.add(self._edges, LANES * n)
-            e.store(target, BYTES(None))
-            with e.loop(rest) as i:
-                source = e.add(e.add(base, e.multiply(self.c.a["key_dim"], n)), i)
-                e.store(e.add(target, i), e.load(source, BYTES.element))
-
-    def _store(self, entry: Any, sums: Any) -> None:
-        """sums: lane 4 * row + part."""
-        e, b = self.c.e, self.c.b
-        counted = e.broadcast(e.offset(self.tile.per_entry("counted"), entry, 4))
-        first = b.mul(b.and_(lanes.positions(e), e.constant(3)), e.constant(SUBPAGE))
-        value = b.select(b.icmp_signed("<", first, counted), sums, e.floats(float("-inf")))
-        for step in (1, 2):
-            turned = e.shuffle(value, value, [lane ^ step for lane in range(LANES)])
-            larger = mathematics.greater(e, value, turned)
-            value = b.select(b.fcmp_unordered("uno", value, value), value, larger)
-        for r in range(ROWS):
-            place = e.add(self.tile.unit.piece("dots"), 4 * TILE * r)
-            lane = b.extract_element(value, ir.Constant(I32, 4 * r))
-            e.store(e.offset(place, entry, 4), lane)

@@ -6,7 +6,7 @@ from typing import Any
 
 from lath.formats.selection import FREEZING
 from lath.kernels.select.cpu_arguments import ROWS, TILE, Arguments, Context
-from lath.kernels.select.cpu_dots import Parts, Quads
+from lath.kernels.select.cpu_dots import Quads
 from lath.kernels.select.cpu_units import (
     Tile,
     Unit,
@@ -20,9 +20,9 @@ from lath.kernels.simd.emitter import F32, FLOATS, I64, Emitter
 
 
 def emit_page_scores(
-    e: Emitter, thread: Any, threads: Any, arguments: Any, kind: str, parts: bool, dtype: int
+    e: Emitter, thread: Any, threads: Any, arguments: Any, kind: str, dtype: int
 ) -> None:
-    """The units thread, thread + threads, … of all. kind: of `PageScore`. parts: by sub-pages."""
+    """The units thread, thread + threads, … of all. kind: of `PageScore`."""
     a = Arguments(e, arguments)
     c = Context(e, a, dtype)
     with e.loop(share(c, thread, threads)) as i:
@@ -34,19 +34,16 @@ def emit_page_scores(
             with e.loop(tiles_of(c, unit)) as t, e.loop(unit.heads) as h:
                 tile = Tile(c, unit, t, h)
                 with e.loop(unit.blocks) as block:
-                    _sum(c, tile, block, kind, parts)
+                    _sum(c, tile, block, kind)
                     for r in range(ROWS):
                         _store_row(c, tile, block, r, _score(c, tile, kind, r))
 
 
-def _sum(c: Context, tile: Tile, block: Any, kind: str, parts: bool) -> None:
+def _sum(c: Context, tile: Tile, block: Any, kind: str) -> None:
     if kind == "mass":
         sum_mass(c, tile, block)
         return
     rows = rows_of_block(c, tile, block, "q")
-    if parts:
-        Parts(c, tile, rows).bounds()
-        return
     quads = Quads(c, tile, rows)
     {"mean": quads.means, "bound": quads.bounds, "floor": quads.floors}[kind]()
 

@@ -41,7 +41,6 @@ class _Case(NamedTuple):
     device: DeviceDescription
     backend: Backend
     labels: tuple[int, int] | None
-    subpages: bool
     own_lists: bool
     spreads: bool
 
@@ -68,7 +67,6 @@ def plan_select(
     device: DeviceDescription,
     backend: Backend,
     labels: tuple[int, int] | None = None,
-    subpages: bool = False,
     own_lists: bool = False,
     spreads: bool = True,
 ) -> Plan:
@@ -76,10 +74,10 @@ def plan_select(
 
     queries: rows of each head and sequence. pages: of each sequence, P. fmt: of the pages; its
     float_bytes are those of q. labels, for kind "label" alone: (rows of labels that a head reads,
-    their bits). subpages, for "bound" alone: with extremes of sub-pages. own_lists, for "repair"
-    alone: every query head has its own `unread`; spreads: it reads those of pages. device: where it
-    runs; a CPU under backend "triton" is the interpreter. "top_k" is `plan_top_k` of every row of
-    scores, all taken. ValueError for what does not go together.
+    their bits). own_lists, for "repair" alone: every query head has its own `unread`; spreads: it
+    reads those of pages. device: where it runs; a CPU under backend "triton" is the interpreter.
+    "top_k" is `plan_top_k` of every row of scores, all taken. ValueError for what does not go
+    together.
 
     bytes_moved: what all programs load and store, where every sequence has `pages` whole pages.
     """
@@ -90,7 +88,7 @@ def plan_select(
     if labels is not None and labels[1] not in (4, 8):
         raise ValueError(f"labels must have 4 or 8 bits, got {labels[1]}")
     for name, given, only in (
-        ("subpages", subpages, "bound"), ("own_lists", own_lists, "repair"),
+        ("own_lists", own_lists, "repair"),
         ("spreads=False", not spreads, "repair"),
     ):  # fmt: skip
         if given and kind != only:
@@ -102,7 +100,7 @@ def plan_select(
         return plan_top_k(rows=rows, width=pages, k=pages, device=device, backend=backend)
     case = _Case(
         sequences, query_heads, kv_heads, queries, pages, fmt, kind, device, backend, labels,
-        subpages, own_lists and query_heads != kv_heads, spreads,
+        own_lists and query_heads != kv_heads, spreads,
     )  # fmt: skip
     return _plan(case)
 
@@ -165,8 +163,7 @@ def _tile(draft: Plan, case: _Case) -> Plan:
     elif case.kind == "label":
         most_rows = 16 if wide else 32
     else:  # parts of q and |q|, and fields of the pages beside them
-        crowded = case.subpages or case.kind == "repair"
-        most_rows = 32 if width <= 64 and not (wide or crowded) else 16
+        most_rows = 32 if width <= 64 and not (wide or case.kind == "repair") else 16
         block_n = 16 if width > 128 else 32 if width > 64 else 64
         if case.kind == "repair":  # scores, weights and sums at once
             amd = case.device.kind == "hip"  # its lanes have twice the registers, of four warps
@@ -214,14 +211,12 @@ def keeps_rows(fmt: PageFormat) -> bool:
     return parts * _power_of_two(fmt.key_dim, 16, 1 << 30) <= MOST_KEPT
 
 
-def index_bytes(
-    kind: SelectKind, fmt: PageFormat, subpages: bool = False, spreads: bool = True
-) -> int:
-    """Bytes of one index row (with subpages: and of the extremes) that a kind of score reads."""
+def index_bytes(kind: SelectKind, fmt: PageFormat, spreads: bool = True) -> int:
+    """Bytes of one index row that a kind of score reads."""
     mean, per_channel, number = 2 * fmt.key_dim, fmt.key_dim, 4
     return {
         "mean": mean,
-        "bound": mean + number + (8 if subpages else 2) * per_channel,
+        "bound": mean + number + 2 * per_channel,
         "mass": mean + number + per_channel,
         "floor": mean + 2 * number,
         "repair": mean + (number + per_channel if spreads else 0) + 2 * fmt.value_dim,
@@ -233,7 +228,7 @@ def _bytes_moved(case: _Case, plan: Plan) -> int:
     fmt = case.fmt
     blocks = _blocks(case, plan)
     lists = _list_bytes(case, plan, plan.split_k, 8)  # two lists: pages, and tokens that count
-    index = blocks * case.pages * index_bytes(case.kind, fmt, case.subpages, case.spreads)
+    index = blocks * case.pages * index_bytes(case.kind, fmt, case.spreads)
     query = case.rows * fmt.key_dim * fmt.float_bytes
     loads = plan.split_k if keeps_rows(fmt) or not plan.block_n else -(-case.pages // plan.block_n)
     if case.kind == "token":
@@ -300,7 +295,7 @@ def _operations(case: _Case) -> int:
     keys, values = case.fmt.key_dim, case.fmt.value_dim
     products = {
         "mean": keys,
-        "bound": (9 if case.subpages else 3) * keys,
+        "bound": 3 * keys,
         "mass": 2 * keys,
         "floor": 2 * keys,
         "repair": (2 if case.spreads else 1) * keys + values,

@@ -25,7 +25,7 @@ from lath.kernels.attention.triton_arguments import page_lists as lists_as_atten
 from lath.kernels.select import triton_pages, triton_tokens, triton_top_k
 from lath.kernels.select.arguments import (
     check,
-    check_extremes,
+    check_kind,
     check_labels,
     check_top_k,
     check_unread,
@@ -45,29 +45,25 @@ def page_scores(
     pages: PageView,
     kind: PageScore,
     scale: float,
-    extremes: Tensor | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
     """fp32 [S, Hq, L, P]: scores of pages from their index rows; see `reference.select`.
 
-    extremes: int8 [N, Hkv, 4, 2, D], with kind "bound" alone. -inf for entries and rows that a
-    sequence has not got. plan: of `plan_select`, made here where None. ValueError for arguments
-    that the kernels cannot run.
+    -inf for entries and rows that a sequence has not got. plan: of `plan_select`, made here where
+    None. ValueError for arguments that the kernels cannot run.
     """
     check(queries, pages)
-    check_extremes(extremes, pages, kind)
+    check_kind(kind)
     q, width = queries.q, pages.table.shape[1]
     scores = torch.empty((*q.shape[:3], width), dtype=torch.float32, device=q.device)
     if scores.numel() == 0:
         return scores
     with attention.device_of(q):
-        plan = plan or _plan(queries, pages, kind, subpages=extremes is not None)
+        plan = plan or _plan(queries, pages, kind)
         arguments = settings_of(pages.format, plan, q)
-        index = _index_views(pages)
         triton_pages.page_scores_kernel[_grid(q, pages, plan)](
-            _rows_of(q), queries.lengths, page_lists(pages), index,
-            index[1] if extremes is None else extremes, scores, q.shape[1], pages.num_kv_heads,
-            q.shape[2], width, plan.split_k, scale, KIND=kind, SUBPAGES=extremes is not None,
+            _rows_of(q), queries.lengths, page_lists(pages), _index_views(pages), scores,
+            q.shape[1], pages.num_kv_heads, q.shape[2], width, plan.split_k, scale, KIND=kind,
             **arguments,
         )  # fmt: skip
     return scores

@@ -152,32 +152,14 @@ def _load_unit(index, record, there, INDEX: tl.constexpr):
 
 
 @triton.jit
-def _bound_of_subpages(x, extremes, record, there, count, DIMS: tl.constexpr):
-    """The largest reach [R, P] of the sub-pages of 16 tokens that hold some which count."""
-    CHANNELS: tl.constexpr = DIMS[0]
-    reach = tl.full((x.shape[0], record.shape[0]), float("-inf"), tl.float32)
-    for part in tl.range(0, 4):  # not unrolled: one part's extremes in registers at a time
-        own = there & (count > part * 16)
-        at = extremes + part * 2 * CHANNELS
-        most = _load_bytes(at, record, own, 8 * CHANNELS, DIMS)
-        least = _load_bytes(at + CHANNELS, record, own, 8 * CHANNELS, DIMS)
-        further = _reach(x, 1.0, most, least)
-        further = tl.maximum(reach, further, propagate_nan=tl.PropagateNan.ALL)
-        reach = tl.where(own[None, :], further, reach)
-    return reach
-
-
-@triton.jit
 def _score(
     x,
     index,
-    extremes,
     record,
     there,
     count,
     scale,
     KIND: tl.constexpr,
-    SUBPAGES: tl.constexpr,
     INDEX: tl.constexpr,
     DIMS: tl.constexpr,
 ):
@@ -189,12 +171,9 @@ def _score(
     else:
         unit = _load_unit(index, record, there, INDEX)
         if KIND == "bound":
-            if SUBPAGES:
-                reach = _bound_of_subpages(x, extremes, record, there, count, DIMS)
-            else:
-                most = _load_bytes(index[1] + INDEX[3], record, there, INDEX[1], DIMS)
-                least = _load_bytes(index[1] + INDEX[4], record, there, INDEX[1], DIMS)
-                reach = _reach(x, 1.0, most, least)
+            most = _load_bytes(index[1] + INDEX[3], record, there, INDEX[1], DIMS)
+            least = _load_bytes(index[1] + INDEX[4], record, there, INDEX[1], DIMS)
+            reach = _reach(x, 1.0, most, least)
             return (centre + unit[None, :] * reach) * scale
         else:
             tokens = tl.log(count.to(tl.float32))[None, :]
@@ -220,7 +199,6 @@ def page_scores_kernel(
     lengths,
     lists,
     index,
-    extremes,
     scores,
     heads,
     kv_heads,
@@ -229,7 +207,6 @@ def page_scores_kernel(
     pieces,
     scale,
     KIND: tl.constexpr,
-    SUBPAGES: tl.constexpr,
     INDEX: tl.constexpr,
     DIMS: tl.constexpr,
     RELOAD: tl.constexpr,
@@ -241,7 +218,7 @@ def page_scores_kernel(
 
     q: ([S, Hq, rows, D], its first three strides). lengths: int32 [S], rows of each sequence.
     lists: (table, counts, int32 [S, width], page_counts int32 [S]). index: the index as bf16*,
-    int8* and fp32*. extremes: int8 [N, Hkv, 4, 2, D] where SUBPAGES. scores: fp32 [S, Hq, rows,
+    int8* and fp32*. scores: fp32 [S, Hq, rows,
     width], all of it written. RELOAD: rows of q that registers cannot keep.
     """
     kv_head, piece = tl.program_id(1), tl.program_id(2) % pieces
@@ -263,7 +240,7 @@ def page_scores_kernel(
         record = number.to(tl.int64) * kv_heads + kv_head
         if RELOAD:
             x = _load_rows(own_rows, head, token, present, RELOAD, DIMS)
-        found = _score(x, index, extremes, record, there, count, scale, KIND, SUBPAGES, INDEX, DIMS)
+        found = _score(x, index, record, there, count, scale, KIND, INDEX, DIMS)
         found = tl.where(present[:, None] & there[None, :], found, float("-inf"))
         stored = (token < rows)[:, None] & (page < last)[None, :]
         tl.store(to[:, None] + page[None, :], found, mask=stored)

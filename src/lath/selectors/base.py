@@ -16,7 +16,7 @@ from torch import Tensor
 from lath.formats.attention import PageView, Queries
 from lath.formats.pages import PAGE
 from lath.formats.plan import Backend
-from lath.formats.selection import Granularity, Heads, PageScore
+from lath.formats.selection import Granularity, Heads, PageScore, Strata
 from lath.verbs.paged_kv import PagedKV
 
 
@@ -26,6 +26,7 @@ class Request:
 
     queries: as attention reads the cache's keys. lists: how many lists a sequence has, 1, Hkv or
     Hq. hidden: bool [S, P], pages that some row may not read wholly; None where there are none.
+    budget: tokens that a list may hold besides what is read in any case; 0 where a mass decides.
     """
 
     queries: Queries
@@ -35,6 +36,7 @@ class Request:
     backend: Backend
     lists: int
     hidden: Tensor | None = None
+    budget: int = 0
 
     @property
     def rows(self) -> int:
@@ -50,6 +52,11 @@ class Request:
         width = int(self.view.table.shape[1])
         whole = all(len(span.pages) == width for span in self.kv.spans)
         return whole and self.rows == 1 and self.queries.longest == 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of its pages hold 64 tokens that count."""
+        return all(count == PAGE for span in self.kv.spans for count in span.counts)
 
     def pages(self) -> list[int]:
         """Page numbers of all sequences."""
@@ -71,9 +78,10 @@ class Selector(ABC):
     """A way to choose what attention reads. Frozen and without state of its own; what it keeps of
     pages lies in the cache's pool.
 
-    granularity: whether W counts pages or slots of tokens. default_heads: whose list it is.
+    granularity: whether its lists are of pages or of tokens. default_heads: whose list it is.
     claims_mass: whether `scores` says what share of the softmax a list holds (`Scored.rows` and
-    `parts`). recent: how many of the last full pages it wants read in any case.
+    `parts`). recent: how many of the last full pages it wants read in any case. unit: how many
+    tokens side by side a score is for: W counts the 64 / unit of every page.
     """
 
     name: ClassVar[str]
@@ -85,9 +93,18 @@ class Selector(ABC):
     def recent(self) -> int:
         return 1
 
+    @property
+    def unit(self) -> int:
+        return PAGE if self.granularity == "page" else 1
+
     @abstractmethod
     def scores(self, request: Request) -> Scored:
         """Scores for each list of `request`."""
+
+    def strata(self, kv: PagedKV, view: PageView) -> Strata | None:
+        """The groups of tokens that it chooses by, where they say more of what it does not choose
+        than the pages do: repair goes by them."""
+        return None
 
     def mass_bounds(self, request: Request) -> tuple[Tensor, Tensor] | None:
         """fp32 [S, Hq, L, W] twice: lower and upper bounds of log Σ exp(score) of each entry; None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,10 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lath.formats.attention import PageView
 from lath.formats.pages import PAGE
-from lath.formats.selection import Granularity
+from lath.formats.selection import Granularity, Strata
 from lath.selectors.base import Request, Scored, Selector, parse_count, pool
 from lath.verbs.page_decode import decode_pages
+from lath.verbs.paged_kv import PagedKV
+from lath.verbs.strata import Places, index_rows, written
 
 # Pages that are clustered together at most: k-means over n tokens costs n² / tokens_per_cluster.
 _MOST_PAGES = 64
@@ -24,10 +28,11 @@ Key = tuple[tuple[int, int], ...]
 @dataclass(frozen=True)
 class Segment:
     """Clusters of the tokens of some pages: centroids fp32 [Hkv, C, D], the means of their keys;
-    cluster_of int64 [Hkv, tokens]."""
+    cluster_of int64 [Hkv, tokens]; their index rows uint8 [Hkv, C, index_bytes]."""
 
     centroids: Tensor
     cluster_of: Tensor
+    rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class ClusterKV(Selector):
         )
         for s in range(sequences):
             at = 0
-            for segment in self._segments(request, s):
+            for segment in self._segments(request.kv, s):
                 ranked = own[s] @ segment.centroids.transpose(-1, -2) * request.scale
                 places = segment.cluster_of[:, None].expand(-1, own.shape[2], -1)
                 width = places.shape[2]
@@ -84,9 +89,18 @@ class ClusterKV(Selector):
         # one the first tokens.
         return Scored(pool(scores, request.lists))
 
-    def _segments(self, request: Request, s: int) -> list[Segment]:
+    def strata(self, kv: PagedKV, view: PageView) -> Strata:
+        """The clusters of each sequence and head."""
+        known, name = kv.derived, f"strata-{self}"
+        if name not in known:
+            segments = [self._segments(kv, s) for s in range(view.num_sequences)]
+            known[name] = strata_of_segments(segments, view)
+        found: Strata = known[name]
+        lengths = view.lengths.repeat_interleave(view.num_kv_heads)  # these grow with each token
+        return dataclasses.replace(found, view=dataclasses.replace(found.view, lengths=lengths))
+
+    def _segments(self, kv: PagedKV, s: int) -> list[Segment]:
         """The clustered segments of a sequence's pages, in order; new ones are made here."""
-        kv = request.kv
         found: dict[Key, Segment] = kv.pool.constants.setdefault(str(self), {})
         pages = kv.spans[s].pages
         keys = tuple((page, kv.pool.generations[page]) for page in pages)
@@ -100,7 +114,7 @@ class ClusterKV(Selector):
             key = keys[at : at + size]
             if key not in found:
                 _forget(found, kv.pool.generations)
-                found[key] = self._cluster(request, pages[at : at + size])
+                found[key] = self._cluster(kv, pages[at : at + size])
             segments.append(found[key])
             at += size
         return segments
@@ -111,15 +125,60 @@ class ClusterKV(Selector):
             return min(left, _MOST_PAGES)
         return min(left // step * step, _MOST_PAGES // step * step)
 
-    def _cluster(self, request: Request, pages: list[int]) -> Segment:
-        kv = request.kv
+    def _cluster(self, kv: PagedKV, pages: list[int]) -> Segment:
         numbers = torch.tensor(pages, dtype=torch.int64, device=kv.device)
-        keys, _ = decode_pages(
-            kv.pool.records[numbers], kv.pool.index[numbers], kv.format, kv.dtype
+        index = kv.pool.index[numbers]
+        keys, values = (
+            side.transpose(0, 1).flatten(1, 2)  # [Hkv, tokens, D or E]
+            for side in decode_pages(kv.pool.records[numbers], index, kv.format, kv.dtype)
         )
-        flat = keys.transpose(0, 1).flatten(1, 2).float()  # [Hkv, tokens, D]
-        count = max(flat.shape[1] // self.tokens_per_cluster, 1)
-        return Segment(*k_means(flat, count, _ROUNDS))
+        count = max(keys.shape[1] // self.tokens_per_cluster, 1)
+        centroids, cluster_of = k_means(keys.float(), count, _ROUNDS)
+        there = written(index, kv.format).transpose(0, 1).flatten(1)
+        members = Places(cluster_of.masked_fill(~there, count), count)
+        return Segment(centroids, cluster_of, index_rows(keys, values, members, kv.format))
+
+
+def strata_of_segments(segments: list[list[Segment]], view: PageView) -> Strata:
+    """Strata of each head: S * Hkv sequences of one head, whose pages are its clusters."""
+    heads, slots = view.num_kv_heads, view.table.shape[1] * PAGE
+    device = view.table.device
+    sizes = [sum(own.rows.shape[1] for own in each) for each in segments]
+    width = max([*sizes, 1])
+    table = torch.zeros((len(segments), heads, width), dtype=torch.int32, device=device)
+    of = torch.full((len(segments), heads, slots), -1, device=device)
+    rows: list[Tensor] = []
+    placed: dict[int, int] = {}  # sequences may share segments
+    for s, each in enumerate(segments):
+        at = entry = 0
+        for own in each:
+            clusters, tokens = own.rows.shape[1], own.cluster_of.shape[1]
+            if id(own) not in placed:
+                placed[id(own)] = sum(map(len, rows))
+                rows.append(own.rows.flatten(0, 1))
+            first = placed[id(own)]
+            numbers = torch.arange(first, first + heads * clusters, device=device)
+            table[s, :, entry : entry + clusters] = numbers.view(heads, clusters)
+            of[s, :, at : at + tokens] = own.cluster_of + entry
+            at, entry = at + tokens, entry + clusters
+    index = torch.cat(rows)[:, None] if rows else view.index[:1, :1]
+    slot = torch.arange(PAGE, device=device)
+    there = (slot < view.counts[..., None]).flatten(1)[:, None] & (of >= 0)
+    of = of.masked_fill(~there, -1)
+    places = torch.where(there, of, width)
+    ends = (view.starts[..., None] + slot + 1).flatten(1)[:, None].expand_as(of)
+    wide = (len(segments), heads, width + 1)
+    counts = of.new_zeros(wide).scatter_add_(2, places, there.long())[..., :width]
+    last = of.new_zeros(wide).scatter_reduce_(2, places, ends.long(), "amax")[..., :width]
+    lists = [own.int().flatten(0, 1) for own in (table, last - counts, counts)]
+    numbers = torch.tensor(sizes, dtype=torch.int32, device=device)
+    return Strata(
+        dataclasses.replace(
+            view, records=index, index=index, page_counts=numbers.repeat_interleave(heads),
+            table=lists[0], starts=lists[1], counts=lists[2],
+        ),
+        of,
+    )  # fmt: skip
 
 
 def _forget(found: dict[Key, Segment], generations: list[int]) -> None:

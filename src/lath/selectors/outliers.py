@@ -9,11 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lath.formats.attention import PageView
 from lath.formats.page_pool import SideTable
 from lath.formats.pages import PAGE, PageFormat
-from lath.formats.selection import Granularity, Heads
+from lath.formats.selection import Granularity, Heads, Strata
 from lath.selectors.base import Request, Scored, Selector
 from lath.verbs.page_decode import decode_pages, read_field
+from lath.verbs.paged_kv import PagedKV
 
 SUFFIX = "+outliers"
 
@@ -25,8 +27,8 @@ class Outliers(Selector):
 
     On heavy tails single tokens carry the softmax, and an index row speaks for all of its page's
     tokens but those; with them read, repair has only to stand in for what is left. Lists are of
-    tokens; pages of a selector of pages are read wholly until the budget is full. A budget of fewer
-    tokens than there are pages holds outliers alone. Text form "quest+outliers".
+    tokens; pages (or units) of a selector of pages are read wholly until the budget is full. A
+    budget of fewer tokens than there are pages holds outliers alone. Text form "quest+outliers".
     """
 
     inner: Selector
@@ -54,11 +56,13 @@ class Outliers(Selector):
     def __str__(self) -> str:
         return f"{self.inner}{SUFFIX}"
 
+    def strata(self, kv: PagedKV, view: PageView) -> Strata | None:
+        return self.inner.strata(kv, view)
+
     def scores(self, request: Request) -> Scored:
         found, view = self.inner.scores(request), request.view
         scores = found.scores
-        if self.inner.granularity == "page":
-            scores = scores.repeat_interleave(PAGE, dim=-1)
+        scores = scores.repeat_interleave(self.inner.unit, dim=-1)
         slots = torch.arange(PAGE, device=scores.device) < view.counts[..., None]
         there = slots.flatten(1)[:, None]
         first = _of_lists(farthest(request), request.lists) & there

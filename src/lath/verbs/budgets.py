@@ -69,6 +69,6 @@ def budget_tokens(budget: int | float, length: int) -> int:
     return budget if isinstance(budget, int) else max(math.ceil(budget * length), 1)
 
 
-def budget_pages(tokens: int) -> int:
-    """Whole pages within a budget of tokens, at least one."""
-    return max(tokens // PAGE, 1)
+def budget_units(tokens: int, unit: int = PAGE) -> int:
+    """Whole pages, or units of `unit` tokens, within a budget of tokens, at least one."""
+    return max(tokens // unit, 1)

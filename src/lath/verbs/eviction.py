@@ -197,7 +197,7 @@ def _page_ratios(
     keys, values = decode_pages(records, index, fmt, dtype)
     if scales is not None:
         keys = keys * scales[:, None].double()
-    return (mean_over_tokens(_ratios(keys, values), index, fmt).mean(dim=1),)
+    return (mean_over_tokens(_ratios(keys, values), index, fmt).mean(dim=(1, 2)),)
 
 
 def _ratios(keys: Tensor, values: Tensor) -> Tensor:

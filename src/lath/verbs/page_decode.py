@@ -79,9 +79,12 @@ def read_field(rows: Tensor, field: Field, dtype: torch.dtype) -> Tensor:
     return rows[..., field.offset : field.end].contiguous().view(dtype)
 
 
-def mean_over_tokens(numbers: Tensor, index: Tensor, fmt: PageFormat) -> Tensor:
-    """Numbers of tokens [n, Hkv, 64] → [n, Hkv], the mean over what its page was written with."""
-    written = read_field(index, fmt.index_fields["numbers"], torch.float32)[..., 1]
-    used = torch.arange(PAGE, device=index.device) < written[..., None]
-    mean: Tensor = numbers.masked_fill(~used, 0).sum(-1) / written.clamp(min=1)
+def mean_over_tokens(numbers: Tensor, index: Tensor, fmt: PageFormat, unit: int = PAGE) -> Tensor:
+    """Numbers of tokens [n, Hkv, 64] → [n, Hkv, 64 / unit], the mean over those of each unit that
+    its page was written with; 0 of none."""
+    written = read_field(index, fmt.index_fields["numbers"], torch.float32)[..., 1, None]
+    used = torch.arange(PAGE, device=index.device) < written
+    units = (*numbers.shape[:-1], PAGE // unit, unit)
+    total = numbers.masked_fill(~used, 0).reshape(units).sum(-1)
+    mean: Tensor = total / used.reshape(units).sum(-1).clamp(min=1)
     return mean

@@ -16,7 +16,7 @@ from lath.selectors import selector as parse_selector
 from lath.selectors.base import Request, Scored, Selector, part_mass
 from lath.verbs.attention_options import check_choice, check_lengths, check_number
 from lath.verbs.backends import resolve_backend
-from lath.verbs.budgets import Budget, TopMass, budget_pages, budget_tokens, parse_budget
+from lath.verbs.budgets import Budget, TopMass, budget_tokens, budget_units, parse_budget
 from lath.verbs.checks import check_size
 from lath.verbs.paged_kv import PagedKV
 from lath.verbs.queries import check_query, queries_of, scaled_query
@@ -106,26 +106,45 @@ def pick(
     selector: Selector, request: Request, budget: int | float | TopMass, recent: int, hidden: int
 ) -> IndexList:
     """The list of the largest scores, with what is read in any case."""
-    view = request.view
-    width = int(view.table.shape[1])
-    unit = 1 if selector.granularity == "page" else PAGE
+    view, unit = request.view, selector.unit
+    width, per_page = int(view.table.shape[1]), PAGE // unit
     if isinstance(budget, TopMass):
-        size = width * unit
+        size = width * per_page
     else:
         tokens = budget_tokens(budget, view.longest)
-        free = budget_pages(tokens) if unit == 1 else tokens
-        size = free + (recent + hidden) * unit
-        if size >= width * unit:
+        request = dataclasses.replace(request, budget=tokens)
+        free = budget_units(tokens, unit)
+        size = free + (recent + hidden) * per_page
+        if size >= width * per_page:
             return everything(request, selector.granularity)
     scored = selector.scores(request)
-    always = _always(request, recent, unit)
-    scores = scored.scores.masked_fill(always, math.inf)
+    scores = scored.scores.masked_fill(_always(request, recent, per_page), math.inf)
     if isinstance(budget, TopMass):
         scores = _cut_by_mass(selector, request, scores, budget.mass)
     indices = top_k(scores, size, request.backend)
-    counts = (indices >= 0).sum(-1, dtype=torch.int32)
-    ids = IndexList(indices, counts, selector.granularity, always=always)
+    if selector.granularity == "token" and unit > 1:
+        indices = _slots_of_units(request, indices, unit)
+    ids = IndexList(
+        indices, (indices >= 0).sum(-1, dtype=torch.int32), selector.granularity,
+        always=_always(request, recent, 1 if selector.granularity == "page" else PAGE),
+        strata=selector.strata,
+    )  # fmt: skip
     return _with_mass(ids, scored, request)
+
+
+def _slots_of_units(request: Request, indices: Tensor, unit: int) -> Tensor:
+    """Lists of units [S, H, K] → of the slots of their tokens, int32 [S, H, K unit]."""
+    token = torch.arange(unit, dtype=torch.int32, device=indices.device)
+    slots = indices[..., None] * unit + token
+    slots = torch.where(indices[..., None] >= 0, slots, -1).flatten(2)
+    if request.whole:
+        return slots
+    # Pages that were cropped have slots that hold nothing: those go behind the last.
+    counts = request.view.counts[:, None].expand(-1, slots.shape[1], -1)
+    at = slots.clamp(min=0)
+    there = (slots >= 0) & (at % PAGE < counts.gather(2, (at // PAGE).long()))
+    order = torch.argsort((~there).to(torch.uint8), dim=2, stable=True)
+    return torch.where(there, slots, -1).gather(2, order)
 
 
 def everything(request: Request, granularity: Granularity) -> IndexList:
@@ -155,16 +174,16 @@ def forced(request: Request, recent: int) -> Tensor:
     return always if request.hidden is None else always | request.hidden
 
 
-def _always(request: Request, recent: int, unit: int) -> Tensor:
-    """`forced`, as bool [S, 1, W] over pages or over slots of tokens."""
-    known, key = request.kv.derived, f"always-{recent}-{unit}"
+def _always(request: Request, recent: int, per_page: int) -> Tensor:
+    """`forced`, as bool [S, 1, W] over so many units of each page: those that hold tokens."""
+    known, key = request.kv.derived, f"always-{recent}-{per_page}"
     if request.hidden is None and key in known:
         mask: Tensor = known[key]
         return mask
     always = forced(request, recent)
-    if unit == PAGE:
-        slots = torch.arange(PAGE, device=always.device) < request.view.counts[..., None]
-        always = (always[..., None] & slots).flatten(1)
+    if per_page > 1:
+        first = torch.arange(0, PAGE, PAGE // per_page, device=always.device)
+        always = (always[..., None] & (first < request.view.counts[..., None])).flatten(1)
     if request.hidden is None:
         known[key] = always[:, None]
     return always[:, None]

@@ -31,15 +31,13 @@ def page_scores(
     kind: PageScore,
     scale: float,
     backend: Backend,
-    extremes: Tensor | None = None,
 ) -> Tensor:
     """fp32 [S, Hq, L, P]: see `reference.select.page_scores`."""
     if backend != "reference":
-        scores: Tensor = _kernels(backend).page_scores(queries, pages, kind, scale, extremes)
+        scores: Tensor = _kernels(backend).page_scores(queries, pages, kind, scale)
         return scores
-    exact = reference.page_scores(
-        *_rows(queries), as_cache(pages, queries.q.dtype), kind, scale, as_array(extremes)
-    )
+    cache = as_cache(pages, queries.q.dtype)
+    exact = reference.page_scores(*_rows(queries), cache, kind, scale)
     return _tensor(exact, queries.q)
 
 

@@ -12,7 +12,7 @@ from lath.formats.selection import Heads, IndexList, PageChoice
 from lath.selectors import Selector
 from lath.selectors import selector as parse_selector
 from lath.verbs.attention_options import integers
-from lath.verbs.budgets import Budget, TopMass, budget_pages, budget_tokens, parse_budget
+from lath.verbs.budgets import Budget, TopMass, budget_tokens, budget_units, parse_budget
 from lath.verbs.checks import check_flag, check_size
 from lath.verbs.paged_kv import PagedKV
 from lath.verbs.repairs import parse_repair
@@ -113,7 +113,7 @@ def page_choice(
     whose = wish.selector.default_heads if wish.heads is None else wish.heads
     lists = {"kv": kv_heads, "query": query_heads, "layer": 1}[whose]
     recent = wish.selector.recent if wish.recent is None else wish.recent
-    return PageChoice(score, lists, budget_pages(budget), recent)
+    return PageChoice(score, lists, budget_units(budget), recent)
 
 
 class Selecting:

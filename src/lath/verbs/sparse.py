@@ -21,6 +21,7 @@ from lath.verbs.paged_kv import PagedKV
 from lath.verbs.queries import queries_of
 from lath.verbs.repairs import Repair, parse_repair
 from lath.verbs.select_backends import repair as repair_pages
+from lath.verbs.strata import queries_of_heads, unread_of_strata
 
 # A token's share of the softmax is never taken to be exactly 0 or 1: its odds stay finite.
 _LEAST_SHARE = 1e-7
@@ -76,9 +77,15 @@ def run_sparse(
         return o, lse
     if sparse.repair.kind == "mean":
         return _joined(o, lse, *_mean_part(kv, view, queries, sparse.ids, lse))
-    unread = unread_quantiles(kv, view, sparse.ids, q.shape[2])
     spreads = sparse.repair.kind == "spreads"
-    rest, rest_lse = repair_pages(queries, view, unread, options.scale, backend, spreads=spreads)
+    strata = None if sparse.ids.strata is None else sparse.ids.strata(kv, view)
+    if strata is None:
+        unread, asked = unread_quantiles(kv, view, sparse.ids, q.shape[2]), queries
+    else:
+        view, unread = unread_of_strata(strata, sparse.ids, q.shape[2])
+        asked = queries_of_heads(queries, kv.num_kv_heads) if strata.per_head else queries
+    rest, rest_lse = repair_pages(asked, view, unread, options.scale, backend, spreads=spreads)
+    rest, rest_lse = rest.reshape(o.shape), rest_lse.reshape(lse.shape)
     return _joined(o, lse, rest, rest_lse + math.log(sparse.repair.share))
 
 
