@@ -2,12 +2,16 @@
 
     python bench/bench_decode.py [--model smollm2] [--rounds 9] [--threads 1] [--positions 2048]
                                  [--llama-bench PATH --gguf PATH] [--output bench/results]
+    python bench/bench_decode.py --threads 2 --disturbed [--rounds 9]
 
-writes decode_cpu.md and decode_cpu.json. Contenders take turns within each round, one greedy
-`generate` of 48 tokens each behind the same prompt of 256; a ratio is the median over rounds of the
-round's own, so that what else the machine does hits both. The clock is the thread's CPU time with
-one thread, wall time with more. llama-bench, where given, takes turns with the fused step in rounds
+The first writes decode_cpu.md and decode_cpu.json. Contenders take turns within each round, one
+greedy `generate` of 48 tokens each behind the same prompt of 256; a ratio is the median over rounds
+of the round's own, so that what else the machine does hits both. The clock is the thread's CPU time
+with one thread, wall time with more. llama-bench, where given, takes turns with the fused step in rounds
 of their own, both by the wall (llama_bench.py).
+
+--disturbed: the fused step alone, one thread against several, on a quiet machine and with another
+process on a core (decode_threads.py); writes decode_threads_cpu.md and .json.
 
 --positions: the logits of the fused step, one token at a time over that many tokens of text,
 against those of the unpatched model in fp32, and the modules' likewise: KL divergence in nats and
@@ -27,6 +31,7 @@ from typing import Any
 
 import report
 import torch
+from decode_threads import TURN, table_of_turns, take_turns
 from llama_bench import LlamaBench, Paired, Times, pair
 from torch import Tensor
 
@@ -40,7 +45,7 @@ from lath.integration.run_command import DEFAULT_HEAD, DEFAULT_WEIGHTS
 from lath.integration.text_sample import english_text
 
 PROMPT, TOKENS, WINDOW = 256, 48, 512
-LLAMA_TOKENS = 64
+LLAMA_TOKENS, TURN_TOKENS = 64, 161
 KV = "int8"
 
 
@@ -162,7 +167,8 @@ def fidelity(
 ) -> list[Fidelity]:
     """unpatched: the model in its checkpoint's own numbers."""
     model = contenders.model
-    windows = text[:, : positions // WINDOW * WINDOW].split(WINDOW, dim=1)
+    window = min(WINDOW, positions)
+    windows = text[:, : positions // window * window].split(window, dim=1)
     names = [name for name in contenders.names if name != "unpatched"]
     sums = {name: [0.0, 0.0, 0.0, 0.0] for name in names}
     for ids in windows:
@@ -177,7 +183,7 @@ def fidelity(
                 *(-float(logits[:-1].gather(1, targets).sum()) for logits in (own, exact)),
             )
             sums[name] = [a + b for a, b in zip(sums[name], added, strict=True)]
-    count, predicted = WINDOW * len(windows), (WINDOW - 1) * len(windows)
+    count, predicted = window * len(windows), (window - 1) * len(windows)
     return [
         Fidelity(
             name, count, kl / count, same / count,
@@ -223,6 +229,38 @@ def table_of(
     return "\n".join(lines)
 
 
+def disturbed(options: Any, contenders: Contenders, prompt: Tensor) -> None:
+    """Measure one thread against several and save that."""
+    contenders.choose("fused")
+
+    def run(streamer: Any) -> None:
+        generate(
+            contenders.model, prompt, TURN_TOKENS, min_new_tokens=TURN_TOKENS, streamer=streamer
+        )
+
+    before = load_average()
+    places = {"nobody else": False, "another process on one core": True}
+    turns = take_turns(run, options.threads, options.rounds, places)
+    command = report.command_of("bench_decode.py")
+    load = f"load average {before}, after {load_average()}"
+    table = "\n".join([
+        f"# Several threads in the fused step: {options.model}, {options.weights}, output layer "
+        f"{DEFAULT_HEAD}, cache {KV}",
+        "",
+        f"`{command}`; {', '.join(machine_facts().values())}; wall time, {load}; "
+        f"{options.rounds} rounds of {TURN_TOKENS} greedy tokens behind {PROMPT}, one thread and "
+        f"{options.threads} in turn, {TURN} tokens each.",
+        "",
+        table_of_turns(turns, options.threads),
+        contenders.decode_report("fused"),
+        "",
+    ])  # fmt: skip
+    report.save(
+        options, "decode_threads_cpu", table, command, load_average=load,
+        turns=[asdict(t) for t in turns],
+    )  # fmt: skip
+
+
 def table_of_pairs(peers: list[Paired], against: str, rounds: int) -> str:
     if not peers:
         return ""
@@ -255,7 +293,12 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=0)
     parser.add_argument("--llama-bench", type=Path)
     parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--disturbed", action="store_true")
     options = report.parsed(parser)
+    if options.positions < 0 or options.positions == 1:
+        sys.exit(f"--positions must be 0 or at least 2, got {options.positions}")
+    if options.disturbed and options.threads < 2:
+        sys.exit(f"--disturbed compares with --threads of 2 or more, got {options.threads}")
     if (options.llama_bench is None) != (options.gguf is None):
         sys.exit("--llama-bench and --gguf go together")
     torch.set_grad_enabled(False)
@@ -264,6 +307,9 @@ def main() -> None:
     model.to(getattr(torch, options.dtype))
     text = tokenizer(english_text(), return_tensors="pt", verbose=False).input_ids
     prompt = text[:, :PROMPT]
+    if options.disturbed:
+        disturbed(options, contenders, prompt)
+        return
     speeds = measure(contenders, prompt, options.rounds, options.threads)
     peers, against = [], ""
     if options.llama_bench is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from lath.formats.attention import ScoreOptions
+from lath.formats.page_span import Span
 from lath.formats.page_step import Part, close_page, count_token, is_plain, open_part
 from lath.formats.pages import PAGE
 from lath.formats.selection import PageChoice
@@ -15,6 +16,7 @@ from lath.integration.decode_recognise import NotFusedError
 from lath.kernels.decode_step.cpu import BoundStep, DecodeStep, Reader
 from lath.kernels.decode_step.cpu_arguments import STATE
 from lath.kernels.simd.program import Pieces
+from lath.kernels.simd.threads import one_thread
 from lath.verbs.attention_options import choose_precision, choose_query
 from lath.verbs.backends import resolve_backend
 from lath.verbs.decode import decode_attention
@@ -38,6 +40,7 @@ class StepCache:
         self._bound: BoundStep | None = None
         self._seen: list[tuple[Any, ...]] = []
         self.slots = 0
+        self._counting: _Before | None = None  # the token that is counted and not yet computed
         self._locate()
 
     @property
@@ -47,6 +50,7 @@ class StepCache:
 
     def prepare(self) -> None:
         """Make `bound` fit the cache as it is now; NotFusedError where it cannot be."""
+        self._undo()
         if self._reading.draft:
             raise NotFusedError("the cache is read as a draft")
         if self._stale:
@@ -118,15 +122,17 @@ class StepCache:
 
     def _read_listed(self, number: int) -> bool:
         """Attend to what the selection of a layer chooses for the step's query, whose token is
-        stored and counted already; False where that is everything."""
+        stored and counted already; False where that is everything. In one thread: how a list is
+        split must not depend on how many there are."""
         layer, step = self._layers[number], self._step
         scores, readable = Scores(step.stack.layers[number].scale), Readable(causal=True)
         given: dict[str, Any] = {"query_lengths": None, "backend": self._reading.backend}
         query = step.q.clone()  # a list may be kept with the query that it was made for
-        lists = layer.lists.arguments(query, layer.pages, readable, scores, given, False)
-        if lists:
-            given |= readable.arguments | scores.arguments | lists
-            step.o.copy_(decode_attention(query, layer.pages, **given))
+        with one_thread():
+            lists = layer.lists.arguments(query, layer.pages, readable, scores, given, False)
+            if lists:
+                given |= readable.arguments | scores.arguments | lists
+                step.o.copy_(decode_attention(query, layer.pages, **given))
         return bool(lists)
 
     def advance(self) -> tuple[int, int]:
@@ -134,7 +140,10 @@ class StepCache:
         open part, and 1 where the kernel has to count it in the tables that attention reads."""
         span = self._seen[0][2]
         slot = span.first if self._part == "first" else span.last
-        if self._part == "last" and slot == PAGE - 1:
+        closes = self._part == "last" and slot == PAGE - 1
+        spans = [layer.pages.spans[0].copy() for layer in self._layers] if closes else None
+        self._counting = _Before(self.slots, self._part, slot, spans)
+        if closes:
             for n, layer in enumerate(self._layers):
                 self.bound.pages[n] = close_page(layer.pages)
                 layer.slots += 1
@@ -151,10 +160,51 @@ class StepCache:
         return slot, 1
 
     def run(self, program: Pieces | None = None) -> None:
-        """One token, whose number and position the step knows: counted, stored, computed."""
+        """One token, whose number and position the step knows: counted, stored, computed. Where
+        anything is raised meanwhile, such as an interrupt, the cache is as it was."""
         state = self._step.state
-        state[STATE["slot"]], state[STATE["grown"]] = self.advance()
-        self.bound.run(program)
+        try:
+            state[STATE["slot"]], state[STATE["grown"]] = self.advance()
+            self.bound.run(program)
+            self._counting = None
+        finally:
+            self._undo()
+
+    def _undo(self) -> None:
+        """Forget a token that was counted in some layers or in all and did not come to its end.
+
+        What was written of it lies behind the ends of the sequences. It may be done twice: another
+        interrupt may come meanwhile.
+        """
+        before = self._counting
+        if before is None:
+            return
+        for n, layer in enumerate(self._layers):
+            store = layer.pages
+            span = store.spans[0]
+            if before.spans is None:
+                setattr(span, before.part, before.slot)
+                span.length = before.slots
+            elif span is not before.spans[n]:
+                taken = span.pages[len(before.spans[n].pages) :]
+                store.spans[0] = before.spans[n]
+                store.pool.release(taken)
+            store.changed()
+            layer.slots = before.slots
+            if layer.lists is not None:
+                layer.lists.forget()
+        self.slots, self._stale = before.slots, True
+        self._counting = None
+
+
+class _Before(NamedTuple):
+    """A cache before a token: its slots, the open part and the row in it; spans: of each layer, if
+    the token fills a page."""
+
+    slots: int
+    part: Part
+    slot: int
+    spans: list[Span] | None
 
 
 def _check_layers(cache: LathCache, step: DecodeStep) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lath.integration.cache import LathCache, cache_argument
 from lath.integration.decode_recognise import NotFusedError
 from lath.integration.decode_sample import Sampler
+from lath.kernels.simd.threads import one_thread
 
 if TYPE_CHECKING:
     from lath.integration.decode_step import FusedDecoding, Ready
@@ -116,15 +117,15 @@ class Loop:
             self.streamer.put(self._ids[0, self.length - 1 : self.length].clone())
 
     def choose(self, logits: Tensor) -> int:
-        """The next token of logits [1, V] fp32."""
-        return self.sampler(self.ids, logits)
+        """The next token of logits [1, V], which are not changed."""
+        with one_thread():
+            return self.sampler(self.ids, logits.to(copy=True, dtype=torch.float32))
 
     def run(self, outputs: Any, positions: Tensor | None) -> Tensor:
         """outputs: of the prompt. positions: its position_ids."""
         cache = next(outputs[name] for name in _CACHES if name in outputs)
-        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+        token = self.choose(outputs.logits[:, -1])
         del outputs
-        token = self.choose(logits)
         position = cache.get_seq_length() if positions is None else int(positions[0, -1]) + 1
         step = self._step(cache)
         while True:
@@ -157,7 +158,7 @@ class Loop:
             input_ids=torch.tensor([[token]]), position_ids=torch.tensor([[position]]),
             use_cache=True, **{cache_argument(self.model): cache},
         )  # fmt: skip
-        return self.choose(outputs.logits[:, -1].to(copy=True, dtype=torch.float32))
+        return self.choose(outputs.logits[:, -1])
 
 
 class _FusedTokens:
@@ -179,4 +180,4 @@ class _FusedTokens:
         loop.state.counts["fused"] += 1
         if self.greedy:
             return following
-        return loop.choose(logits[:, -1].to(copy=True, dtype=torch.float32))
+        return loop.choose(logits[:, -1])

@@ -131,6 +131,15 @@ class FusedDecoding:
     def is_ready(self) -> bool:
         return self._ready is not None
 
+    @property
+    def tally(self) -> dict[str, int]:
+        """What several threads did for the step that there is now (`lath.kernels.simd.team`)."""
+        if self._ready is None:
+            return {}
+        from lath.kernels.simd.team import TALLY_FIELDS
+
+        return dict(zip(TALLY_FIELDS, self._ready.step.tally.tolist(), strict=True))
+
     def ready(self, model: Any) -> Ready:
         """The step of the model as it is now; NotFusedError where there is none."""
         ready = self._ready

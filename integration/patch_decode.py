@@ -16,14 +16,38 @@ DECODE = ("auto", "fused", "modules")
 
 
 @dataclass(frozen=True)
+class Threads:
+    """What several threads did for the compiled step. threads: of the last run that took several
+    (one for each core that the process may use, at most torch's). runs: of compiled pieces of a
+    token in which helpers might take part; alone: by one thread, because helpers had not come or
+    another Python thread had them. pieces: into which the work of `runs` was cut; helped: of them
+    by helpers; again: of them done twice, because a helper lost its core in the middle."""
+
+    threads: int
+    runs: int
+    alone: int
+    pieces: int
+    helped: int
+    again: int
+
+    def __str__(self) -> str:
+        share = self.helped / self.pieces if self.pieces else 0.0
+        text = f"{self.threads} threads, {share:.0%} of the pieces by helpers"
+        if self.again:
+            text += f", {self.again:,} done twice"
+        return text + (f", {self.alone:,} runs by one thread" if self.alone else "")
+
+
+@dataclass(frozen=True)
 class DecodeReport:
     """How tokens were decoded so far. ready: whether there is a compiled step. refusal: why there
     is none, "" if none was tried or there is one. counts: forward calls and tokens of the own loop
-    by "fused" or the reason why the modules were called."""
+    by "fused" or the reason why the modules were called. threads: None where torch has one."""
 
     ready: bool
     refusal: str
     counts: dict[str, int]
+    threads: Threads | None = None
 
     def __str__(self) -> str:
         state = "one compiled call per token" if self.ready else "compiled at the first token"
@@ -35,7 +59,16 @@ class DecodeReport:
         if self.counts:
             text += f"; {fused:,} tokens fused"
             text += "".join(f", {-n:,} calls by modules ({why})" for n, why in rest)
-        return text
+        return text if self.threads is None else f"{text}; {self.threads}"
+
+
+def _threads(tally: dict[str, int]) -> Threads | None:
+    if not tally or not tally["helpers"]:
+        return None
+    return Threads(
+        tally["helpers"] + 1, tally["runs"], tally["refused"] + tally["rested"],
+        tally["pieces"], tally["helped"], tally["again"],
+    )  # fmt: skip
 
 
 def check_decode(decode: Any) -> str:
@@ -71,7 +104,9 @@ class DecodePatch:
     @property
     def report(self) -> DecodeReport:
         state = self.state
-        return DecodeReport(state.is_ready, state.refusal, dict(state.counts))
+        return DecodeReport(
+            state.is_ready, state.refusal, dict(state.counts), _threads(state.tally)
+        )
 
     def require(self) -> None:
         """ValueError where the model, as it is now, cannot be fused."""

@@ -37,6 +37,7 @@ from lath.kernels.decode_step.cpu_arguments import (
     block_of,
     float_bits,
 )
+from lath.kernels.decode_step.cpu_divided import DividedAttention
 from lath.kernels.decode_step.cpu_heads import LONGEST_HEAD, emit_heads
 from lath.kernels.decode_step.cpu_select import BoundSelection
 from lath.kernels.decode_step.cpu_vectors import (
@@ -46,15 +47,15 @@ from lath.kernels.decode_step.cpu_vectors import (
     emit_largest,
     emit_normalise,
 )
-from lath.kernels.linear.cpu import prepare
+from lath.kernels.linear.cpu import CpuLinear, prepare
 from lath.kernels.linear.cpu_arguments import INDEX as LINEAR
 from lath.kernels.linear.cpu_kernels import FLOAT_KINDS
 from lath.kernels.pages.cpu import BoundWriter
 from lath.kernels.simd.compile import compile_kernel
-from lath.kernels.simd.emitter import FP32, LANES
-from lath.kernels.simd.program import Pieces, Program, row
+from lath.kernels.simd.emitter import FP32, ITEM_BYTES, LANES
+from lath.kernels.simd.program import Output, Pieces, Program, Row, Share, row
+from lath.kernels.simd.team import TALLY_FIELDS
 
-Row = tuple[int, ...]
 Block = NDArray[np.int64]
 # Computes o of q in the place of attention over all pages; False: nothing was done.
 Reader = Callable[[], bool]
@@ -78,6 +79,8 @@ class DecodeStep:
         self.stack = stack
         self.kind = FLOAT_KINDS[stack.dtype]
         self.state: Block = np.zeros(len(STATE_FIELDS), np.int64)
+        self.tally: Block = np.zeros(len(TALLY_FIELDS), np.int64)  # of all programs of the step
+        self.memory: dict[tuple[int, int], Tensor] = {}  # of helpers, for shares of rows
         self._kept: list[Any] = []
         queries, kept = stack.query_heads * stack.head_dim, stack.kv_heads * stack.head_dim
         wide = max(layer.gate.weight.shape[0] for layer in stack.layers)
@@ -102,11 +105,11 @@ class DecodeStep:
         self._kept.append(stack.embedding)
         self.first_row = row(compile_kernel(emit_embed, self.kind), 1, embed)
         self.last_rows = [self._norm_row(stack.norm)]
-        self._head: Block | None = None
+        self._head: Share | None = None
         if stack.head is not None:
-            rows, blocks = self._products(self.hidden, FP32, [(stack.head, self.hidden, None)])
-            self._head = blocks[0]
-            self._head[LINEAR["y_type"]] = self.kind
+            output = [(stack.head, self.hidden, None)]
+            rows = self._products(self.hidden, FP32, output, self.kind)
+            self._head = rows[-1][4]
             self.last_rows += rows
 
     def _products_of(self, layer: DecoderLayer) -> list[Row]:
@@ -116,7 +119,7 @@ class DecodeStep:
             (layer.value, self.value, None),
         ]  # fmt: skip
         return [
-            self._norm_row(layer.attention_norm), *self._products(self.hidden, FP32, outputs)[0]
+            self._norm_row(layer.attention_norm), *self._products(self.hidden, FP32, outputs)
         ]  # fmt: skip
 
     def _mlp_of(self, layer: DecoderLayer) -> list[Row]:
@@ -128,7 +131,7 @@ class DecodeStep:
         rows += self._added(layer.output, x, kind)
         rows.append(self._norm_row(layer.mlp_norm))
         outputs = [(layer.gate, self.gate, None), (layer.up, self.up, None)]
-        rows += self._products(self.hidden, FP32, outputs)[0]
+        rows += self._products(self.hidden, FP32, outputs)
         gate = self._vector(
             x=self.gate.data_ptr(), second=self.up.data_ptr(), y=self.gate.data_ptr()
         )
@@ -140,7 +143,7 @@ class DecodeStep:
 
     def _added(self, product: Product, x: Tensor, kind: int) -> list[Row]:
         """residual += product of x: the residual stands in the place of the bias."""
-        rows, _ = self._products(x, kind, [(product, self.residual, self.residual)])
+        rows = self._products(x, kind, [(product, self.residual, self.residual)])
         if product.bias is not None:
             bias = _floats(self.stack.hidden_size)
             bias[: len(product.bias)] = product.bias.detach().float()
@@ -173,27 +176,39 @@ class DecodeStep:
         return int(block.ctypes.data)
 
     def _products(
-        self, x: Tensor, kind: int, outputs: Sequence[tuple[Product, Tensor, Tensor | None]]
-    ) -> tuple[list[Row], list[Block]]:
+        self,
+        x: Tensor,
+        kind: int,
+        outputs: Sequence[tuple[Product, Tensor, Tensor | None]],
+        y_type: int = FP32,
+    ) -> list[Row]:
         """Rows that multiply one vector x by several weights; x is rounded once where it can be."""
-        rows, blocks = [], []
+        rows: list[Row] = []
         prepared = None
         for product, y, offsets in outputs:
             layer = prepare(product.weight, product.bias, product.activations)
             block = layer.block_of_one(kind)
             bias = layer.offsets if offsets is None else offsets
             _enter(block, x=x, y=y, bias=bias)
-            block[LINEAR["y_type"]], block[LINEAR["tokens"]] = FP32, 1
+            block[LINEAR["y_type"]], block[LINEAR["tokens"]] = y_type, 1
             self._kept += [layer, block]
             way = _preparation(block)
             if way != prepared:
                 rows.append(row(int(block[LINEAR["prepare"]]), 1, block.ctypes.data))
                 prepared = way
-            kernel = int(block[LINEAR["kernel"]])
-            rows.append(row(kernel, int(block[LINEAR["panels"]]), block.ctypes.data))
-            blocks.append(block)
-        self._blocks += blocks
-        return rows, blocks
+            elif rows:  # nothing is between it and the product before: they are divided as one
+                rows[-1] = (*rows[-1][:5], 0)
+            share = self._share(layer, block, ITEM_BYTES[y_type])
+            kernel, panels = int(block[LINEAR["kernel"]]), int(block[LINEAR["panels"]])
+            rows.append(row(kernel, panels, block.ctypes.data, share))
+            self._blocks.append(block)
+        return rows
+
+    def _share(self, layer: CpuLinear, block: Block, item: int) -> Share:
+        """The panels of a product, divided by what they read of its weight."""
+        panels, unit = int(block[LINEAR["panels"]]), int(block[LINEAR["unit"]])
+        output = Output(LINEAR["y"], LANES * item, layer.rows * item)
+        return Share(block, output, panels, unit, layer.panel_bytes * panels, memory=self.memory)
 
     def _place_activations(self) -> None:
         """One scratch for the prepared activations of every product: they run one by one."""
@@ -213,7 +228,7 @@ class DecodeStep:
         """hidden and, with a head, logits [V] of the stack's dtype, of the residual."""
         if self._head is not None:
             self.set_logits(logits)
-        Program(self.last_rows).run()
+        Program(self.last_rows, self.tally).run(self)
 
     def heads_row(self, layer: DecoderLayer) -> tuple[Row, Block]:
         """Heads rotated and stored; the cache's side of the block is still to be entered."""
@@ -246,7 +261,7 @@ class DecodeStep:
     def set_logits(self, logits: Tensor) -> None:
         """Where the head writes: [.., V] of the stack's dtype. It is not kept alive."""
         assert self._head is not None
-        self._head[LINEAR["y"]] = logits.data_ptr()
+        self._head.move(logits.data_ptr())
 
 
 class BoundStep:
@@ -270,11 +285,13 @@ class BoundStep:
         self._heads: list[Block] = []
         self._attentions: list[BoundAttention | BoundSelection] = []
         self._writers: list[BoundWriter] = []
+        self._divided: dict[int, DividedAttention] = {}
         self.jobs = torch.zeros((len(views), 1, 4), dtype=torch.int32)
         self.jobs[..., 2] = PAGE
         self.pages = self.jobs.numpy()[:, 0, 3]  # of each layer: the one that is written
         queries = Queries(step.q, step.one, 1)
         scratch: Tensor | None = None
+        apart: Tensor | None = None
         for n, (view, scores) in enumerate(zip(views, options, strict=True)):
             heads_row, heads = step.heads_row(step.stack.layers[n])
             writer = BoundWriter(view.format, step.q.dtype, self.jobs[n], step.stack.kv_heads, 1)
@@ -290,9 +307,14 @@ class BoundStep:
             else:
                 attention = BoundAttention(queries, view, scores, step.o, step.lse, 1, 1, scratch)
                 own, scratch = row(attention.kernel, 1, attention.address), attention.scratch
-                reads = [
-                    own if reader is None else functools.partial(_read, reader, Program([own]))
-                ]
+                if reader is None:
+                    divided = DividedAttention(
+                        queries, view, scores, step.o, step.lse, apart, step.memory
+                    )  # fmt: skip
+                    reads, apart = [(*own[:4], divided.share, 1)], divided.scratch
+                    self._divided[n] = divided
+                else:
+                    reads = [functools.partial(_read, reader, Program([own]))]
             self._layer_rows.append([
                 *step.before[n], heads_row, row(writer.kernel, 1, writer.address), *reads,
                 *step.after[n],
@@ -302,7 +324,7 @@ class BoundStep:
             self._attentions.append(attention)
         inner = [row for rows in self._layer_rows for row in rows]
         self._rows = [step.first_row, *inner, *step.last_rows]
-        self._program = Pieces(self._rows)
+        self._program = Pieces(self._rows, step.tally)
         self.move(views, part)
         self.writes = True
         self.switch(False)
@@ -319,25 +341,27 @@ class BoundStep:
             assert view.last_values is not None
             writer.move(view.last_keys, view.last_values, view.records, view.index)
             _enter_part(heads, view, part)
+        for n, divided in self._divided.items():
+            divided.move(views[n])
 
     def switch(self, writes: bool) -> None:
         """Whether the open part becomes a page in each layer (`pages`) before attention reads."""
         if writes != self.writes:
-            self.writes = writes
             for writer in self._writers:
                 writer.switch(writes)
+            self.writes = writes  # last: an interrupt may come between two of them
 
     def greedy_program(self, logits: Tensor) -> Pieces:
         """This step, and the next token besides."""
-        return Pieces([*self._rows, self.step.largest_row(logits)])
+        return Pieces([*self._rows, self.step.largest_row(logits)], self.step.tally)
 
     def run(self, program: Pieces | None = None) -> None:
         """One token: `DecodeStep.state` says which and where."""
-        (program or self._program).run()
+        (program or self._program).run(self)
 
     def run_layer(self, number: int) -> None:
         """One layer: the residual goes in and comes out."""
-        Pieces(self._layer_rows[number]).run()
+        Pieces(self._layer_rows[number], self.step.tally).run(self)
 
 
 def _read(reader: Reader, everything: Program) -> None:

@@ -136,6 +136,11 @@ class CpuLinear:
         return y
 
     @property
+    def panel_bytes(self) -> int:
+        """Bytes that 16 rows of the view take, on average."""
+        return max(1, self._view.records.nbytes // max(1, self._view.panels))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of what was made beside the weight's view."""
         return 0 if self._look_up is None else self._look_up.nbytes

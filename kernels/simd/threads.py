@@ -8,10 +8,13 @@ parallel region. Each Python thread has its own team there, as for torch.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import os
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +37,10 @@ class Team(NamedTuple):
 
 @functools.cache
 def torch_team() -> Team | None:
-    """The entries of torch's OpenMP runtime; None, with a warning, where it has not got them."""
+    """The entries of torch's OpenMP runtime; None, with a warning, where it has not got them, and
+    None in a forked process, where its threads did not come along and calling them never ends."""
+    if _forked:
+        return None
     for path in _loaded_runtimes():
         library = ctypes.CDLL(str(path))
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
@@ -45,6 +51,49 @@ def torch_team() -> Team | None:
         "torch's OpenMP runtime offers no GOMP_parallel here: compiled kernels use one thread",
         stacklevel=2,
     )
+    return None
+
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+    torch_team.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it, what this Python thread asks of torch runs in it alone.
+
+    For small operations between two runs of a program: torch's threads spin for some milliseconds
+    behind each that is divided, on the cores that the program's helpers are to take.
+    """
+    limit = _limits()
+    if limit is None or torch.get_num_threads() == 1:
+        yield
+        return
+    threads = torch.get_num_threads()
+    try:
+        limit(1)
+        yield
+    finally:
+        limit(threads)
+
+
+@functools.cache
+def _limits() -> Any:
+    """omp_set_num_threads of torch's runtime, which speaks for the calling thread alone."""
+    for path in _loaded_runtimes():
+        function = getattr(ctypes.CDLL(str(path)), "omp_set_num_threads", None)
+        if function is not None:
+            function.argtypes, function.restype = [ctypes.c_int], None
+            return function
     return None
 
 
