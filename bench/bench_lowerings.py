@@ -7,7 +7,7 @@ is compiled for a Haswell (AVX2, sixteen 256-bit registers) or for no vector ext
 LATH_ISA alone would let LLVM use the wider registers of this machine, which runs all of them. The
 processes take turns, a round each; CPU time of the thread, medians. torch's own kernels are not
 lowered: they are there for scale. Decoding is the fused step of a model of SmolLM2-135M's shape
-with random weights.
+with random weights in int4-g64, its output layer int8-g64.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def decode_items() -> dict[str, Item]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import lath
+    from lath.integration.find import OUTPUT_LAYER
     from lath.integration.measure import generate
+    from lath.integration.run_command import DEFAULT_HEAD
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -119,7 +121,10 @@ def decode_items() -> dict[str, Item]:
 
     def item(decode: str) -> Item:
         def run() -> float:
-            with lath.patch(model, "int4-g64", attention="int8", kv="int8", decode=decode) as done:
+            with (
+                lath.patch(model, "int4-g64", attention="int8", kv="int8", decode=decode) as done,
+                lath.patch(model, DEFAULT_HEAD, skip=(), only=(OUTPUT_LAYER,)),
+            ):
                 times.clear()
                 generate(model, ids, DECODED, min_new_tokens=DECODED, streamer=Clock())
                 if decode == "fused" and "one compiled call" not in str(done.decode):

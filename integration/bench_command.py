@@ -73,6 +73,8 @@ def linear_command(
     pairs = [parse_shape(text) for text in shapes.split(",")]
     tokens = _numbers("--m", m)
     names = [str(weight_codec(text)) for text in codecs.split(",")]
+    if not tokens:
+        raise ValueError("--m must be positive whole numbers, got none")
     paths = _paths(ggml=ggml, vlut=vlut, bitnet=bitnet)
     rows: list[BenchRow] = []
     missing: dict[str, str] = {}
@@ -124,6 +126,8 @@ def attention_command(
         f"lath bench attention --contexts {contexts or repr('')} --batches {batches} --caches "
         f"{caches} --prompts {prompts or repr('')} --rounds {rounds} --threads {threads}"
     )
+    if not rows:
+        raise ValueError("nothing to measure: --contexts and --prompts are empty")
     table = attention_benchmark.attention_markdown(rows, {}, command)
     wide_console().print(_attention_table(rows))
     facts = machine_facts()
@@ -170,6 +174,8 @@ def curves_command(
     points, missing = curves.measure_curves(
         options, _paths(ggml=ggml, vlut=vlut, bitnet=bitnet), clock, console.print
     )
+    if not points:
+        raise ValueError("nothing to measure: --m, --sizes, --contexts and --batches are empty")
     notes = _not_measured(missing)
     command = f"lath bench curves --m {m} --sizes {sizes} --contexts {contexts} --batches {batches}"
     command += f" --codecs {codecs} --peers {peers} --rounds {rounds} --threads {threads}"

@@ -101,23 +101,14 @@ def bench_linear(
     dense, layers, weight = _cold_layers(k, n, codec, activations)
     values = x.bfloat16()
     highest = CeilingCalls()
+    others, missing = _peer_calls(peers, dense, x, paths)
     calls: dict[str, Callable[[int], object]] = {
-        "lath": lambda i: layers[i % len(layers)](values),
-        **highest.calls(),
-    }
-    missing = {}
-    setting = PeerSetting(_copies, torch.get_num_threads(), paths or {})
-    for peer in peers:
-        try:
-            calls[peer], _ = make_peer(peer, dense, x, setting)
-        except PeerMissingError as error:
-            missing[peer] = str(error)
+        "lath": lambda i: layers[i % len(layers)](values), **highest.calls(), **others,
+    }  # fmt: skip
     with torch.inference_mode():
         seconds = time_interleaved(calls, rounds, clock)
-    found = highest.take(seconds)
-    own = seconds.pop("lath")
-    middle = statistics.median(own)
-    gops = 2 * m * n * k / middle / 1e9
+    found, own = highest.take(seconds), seconds.pop("lath")
+    gops = 2 * m * n * k / statistics.median(own) / 1e9
     shared = BenchRow(
         shape=f"{k}x{n}",
         m=m,
@@ -125,15 +116,29 @@ def bench_linear(
         activations=str(activations),
         backend=resolve_backend("auto", torch.device("cpu")),
         threads=torch.get_num_threads(),
-        median_us=middle * 1e6,
+        median_us=statistics.median(own) * 1e6,
         spread_us=_spread(own),
-        gb_per_s=weight.nbytes / middle / 1e9,
+        gb_per_s=weight.nbytes / statistics.median(own) / 1e9,
         gops=gops,
         ceilings=found,
-        of_read=found.of_read(weight.view_nbytes / middle / 1e9),
+        of_read=found.of_read(weight.view_nbytes / statistics.median(own) / 1e9),
         of_dots=found.of_dots(gops) if activations.is_integer else None,
     )
     return [_beside(shared, peer, theirs) for peer, theirs in seconds.items()] or [shared], missing
+
+
+def _peer_calls(
+    names: Sequence[str], dense: torch.Tensor, x: torch.Tensor, paths: Mapping[str, Path] | None
+) -> tuple[dict[str, Callable[[int], object]], dict[str, str]]:
+    """The calls of the peers that are here, and why the others are not."""
+    calls, missing = {}, {}
+    setting = PeerSetting(_copies, torch.get_num_threads(), paths or {})
+    for name in names:
+        try:
+            calls[name], _ = make_peer(name, dense, x, setting)
+        except PeerMissingError as error:
+            missing[name] = str(error)
+    return calls, missing
 
 
 def _beside(row: BenchRow, peer: str, seconds: list[float]) -> BenchRow:

@@ -5,7 +5,8 @@ that the llama-cpp-python package carries. Weights go where ggml itself would pu
 CPU's buffer type that takes them in another order ("CPU_REPACK") if there is one, else as they are.
 
 vlut.cpp (Vec-LUT) is a ggml with types of its own, given by its folder or in LATH_VLUT. Its codes
-are -1, 0, 1 without a scale.
+are -1, 0, 1 without a scale. As published, its product of more than 32 tokens is wrong (tiles of
+activations overlap in its scratch): `check_product` refuses it then.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 from collections.abc import Callable
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,11 +38,16 @@ class WrongProductError(RuntimeError):
     """A peer that does not multiply."""
 
 
+# What ggml logs (each tensor that it takes in another order) is dropped.
+_SILENCE = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)(lambda level, text, data: None)
+
+
 class _InitParams(Structure):
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_log_set": (None, [c_void_p, c_void_p]),
     "ggml_init": (c_void_p, [_InitParams]),
     "ggml_free": (None, [c_void_p]),
     "ggml_new_tensor_2d": (c_void_p, [c_void_p, c_int, c_int64, c_int64]),
@@ -102,16 +109,15 @@ def _library(folder: Path) -> Any:
     if own != used:
         raise OSError(f"another build of ggml is loaded: time that of {folder} in a run of its own")
 
-    class Functions:
-        pass
-
+    functions: dict[str, Any] = {}
     for name, (result, arguments) in _SIGNATURES.items():
         function = next((getattr(one, name) for one in (base, cpu) if hasattr(one, name)), None)
         if function is None:
             raise OSError(f"the ggml of {folder} has no {name}: another version is needed")
         function.restype, function.argtypes = result, arguments
-        setattr(Functions, name, staticmethod(function))
-    return Functions
+        functions[name] = function
+    functions["ggml_log_set"](_SILENCE, None)
+    return SimpleNamespace(**functions)
 
 
 class GgmlLinear:

@@ -105,6 +105,9 @@ def test_the_strongest_peer_is_named() -> None:
     [
         (["linear", "--m", "0"], "--m must be positive whole numbers, got '0'"),
         (["linear", "--cpu-time", "--threads", "2"], "--cpu-time times one thread"),
+        (["linear", "--m", ""], "--m must be positive whole numbers, got none"),
+        (["attention", "--contexts", "", "--prompts", ""], "nothing to measure"),
+        (["curves", "--m", "", "--sizes", "", "--contexts", "", "--batches", ""], "nothing to m"),
         (["linear", "--peers", "numpy"], "peers must be among"),
         (["attention", "--caches", "int8/int8/int8"], "--caches must be like"),
         (["attention", "--contexts", "many"], "--contexts must be positive whole numbers"),
