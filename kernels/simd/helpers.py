@@ -153,8 +153,7 @@ class Team:
     @property
     def is_idle(self) -> bool:
         """Whether no helper is inside a piece of a program."""
-        own = self._words[HELPERS // 8 :: _LINE_WORDS][: self.started] if self.started else []
-        return not any(own)
+        return not self.started or not any(self._words[HELPERS // 8 :: _LINE_WORDS][: self.started])
 
     def leave(self, *things: Any) -> None:
         """Hold what a helper may still read, as long as it may."""
