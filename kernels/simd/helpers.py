@@ -171,7 +171,7 @@ class Team:
                 if number < limit:
                     del self._left[key]
 
-    def stop(self, seconds: float = 0.5) -> bool:
+    def stop(self, seconds: float = 0.05) -> bool:
         """End the helpers; whether they did in that time."""
         if not self.started:
             return True
