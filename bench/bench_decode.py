@@ -7,8 +7,8 @@
 The first writes decode_cpu.md and decode_cpu.json. Contenders take turns within each round, one
 greedy `generate` of 48 tokens each behind the same prompt of 256; a ratio is the median over rounds
 of the round's own, so that what else the machine does hits both. The clock is the thread's CPU time
-with one thread, wall time with more. llama-bench, where given, takes turns with the fused step in rounds
-of their own, both by the wall (llama_bench.py).
+with one thread, wall time with more. llama-bench, where given, takes turns with the fused step in
+rounds of their own, both by the wall (llama_bench.py).
 
 --disturbed: the fused step alone, one thread against several, on a quiet machine and with another
 process on a core (decode_threads.py); writes decode_threads_cpu.md and .json.

@@ -153,8 +153,7 @@ class Team:
     @property
     def is_idle(self) -> bool:
         """Whether no helper is inside a piece of a program."""
-        own = self._words[HELPERS // 8 :: _LINE_WORDS][: self.started] if self.started else []
-        return not any(own)
+        return not self.started or not any(self._words[HELPERS // 8 :: _LINE_WORDS][: self.started])
 
     def leave(self, *things: Any) -> None:
         """Hold what a helper may still read, as long as it may."""
@@ -172,7 +171,7 @@ class Team:
                 if number < limit:
                     del self._left[key]
 
-    def stop(self, seconds: float = 0.5) -> bool:
+    def stop(self, seconds: float = 0.05) -> bool:
         """End the helpers; whether they did in that time."""
         if not self.started:
             return True

@@ -22,6 +22,7 @@ from torch import Tensor
 from lath.kernels.simd.compile import call_kernel, driver, kernel_key, load_integer
 from lath.kernels.simd.helpers import team
 from lath.kernels.simd.team import MOST_PIECES, ROW, SHARE, SHARE_FIELDS, TALLY_FIELDS
+from lath.kernels.simd.threads import one_thread
 
 Block = NDArray[np.int64]
 # What a piece of a row reads, at least: a claim and its answer take about as long as 10 KB. A row
@@ -94,7 +95,8 @@ class Share:
             place = (field, int(self.block[field]))
             memory = self._memory.get(place)
             if memory is None or memory.shape[0] < helpers or memory.shape[1] < size:
-                memory = torch.zeros((helpers, -(-size // 128) * 128), dtype=torch.uint8)
+                with one_thread():  # in a forked process torch's others never answer
+                    memory = torch.zeros((helpers, -(-size // 128) * 128), dtype=torch.uint8)
                 self._memory[place] = memory
             kept.append(memory)
             blocks[:, field] = memory.data_ptr() + memory.stride(0) * np.arange(helpers)
