@@ -129,7 +129,9 @@ def report(result: dict[str, Any], about: str) -> str:
         "last 64 to 128 alone, the negative control: it finds needles that stand there. A budget "
         "counts the tokens of pages that are read besides those (clusterkv: besides the last 5 "
         "pages, hgca: the last 4). A list serves the 3 query heads of a KV head; tokenselect has "
-        "one for all 9, hgca one for each, and so has what is named so.", "",
+        "one for all 9, hgca one for each, and so has what is named so. With +tokens the keys of "
+        "four times the budget are read to choose from: with 1024 all of up to 4096 tokens, half "
+        "of 8192.", "",
         *needle_table(rows),
     ]  # fmt: skip
     good = as_good_as_dense(rows, BUDGETS[-1])
