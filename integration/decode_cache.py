@@ -13,8 +13,9 @@ from lath.formats.selection import PageChoice
 from lath.integration.attention import Readable, Scores
 from lath.integration.cache import LathCache, PagedLayer
 from lath.integration.decode_recognise import NotFusedError
-from lath.kernels.decode_step.cpu import BoundStep, DecodeStep, Reader
+from lath.kernels.decode_step.cpu import DecodeStep
 from lath.kernels.decode_step.cpu_arguments import STATE
+from lath.kernels.decode_step.cpu_bound import BoundStep, Reader
 from lath.kernels.simd.program import Pieces
 from lath.kernels.simd.threads import one_thread
 from lath.verbs.attention_options import choose_precision, choose_query

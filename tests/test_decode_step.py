@@ -29,7 +29,7 @@ from lath.formats.decode_step import (
     Product,
 )
 from lath.formats.page_step import close_page, count_token, is_plain, open_part
-from lath.kernels.decode_step import cpu
+from lath.kernels.decode_step import cpu, cpu_bound
 from lath.kernels.decode_step.cpu_arguments import STATE, STATE_FIELDS, VECTOR, block_of, float_bits
 from lath.kernels.decode_step.cpu_vectors import (
     emit_embed,
@@ -272,7 +272,7 @@ def test_layers_agree_with_the_definition(case: Case) -> None:
     step = cpu.DecodeStep(stack)
     step.state[STATE["rotations"]] = signed.data_ptr()
     part, _ = open_part(kv)
-    bound = cpu.BoundStep(step, [kv.view()], [options], part)
+    bound = cpu_bound.BoundStep(step, [kv.view()], [options], part)
     cache, own = as_cache(kv.view(), case.dtype), as_layer(layer)
     errors = []
     for position in range(case.prompt, case.prompt + STEPS):
@@ -299,7 +299,7 @@ def test_layers_agree_with_the_definition(case: Case) -> None:
         assert max(errors) < limit + 0.02, errors
 
 
-def advance(step: cpu.DecodeStep, bound: cpu.BoundStep, kv: lath.PagedKV) -> None:
+def advance(step: cpu.DecodeStep, bound: cpu_bound.BoundStep, kv: lath.PagedKV) -> None:
     """Count a token, as `lath.integration.decode_cache` does for every layer of a cache."""
     part, slot = open_part(kv)
     fills = part == "last" and slot == 63
@@ -335,7 +335,7 @@ def test_a_page_is_the_one_that_append_writes() -> None:
     step = cpu.DecodeStep(stack)
     step.state[STATE["rotations"]] = rotations(200, width).data_ptr()
     options = ScoreOptions(0.3, causal=True, precision="int8")
-    bound = cpu.BoundStep(step, [caches[0].view()], [options], "last")
+    bound = cpu_bound.BoundStep(step, [caches[0].view()], [options], "last")
     for _ in range(3):
         step.residual.normal_()
         slot = open_part(caches[0])[1]

@@ -1,14 +1,13 @@
 """A step of decoding on a CPU as one program: the kernels of `linear`, `pages` and `attention` over
 one token, with small ones between them (cpu_vectors.py, cpu_heads.py).
 
-A DecodeStep belongs to a model: weights, scratch, numbers of the step. A BoundStep belongs to a
-cache besides: where its pages and float parts lie, which changes when a page fills.
+A DecodeStep belongs to a model: weights, scratch, numbers of the step. A BoundStep (cpu_bound.py)
+belongs to a cache besides.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lath.formats.attention import PageView, Queries, ScoreOptions
 from lath.formats.decode_step import DecoderLayer, DecoderStack, Norm, Product
-from lath.formats.page_step import Part
-from lath.formats.pages import PAGE
-from lath.formats.selection import PageChoice
 
 try:
     import numba  # noqa: F401
@@ -29,7 +24,6 @@ except ModuleNotFoundError as error:
         "the compiled CPU kernels need numba: pip install 'lath[cpu]'", name=error.name
     ) from error
 
-from lath.kernels.attention.cpu import BoundAttention
 from lath.kernels.decode_step.cpu_arguments import (
     HEAD,
     STATE_FIELDS,
@@ -37,9 +31,7 @@ from lath.kernels.decode_step.cpu_arguments import (
     block_of,
     float_bits,
 )
-from lath.kernels.decode_step.cpu_divided import DividedAttention
 from lath.kernels.decode_step.cpu_heads import LONGEST_HEAD, emit_heads
-from lath.kernels.decode_step.cpu_select import BoundSelection
 from lath.kernels.decode_step.cpu_vectors import (
     emit_add,
     emit_embed,
@@ -50,15 +42,12 @@ from lath.kernels.decode_step.cpu_vectors import (
 from lath.kernels.linear.cpu import CpuLinear, prepare
 from lath.kernels.linear.cpu_arguments import INDEX as LINEAR
 from lath.kernels.linear.cpu_kernels import FLOAT_KINDS
-from lath.kernels.pages.cpu import BoundWriter
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import FP32, ITEM_BYTES, LANES
-from lath.kernels.simd.program import Output, Pieces, Program, Row, Share, row
+from lath.kernels.simd.program import Output, Program, Row, Share, row
 from lath.kernels.simd.team import TALLY_FIELDS
 
 Block = NDArray[np.int64]
-# Computes o of q in the place of attention over all pages; False: nothing was done.
-Reader = Callable[[], bool]
 
 
 class DecodeStep:
@@ -262,122 +251,6 @@ class DecodeStep:
         """Where the head writes: [.., V] of the stack's dtype. It is not kept alive."""
         assert self._head is not None
         self._head.move(logits.data_ptr())
-
-
-class BoundStep:
-    """A step over one cache, one sequence. views, options: of each layer. readers: by number,
-    of the layers that may read a part of their pages (`DecodeStep.o` of `DecodeStep.q`), what they
-    read or who reads it.
-
-    `move` says where the cache lies; it must be called again whenever that has changed.
-    """
-
-    def __init__(
-        self,
-        step: DecodeStep,
-        views: Sequence[PageView],
-        options: Sequence[ScoreOptions],
-        part: Part,
-        readers: Mapping[int, Reader | PageChoice] | None = None,
-    ) -> None:
-        self.step, readers = step, readers or {}
-        self._layer_rows: list[list[Row | Callable[[], None]]] = []
-        self._heads: list[Block] = []
-        self._attentions: list[BoundAttention | BoundSelection] = []
-        self._writers: list[BoundWriter] = []
-        self._divided: dict[int, DividedAttention] = {}
-        self.jobs = torch.zeros((len(views), 1, 4), dtype=torch.int32)
-        self.jobs[..., 2] = PAGE
-        self.pages = self.jobs.numpy()[:, 0, 3]  # of each layer: the one that is written
-        queries = Queries(step.q, step.one, 1)
-        scratch: Tensor | None = None
-        apart: Tensor | None = None
-        for n, (view, scores) in enumerate(zip(views, options, strict=True)):
-            heads_row, heads = step.heads_row(step.stack.layers[n])
-            writer = BoundWriter(view.format, step.q.dtype, self.jobs[n], step.stack.kv_heads, 1)
-            # Layers run one by one: in one scratch, which stays in the cache.
-            reader = readers.get(n)
-            reads: list[Row | Callable[[], None]]
-            attention: BoundAttention | BoundSelection
-            if isinstance(reader, PageChoice):
-                attention = BoundSelection(
-                    queries, view, reader, scores, step.o, step.lse, scratch
-                )  # fmt: skip
-                reads, scratch = [*attention.rows], attention.attention.scratch
-            else:
-                attention = BoundAttention(queries, view, scores, step.o, step.lse, 1, 1, scratch)
-                own, scratch = row(attention.kernel, 1, attention.address), attention.scratch
-                if reader is None:
-                    divided = DividedAttention(
-                        queries, view, scores, step.o, step.lse, apart, step.memory
-                    )  # fmt: skip
-                    reads, apart = [(*own[:4], divided.share, 1)], divided.scratch
-                    self._divided[n] = divided
-                else:
-                    reads = [functools.partial(_read, reader, Program([own]))]
-            self._layer_rows.append([
-                *step.before[n], heads_row, row(writer.kernel, 1, writer.address), *reads,
-                *step.after[n],
-            ])  # fmt: skip
-            self._heads.append(heads)
-            self._writers.append(writer)
-            self._attentions.append(attention)
-        inner = [row for rows in self._layer_rows for row in rows]
-        self._rows = [step.first_row, *inner, *step.last_rows]
-        self._program = Pieces(self._rows, step.tally)
-        self.move(views, part)
-        self.writes = True
-        self.switch(False)
-
-    def move(self, views: Sequence[PageView], part: Part) -> None:
-        """views: of each layer, the same formats as ever. part: the open one, to which tokens are
-        added."""
-        self._views = views
-        for view, heads, attention, writer in zip(
-            views, self._heads, self._attentions, self._writers, strict=True
-        ):
-            attention.move(view)
-            assert view.last_keys is not None
-            assert view.last_values is not None
-            writer.move(view.last_keys, view.last_values, view.records, view.index)
-            _enter_part(heads, view, part)
-        for n, divided in self._divided.items():
-            divided.move(views[n])
-
-    def switch(self, writes: bool) -> None:
-        """Whether the open part becomes a page in each layer (`pages`) before attention reads."""
-        if writes != self.writes:
-            for writer in self._writers:
-                writer.switch(writes)
-            self.writes = writes  # last: an interrupt may come between two of them
-
-    def greedy_program(self, logits: Tensor) -> Pieces:
-        """This step, and the next token besides."""
-        return Pieces([*self._rows, self.step.largest_row(logits)], self.step.tally)
-
-    def run(self, program: Pieces | None = None) -> None:
-        """One token: `DecodeStep.state` says which and where."""
-        (program or self._program).run(self)
-
-    def run_layer(self, number: int) -> None:
-        """One layer: the residual goes in and comes out."""
-        Pieces(self._layer_rows[number], self.step.tally).run(self)
-
-
-def _read(reader: Reader, everything: Program) -> None:
-    if not reader():
-        everything.run()
-
-
-def _enter_part(block: Block, view: PageView, part: Part) -> None:
-    keys, values = getattr(view, f"{part}_keys"), getattr(view, f"{part}_values")
-    for side, tensor in (("key", keys), ("value", values)):
-        size = tensor.element_size()
-        _, head, token, _ = tensor.stride()
-        block[HEAD[f"{side}s"]] = tensor.data_ptr()
-        block[HEAD[f"{side}_head"]], block[HEAD[f"{side}_row"]] = head * size, token * size
-    block[HEAD["lengths"]] = view.lengths.data_ptr()
-    block[HEAD["part_lengths"]] = getattr(view, f"{part}_lengths").data_ptr()
 
 
 def _enter(block: Block, **tensors: Tensor) -> None:
