@@ -145,8 +145,6 @@ def test_outliers_of_what() -> None:
     named = lath.selector("quest-16+outliers")
     assert (str(named), named.default_heads, named.claims_mass) == (
         "quest-16+outliers",
-        "centroid+tokens-2",
-        "quest-16+tokens-2",
         "kv",
         False,
     )
