@@ -78,10 +78,11 @@ def busy_core() -> Iterator[int]:
 def take_turns(
     run: Callable[[Any], None], threads: int, rounds: int, places: dict[str, bool]
 ) -> list[Turns]:
-    """run: a `generate` with a streamer. places: by name, whether a core is kept busy there."""
+    """run: a `generate` with a streamer. places: by name, whether a core is kept busy there. One
+    after the other: a step remembers for a while that its helpers did not come."""
     seen: dict[str, list[dict[int, list[float]]]] = {name: [] for name in places}
-    for number in range(rounds + 1):
-        for name, busy in places.items():
+    for name, busy in places.items():
+        for number in range(rounds + 1):
             turns = _Turns(threads, number % 2)
             with busy_core() if busy else contextlib.nullcontext():
                 run(turns)
