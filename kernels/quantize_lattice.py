@@ -11,6 +11,7 @@ from lath.formats.lattice import MOST_CONDITION, LatticeCodec, LatticeTensor
 
 _ROUNDS = 12
 _LEAST_VARIANCE = 2.0**-12
+_WIDTHS = (1.0, 1.25, 1.5, 2.0, 3.0)
 _STEPS = {2: 0.9957, 3: 0.586, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
 
 
@@ -50,14 +51,22 @@ def _quantize_group(block: Tensor, codec: LatticeCodec) -> tuple[Tensor, Tensor,
     exact = _learn((block / torch.where(root == 0, 1.0, root)).reshape(-1, d), codec)
     length = torch.linalg.matrix_norm(exact, 2)
     generator = (exact / length).float()
-    wide = torch.where(root == 0, 1.0, (root * length).clamp(min=2.0**-24))
-    scale = wide[:, 0].half()
-    if not bool(torch.isfinite(scale).all()):
+    stored = torch.where(root == 0, 1.0, (root * length).clamp(min=2.0**-24))[:, 0]
+    scales, points = stored.half(), torch.zeros_like(block)
+    if not bool(torch.isfinite(scales).all()):
         raise ValueError(
-            f"weight is too large for {codec}: a scale of {float(wide.max()):.3g} overflows fp16"
+            f"weight is too large for {codec}: a scale of {float(stored.max()):.3g} overflows fp16"
         )
-    vectors = (block / scale.double()[:, None]).reshape(-1, d)
-    return scale, generator, babai(vectors, generator.double(), codec.bits).reshape(block.shape)
+    least = torch.full_like(stored, torch.inf)
+    for width in _WIDTHS:
+        trial = (width * stored).half()
+        wide, own = trial.double()[:, None], generator.double()
+        found = babai((block / wide).reshape(-1, d), own, codec.bits)
+        error = (block - wide * (found @ own.T).reshape(block.shape)).square().sum(dim=1)
+        better = error < least
+        least, scales = torch.where(better, error, least), torch.where(better, trial, scales)
+        points = torch.where(better[:, None], found.reshape(block.shape), points)
+    return scales, generator, points
 
 
 def _learn(vectors: Tensor, codec: LatticeCodec) -> Tensor:
