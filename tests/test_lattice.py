@@ -368,3 +368,18 @@ def test_the_layer_round_trip_and_the_operator() -> None:
         (torch.randn(3, 90, requires_grad=True), list(packed.tensors.values()), module.bias,
          "lattice4-d8-g16", 40, 90, "float", "reference"),
     )  # fmt: skip
+
+
+def test_a_weight_far_from_the_others_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the scale of the other rows it is clipped to a half."""
+    codec = LatticeCodec.parse("lattice4-d8-g64")
+    weight = np.random.default_rng(3).standard_normal((48, 64)).astype(np.float32)
+    weight[5, 17] = 8.0
+
+    def error() -> np.ndarray:
+        found = definition.quantize(weight, codec)
+        return np.abs(definition.dequantize(*found, codec, 64) - weight)[5, 17]
+
+    assert error() < 1
+    monkeypatch.setattr(definition, "WIDTHS", (1.0,))
+    assert error() > 3
