@@ -111,10 +111,11 @@ class Adding:
 
 
 def awaited(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    """Whether it comes to hold; not asked again then, for it may hold once alone."""
     limit = time.monotonic() + seconds
-    while not condition() and time.monotonic() < limit:
+    while not (holds := condition()) and time.monotonic() < limit:
         time.sleep(0.001)
-    return condition()
+    return holds
 
 
 @pytest.mark.parametrize("room", [1, 2, 3])
