@@ -19,9 +19,16 @@ from numba import types
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lath.kernels.simd.compile import call_kernel, driver, kernel_key, load_integer
+from lath.kernels.simd.compile import driver, kernel_key
 from lath.kernels.simd.helpers import team
-from lath.kernels.simd.team import MOST_PIECES, ROW, SHARE, SHARE_FIELDS, TALLY_FIELDS
+from lath.kernels.simd.team import (
+    MOST_PIECES,
+    ROW,
+    SHARE,
+    SHARE_FIELDS,
+    TALLY_FIELDS,
+    run_rows,
+)
 from lath.kernels.simd.threads import one_thread
 
 Block = NDArray[np.int64]
@@ -208,11 +215,6 @@ def serial_runner() -> Any:
     key = kernel_key()
 
     def run(rows, count):
-        for i in range(count):
-            at = rows + 8 * ROW * i
-            call_kernel(
-                key, load_integer(at), load_integer(at + 8), load_integer(at + 16),
-                load_integer(at + 24),
-            )  # fmt: skip
+        run_rows(key, rows, count)
 
     return driver(types.void(types.int64, types.int64))(run)

@@ -222,7 +222,8 @@ def _region(key, control, first, pieces, tally):
 
 
 @register_jitable
-def _serial(key, rows, count):
+def run_rows(key, rows, count):
+    """All units of every row, one row after another."""
     for i in range(count):
         at = rows + 8 * ROW * i
         call_kernel(
@@ -253,7 +254,7 @@ def _walk(key, control, rows, count, tally):
             asked = min(i + _ROWS_AHEAD, count)
         first = rows + 8 * ROW * i
         if load_integer(first + _SHARE_AT) == 0:
-            _serial(key, first, 1)
+            run_rows(key, first, 1)
             i += 1
             continue
         pieces, open_row = 0, True
@@ -290,14 +291,14 @@ def team_runner() -> Any:
     def run(control, rows, count, helpers, all_helpers, tally):
         if swap_shared(control + OWNED, 1) != 0:
             _count(tally, _REFUSED, 1)
-            _serial(key, rows, count)
+            run_rows(key, rows, count)
             return ALONE
         store_integer(tally + _ADMITTED_COUNT, helpers)
         resting = load_integer(control + RESTING)
         if resting > 0:
             store_integer(control + RESTING, resting - 1)
             _count(tally, _RESTED, 1)
-            _serial(key, rows, count)
+            run_rows(key, rows, count)
             store_shared(control + OWNED, 0)
             return ALONE
         _count(tally, _RUNS, 1)

@@ -136,6 +136,30 @@ class Selector(ABC):
         return f"{self.name}-{self.option}" if self.option else self.name
 
 
+@dataclass(frozen=True)
+class Around(Selector):
+    """A selector of tokens that is made of another, whose lists, strata and pages that are read in
+    any case it takes over."""
+
+    inner: Selector
+    granularity: ClassVar[Granularity] = "token"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Selector):
+            raise TypeError(f"inner must be a Selector, got {type(self.inner).__name__}")
+
+    @property
+    def default_heads(self) -> Heads:  # type: ignore[override]
+        return self.inner.default_heads
+
+    @property
+    def recent(self) -> int:
+        return self.inner.recent
+
+    def strata(self, kv: PagedKV, view: PageView) -> Strata | None:
+        return self.inner.strata(kv, view)
+
+
 def parse_count(name: str, option: str, default: int) -> int:
     """The whole number >= 1 of a text form's option."""
     if not option:

@@ -9,19 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lath.formats.attention import PageView
 from lath.formats.page_pool import SideTable
 from lath.formats.pages import PAGE, PageFormat
-from lath.formats.selection import Granularity, Heads, Strata
-from lath.selectors.base import Request, Scored, Selector
+from lath.selectors.base import Around, Request, Scored
 from lath.verbs.page_decode import decode_pages, read_field
-from lath.verbs.paged_kv import PagedKV
 
 SUFFIX = "+outliers"
 
 
 @dataclass(frozen=True)
-class Outliers(Selector):
+class Outliers(Around):
     """The tokens of another selector, and before them from every page the token whose key lies
     farthest from the page's mean, all within the budget: at 64 tokens a page a 64th of the context.
 
@@ -31,33 +28,19 @@ class Outliers(Selector):
     budget of fewer tokens than there are pages holds outliers alone. Text form "quest+outliers".
     """
 
-    inner: Selector
     name: ClassVar[str] = "outliers"
-    granularity: ClassVar[Granularity] = "token"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Selector):
-            raise TypeError(f"inner must be a Selector, got {type(self.inner).__name__}")
+        super().__post_init__()
         if isinstance(self.inner, Outliers):
             raise ValueError(f"inner must not be one with outliers itself, got {str(self.inner)!r}")
-
-    @property
-    def default_heads(self) -> Heads:  # type: ignore[override]
-        return self.inner.default_heads
 
     @property
     def claims_mass(self) -> bool:  # type: ignore[override]
         return self.inner.claims_mass
 
-    @property
-    def recent(self) -> int:
-        return self.inner.recent
-
     def __str__(self) -> str:
         return f"{self.inner}{SUFFIX}"
-
-    def strata(self, kv: PagedKV, view: PageView) -> Strata | None:
-        return self.inner.strata(kv, view)
 
     def scores(self, request: Request) -> Scored:
         found, view = self.inner.scores(request), request.view

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from lath.formats.attention import PageView
 from lath.formats.pages import PAGE
-from lath.formats.selection import Granularity, Heads, Strata
-from lath.selectors.base import Request, Scored, Selector, part_mass, pool
+from lath.selectors.base import Around, Request, Scored, part_mass, pool
 from lath.selectors.outliers import Outliers
 from lath.verbs.attention_options import choose_query
 from lath.verbs.budgets import budget_units
-from lath.verbs.paged_kv import PagedKV
 from lath.verbs.select_backends import token_scores, top_k
 from lath.verbs.strata import queries_of_heads
 
@@ -24,7 +22,7 @@ SUFFIX = "+tokens"
 
 
 @dataclass(frozen=True)
-class Refined(Selector):
+class Refined(Around):
     """The tokens of the largest scores of `factor` times the budget of candidates: the pages that
     another selector ranks first, by the best that it says of their tokens.
 
@@ -34,32 +32,18 @@ class Refined(Selector):
     "quest+tokens-8" (the factor).
     """
 
-    inner: Selector
     factor: int = 4
     name: ClassVar[str] = "tokens"
-    granularity: ClassVar[Granularity] = "token"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Selector):
-            raise TypeError(f"inner must be a Selector, got {type(self.inner).__name__}")
+        super().__post_init__()
         if isinstance(self.inner, (Refined, Outliers)):
             raise ValueError(f"inner must be a selector by itself, got {str(self.inner)!r}")
         if isinstance(self.factor, bool) or self.factor < 1:
             raise ValueError(f"factor must be 1 or more, got {self.factor!r}")
 
-    @property
-    def default_heads(self) -> Heads:  # type: ignore[override]
-        return self.inner.default_heads
-
-    @property
-    def recent(self) -> int:
-        return self.inner.recent
-
     def __str__(self) -> str:
         return f"{self.inner}{SUFFIX}" + (f"-{self.factor}" if self.factor != 4 else "")
-
-    def strata(self, kv: PagedKV, view: PageView) -> Strata | None:
-        return self.inner.strata(kv, view)
 
     def scores(self, request: Request) -> Scored:
         own = self.inner.scores(request).scores
