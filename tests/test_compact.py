@@ -21,7 +21,7 @@ pytest.importorskip("numba")
 from lath.integration.linear import PackedLinear
 from lath.kernels.linear import cpu_restore
 from lath.kernels.linear.cpu_restore import only_view
-from lath.kernels.linear.cpu_view import cpu_view
+from lath.kernels.linear.cpu_views import cpu_view
 
 HELD = (
     "int1", "int2-g32", "int3-g64-asym", "int4-g64", "int4-g32-fzero", "int5", "int6-g16-asym",

@@ -112,7 +112,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
         seconds = time.process_time() - start
         kernels = [simd.compile_kernel(cpu_activations.emit_quantize, 0)]
         for m in (1, 9):
-            tile = cpu_kernels.tile_of("int8", m, layer._view.panel_bytes)
+            tile = cpu_kernels.tile_of(layer._view.record, "int8", m, layer._view.panel_bytes)
             kernels.append(simd.compile_kernel(cpu_dot.emit_tile, 4, "none", True, *tile))
         hits = sum(cpu_launch.serial_driver().stats.cache_hits.values())
         print(hits, [kernel.cache_hits for kernel in kernels], seconds, sep=";")

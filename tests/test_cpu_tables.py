@@ -21,7 +21,8 @@ from lath.formats.codec import Codec
 from lath.formats.qtensor import QTensor
 from lath.kernels.linear import cpu, cpu_kernels
 from lath.kernels.linear.cpu_record import Record
-from lath.kernels.linear.cpu_view import cpu_view, kind_of
+from lath.kernels.linear.cpu_view import kind_of
+from lath.kernels.linear.cpu_views import cpu_view
 from lath.kernels.simd import emitter, host_isa, tables
 from lath.kernels.simd.compile import compile_kernel
 from lath.reference import linear as reference

@@ -17,7 +17,7 @@ from lath.formats.activations import ActivationFormat, activation_format
 from lath.formats.codec import Codec
 from lath.formats.qtensor import QTensor
 from lath.kernels.linear import triton as launcher
-from lath.kernels.linear.cpu_view import cpu_view
+from lath.kernels.linear.cpu_views import cpu_view
 from lath.reference import codecs, nested
 
 EVERY_CODE = torch.arange(256, dtype=torch.uint8).repeat(16, 1)

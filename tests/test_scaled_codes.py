@@ -21,7 +21,7 @@ from lath.formats.qtensor import QTensor
 from lath.kernels import quantize_tables
 from lath.kernels.linear import cpu
 from lath.kernels.linear import triton as launcher
-from lath.kernels.linear.cpu_view import cpu_view
+from lath.kernels.linear.cpu_views import cpu_view
 from lath.kernels.linear.plan_facts import folds_scales
 from lath.reference import codecs
 from lath.reference import scales as scales_of_codec

@@ -391,7 +391,18 @@ def test_the_plan_says_how_codes_are_kept() -> None:
     assert "five" not in reason("avx512_vnni", "int8", "ternary")
     plan = lath.plan(1, 64, 2560, "ternary-1.6", torch.bfloat16, "sm_90", "int8")
     assert plan.block_k == 160
-    here = describe_device("cpu").wide_look_up
-    view_bytes = {True: 16 * 2560 // 5, False: 16 * 2560 // 4}[here] + 32
+    assert "index into sums" not in reason("avx512_vnni", "int8")
+    zen4 = replace(describe_device("avx512_vnni"), quick_permutation=True)
+    for text in ("ternary", "ternary-1.6-s32"):
+        assert "index into sums" in reason(zen4, "int8", text)
+        assert "widened" not in reason(zen4, "int8", text)
+        assert "index into sums" not in reason(zen4, "float", text)
+        assert "index into sums" not in reason(zen4, "int8-g160", text)
+    assert "index into sums" not in reason(zen4, "int8", "ternary-g80")
+    assert "index into sums" not in reason(zen4, "int8", "int2")
+    here = describe_device("cpu")
+    view_bytes = {True: 16 * 2560 // 5, False: 16 * 2560 // 4}[here.wide_look_up] + 32
+    if here.quick_permutation:
+        view_bytes = 32 * -(-2560 // 9)
     layer = cpu.prepare(packed(trits(16, 2560)), None, ActivationFormat("int8"))
     assert layer._view.panel_bytes == view_bytes

@@ -40,7 +40,8 @@ from lath.kernels.linear.cpu_launch import run_on_team, serial_driver
 from lath.kernels.linear.cpu_look_up import LookUp, can_look_up, look_up_of
 from lath.kernels.linear.cpu_restore import only_view
 from lath.kernels.linear.cpu_sparse import sparse_view
-from lath.kernels.linear.cpu_view import CpuView, Kind, cpu_view, kind_of
+from lath.kernels.linear.cpu_view import CpuView, Kind, kind_of
+from lath.kernels.linear.cpu_views import cpu_view
 from lath.kernels.linear.plan_cpu import LOOK_UP_REST, LOOK_UP_TILE, LOOK_UP_TOKENS, looks_up
 from lath.kernels.simd.isa import host_isa
 
@@ -179,7 +180,7 @@ class CpuLinear:
             if self._look_up is None:
                 self._look_up = look_up_of(self._view)
             return look_up_block(self._look_up, self._largest, x_type, y_type)
-        tile = tile_of(self._kind, tokens, self._view.panel_bytes)
+        tile = tile_of(self._view.record, self._kind, tokens, self._view.panel_bytes)
         return linear_block(
             self._view, self._kind, self._shared, self._largest, x_type, tile, y_type,
             tokens > tile[0],

@@ -30,6 +30,8 @@ from lath.kernels.linear.cpu_look_up import LookUp, emit_look_up, look_up_of
 from lath.kernels.linear.cpu_record import Record
 from lath.kernels.linear.cpu_sparse import SparseView, build_sparse
 from lath.kernels.linear.cpu_sparse import check_weight as sparse_check_weight
+from lath.kernels.linear.cpu_triplet_view import TripletView, build_triplets
+from lath.kernels.linear.cpu_triplets import emit_triplets
 from lath.kernels.linear.cpu_view import CpuView, Kind, build_view
 from lath.kernels.linear.plan_cpu import LOOK_UP_TILE, TRIT_GROUP, cpu_tile
 from lath.kernels.simd.compile import compile_kernel
@@ -44,9 +46,11 @@ PREPARATION: dict[Kind, tuple[Any, tuple[str, ...]]] = {
 FLOAT_KINDS = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 
 
-def tile_of(kind: Kind, tokens: int, panel_bytes: int) -> tuple[int, int]:
+def tile_of(record: Record, kind: Kind, tokens: int, panel_bytes: int) -> tuple[int, int]:
     """(tokens, panels) of the register tile on this machine, as the plan says."""
-    return cpu_tile("int8" if kind == "int8" else "float", tokens, panel_bytes, host_isa())
+    multiplied = "int8" if kind == "int8" else "float"
+    which = "triplets" if record.stored == "triplets" else multiplied
+    return cpu_tile(which, tokens, panel_bytes, host_isa())
 
 
 def linear_block(
@@ -110,7 +114,10 @@ def _block(
     options, rest = view.record.options
     emission, how = PREPARATION[kind]
     prepare = compile_kernel(emission, x_type, *how)
-    if kind == "int8":
+    triplets = view.record.stored == "triplets"
+    if triplets:
+        kernel = compile_kernel(emit_triplets, tile[0])
+    elif kind == "int8":
         kernel = compile_kernel(emit_tile, *options, *tile, *rest, *([True] if expand else []))
     else:
         kernel = compile_kernel(emit_float, *options, tile[0], *rest)
@@ -125,13 +132,14 @@ def _block(
         group=view.group,
         shared=shared,
         largest=largest,
-        tile=tile[0],
+        tile=1 if triplets else tile[0],  # sums of columns in a row are made
         unit=tile[1],
         item=1 if kind == "int8" else 4,
         y_type=y_type,
         table=0 if view.table is None else view.table.data_ptr(),
         outer=0 if view.outer is None else view.outer.data_ptr(),
         starts=view.starts.data_ptr() if isinstance(view, SparseView) else 0,
+        row_scales=view.scales.data_ptr() if isinstance(view, TripletView) else 0,
         expanded=round_up(tile[1] * view.panel_bytes, 64) if expand else 0,
     )
 
@@ -147,8 +155,10 @@ def _check(
         view: CpuView = build_sparse(sparse, size)
     else:
         weight, decoded = _check_weight(record)
-        size = weight.codec.group_size(weight.shape[1])
-        view = build_view(weight, size, record)
+        triplets = record.stored == "triplets"
+        size = 0 if triplets else weight.codec.group_size(weight.shape[1])
+        view = build_triplets(weight, record) if triplets else build_view(weight, size, record)
+        size = view.group if triplets else size
     rows, columns = view.rows, view.columns
     tokens = 1 if tile[0] == 1 else tile[0] + 1
     rng = np.random.default_rng(1)
@@ -199,9 +209,11 @@ def _run(block: NDArray[np.int64], x: Tensor, bias: Tensor, y: Tensor) -> None:
 
 def _check_weight(record: Record) -> tuple[QTensor, NDArray[np.float64]]:
     """A weight [40, 140] with power-of-two scales, and its values computed here."""
-    if record.stored not in ("integer", "nested", "trits"):
+    if record.stored not in ("integer", "nested", "trits", "triplets"):
         return _check_table(record)
     rows, columns, group = 40, 140, 48
+    if record.stored == "triplets":
+        columns = group = 1200  # more than a sweep
     rng = np.random.default_rng(0)
     scale_dtype: ScaleDtype = "fp16" if record.half else "fp32"
     scale_dtype = "int8" if record.is_folded else scale_dtype
@@ -210,6 +222,8 @@ def _check_weight(record: Record) -> tuple[QTensor, NDArray[np.float64]]:
     if record.stored == "trits":
         codec = replace(codec, bits=2, group=TRIT_GROUP, values="ternary", packing="base3")
         group = TRIT_GROUP
+    if record.stored == "triplets":
+        codec = replace(codec, group=None, values="ternary")
     codes = rng.integers(0, codec.levels, (rows, columns)).astype(np.uint8)
     shape = (codec.num_groups(columns), rows)
     scales: NDArray[Any] = 2.0 ** rng.integers(-2, 3, shape)

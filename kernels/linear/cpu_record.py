@@ -23,11 +23,11 @@ from lath.kernels.simd.emitter import BF16, F32, FP16, FP32, I8, LANES, NARROW, 
 
 VECTOR_BYTES = 64
 
-# What a stored code stands for: code - zero (of "trits" too), the same half a step beside whole
-# numbers, a whole number of a unit (`formats/values.py`), an entry of a table in memory, an 8-bit
-# float, or a 16-bit one that has no scale.
+# What a stored code stands for: code - zero (of "trits" and "triplets" too), the same half a step
+# beside whole numbers, a whole number of a unit (`formats/values.py`), an entry of a table in
+# memory, an 8-bit float, or a 16-bit one that has no scale. "triplets" have a view of their own.
 Stored = Literal[
-    "integer", "nested", "trits", "fp4", "e2m3", "table", "e4m3", "e5m2", "fp16", "bf16"
+    "integer", "nested", "trits", "triplets", "fp4", "e2m3", "table", "e4m3", "e5m2", "fp16", "bf16"
 ]  # fmt: skip
 # "int8": a scale of the row above them; activations have one scale a token, and sums are integers.
 ByteScale = Literal["", "int8", "e8m0", "e4m3"]
@@ -80,7 +80,7 @@ class Record:
         ("nested": that for ½); 0 for what only the float kernel reads."""
         if self.stored in ("integer", "nested"):
             return 1 << (self.width - 1)
-        if self.stored == "trits":
+        if self.stored in ("trits", "triplets"):
             return 1
         return whole_entries(self.stored)[0] if self.stored in ("fp4", "e2m3") else 0
 
@@ -99,7 +99,7 @@ class Record:
         """The largest number of the int8 kernel; 0 for what only the float kernel reads."""
         if self.stored in ("integer", "nested"):
             return (1 << self.width) - 1
-        if self.stored == "trits":
+        if self.stored in ("trits", "triplets"):
             return 2
         return max(whole_entries(self.stored)) if self.stored in ("fp4", "e2m3") else 0
 

@@ -21,7 +21,9 @@ from lath.formats.codec import Codec
 from lath.formats.qtensor import SCALE_DTYPES, QTensor
 from lath.formats.viewed import ViewedTensor
 from lath.kernels.linear.cpu_record import VECTOR_BYTES
-from lath.kernels.linear.cpu_view import CpuView, cpu_view, stored_codes, view_key
+from lath.kernels.linear.cpu_triplet_view import TripletView, codes_of
+from lath.kernels.linear.cpu_view import CpuView, stored_codes
+from lath.kernels.linear.cpu_views import cpu_view, view_key
 
 # Weights that are unpacked at once, a few bytes each.
 _CHUNK_WEIGHTS = 1 << 20
@@ -84,6 +86,8 @@ def _packed_panels(view: CpuView, codec: Codec) -> Iterator[tuple[int, int, list
 
 def _codes(view: CpuView, codec: Codec, first: int, last: int) -> NDArray[np.uint8]:
     """uint8 [16 * (last - first), K]: the weight's codes in these panels."""
+    if isinstance(view, TripletView):
+        return codes_of(view, first, last)
     record, panels = view.record, last - first
     steps = view.group // record.columns
     raw = view.records.numpy()[first:last, :, : steps * VECTOR_BYTES]
@@ -110,6 +114,8 @@ def _codes(view: CpuView, codec: Codec, first: int, last: int) -> NDArray[np.uin
 
 def _side_of(view: CpuView, codec: Codec) -> dict[str, Tensor] | None:
     """Scales and zeros [G, N16] of the weight; None where the records hold others."""
+    if isinstance(view, TripletView):
+        return {"scales": view.scales[None].to(SCALE_DTYPES[codec.scale_dtype])}
     record = view.record
     start = view.group // record.columns * VECTOR_BYTES
     scale_dtype = SCALE_DTYPES[codec.scale_dtype]

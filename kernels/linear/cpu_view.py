@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -34,10 +35,9 @@ from lath.kernels.linear.cpu_record import (
     Stored,
     whole_entries,
 )
-from lath.kernels.linear.plan_cpu import LONGEST_GROUP, TRIT_GROUP, keeps_trits
-from lath.kernels.linear.plan_facts import folds_scales, holds_integers
+from lath.kernels.linear.plan_cpu import LONGEST_GROUP
+from lath.kernels.linear.plan_facts import holds_integers
 from lath.kernels.simd.compile import driver
-from lath.kernels.simd.isa import has_wide_look_up, host_isa
 from lath.kernels.simd.tables import ENTRIES
 
 # What multiplies a layer: whole codes of x; x itself; or, in the float kernel, the numbers that the
@@ -91,7 +91,7 @@ def stored_codec(codec: Codec) -> Codec:
     return codec
 
 
-def _multiplied_out(weight: QTensor) -> QTensor:
+def multiplied_out(weight: QTensor) -> QTensor:
     """A weight as its `stored_codec`: the E4M3 numbers of its codes and the scales of the rows."""
     codec = stored_codec(weight.codec)
     if codec == weight.codec:
@@ -130,11 +130,13 @@ def kind_of(codec: PlanesCodec | SparseCodec, activations: ActivationFormat) -> 
     return "int8" if holds_integers(codec) else "rounded"
 
 
-def record_of(codec: Codec, kind: Kind, folded: bool = False, trits: bool = False) -> Record:
+def record_of(
+    codec: Codec, kind: Kind, folded: bool = False, ternary: Stored = "integer"
+) -> Record:
     """The kind of record of a codec. One bit keeps half its scale, in fp32, where that is exact.
 
-    folded: keep the whole scales of groups, for sums that stay integers. trits: of
-    "base3", keep five codes in a byte.
+    folded: keep the whole scales of groups, for sums that stay integers. ternary: how codes of
+    three values are kept.
     """
     width = next(bits for bits in (2, 4, 8) if bits >= codec.bits)
     one_bit = codec.bits == 1 and codec.zero == "none" and not codec.is_table
@@ -144,29 +146,13 @@ def record_of(codec: Codec, kind: Kind, folded: bool = False, trits: bool = Fals
         byte_scale = codec.scale_dtype
     if not codec.is_table:
         stored: Stored = "nested" if codec.values == "nested" else "integer"
-        stored = "trits" if trits else stored
+        stored = ternary if codec.values == "ternary" else stored
         return Record(width, codec.zero, half, stored, byte_scale)
     if codec.values == "fp4" or (codec.values == "e2m3" and kind == "int8"):
         return Record(width, "none", half, codec.values, byte_scale)
     if codec.values in ("nf4", "learned"):
         return Record(width, "none", half, "table", byte_scale)
     return Record(width, "none", half, _WIDER.get(codec.values, codec.values), byte_scale)  # type: ignore[arg-type]
-
-
-def view_key(columns: int, codec: Codec, activations: ActivationFormat) -> tuple[str, int, Record]:
-    """The name of a view, its group and its kind of record."""
-    codec = stored_codec(codec)
-    trits = keeps_trits(columns, codec, activations, has_wide_look_up(host_isa()))
-    group = view_group(columns, codec, activations, TRIT_GROUP if trits else GROUP_MULTIPLE)
-    folded = codec.scale_dtype == "int8" and folds_scales(columns, codec, activations)
-    record = record_of(codec, kind_of(codec, activations), folded, trits)
-    return f"cpu-g{group}-{record.stored}-{record.byte_scale}", group, record
-
-
-def cpu_view(weight: QTensor, activations: ActivationFormat) -> CpuView:
-    """The view of a weight for an activation format, made on first use and kept with it."""
-    key, group, record = view_key(weight.shape[1], weight.codec, activations)
-    return weight.view(key, lambda: build_view(_multiplied_out(weight), group, record))
 
 
 def build_view(weight: QTensor, group: int, record: Record) -> CpuView:
@@ -210,20 +196,29 @@ def _plane_words(weight: QTensor) -> NDArray[np.int32]:
 
 def _put_trits(out: NDArray[np.uint8], weight: QTensor, group: int, record: Record) -> None:
     """Ternary codes into the records, five a byte; what pads them is code 0."""
-    panels, groups, size = out.shape
+    groups, size = out.shape[1:]
     columns = weight.shape[1]
     powers = (3 ** np.arange(record.fields)).astype(np.uint8)
-    some = max(1, _CHUNK_WEIGHTS // max(packing.PANEL * columns, 1))
-    for first in range(0, panels, some):
-        words = torch.cat([plane[first : first + some].reshape(-1) for plane in weight.planes])
-        count = min(some, panels - first)
-        codes = packing.unpack(words, weight.codec, (count * packing.PANEL, columns))
-        padded = torch.nn.functional.pad(codes, (0, groups * group - columns)).numpy()
-        shape = (count, packing.PANEL, groups, group // record.columns, record.fields, 4)
+    for first, last, codes in unpacked_panels(weight):
+        padded = np.pad(codes, ((0, 0), (0, groups * group - columns)))
+        shape = (last - first, packing.PANEL, groups, group // record.columns, record.fields, 4)
         numbers = np.einsum("plgsfb,f->pgslb", padded.reshape(shape), powers)
-        out[first : first + some, :, : size - record.side_bytes] = numbers.reshape(
-            count, groups, -1
-        )
+        out[first:last, :, : size - record.side_bytes] = numbers.reshape(last - first, groups, -1)
+
+
+def unpacked_panels(
+    weight: QTensor, multiple: int = 1
+) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
+    """(first, last, uint8 [16 * (last - first), K]): the codes of panels first .. last - 1, as many
+    at once as memory for them is small, in whole `multiple`s but for the end."""
+    columns = weight.shape[1]
+    panels = -(-weight.shape[0] // packing.PANEL)
+    some = packing.round_up(max(1, _CHUNK_WEIGHTS // max(packing.PANEL * columns, 1)), multiple)
+    for first in range(0, panels, some):
+        last = min(first + some, panels)
+        words = torch.cat([plane[first:last].reshape(-1) for plane in weight.planes])
+        rows = (last - first) * packing.PANEL
+        yield first, last, packing.unpack(words, weight.codec, (rows, columns)).numpy()
 
 
 def stored_codes(codec: Codec, record: Record) -> NDArray[np.uint8]:

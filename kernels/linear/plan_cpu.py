@@ -29,6 +29,7 @@ LOOK_UP_REST = {"avx2": 8, "portable": 1}
 CPU_TILES = {
     ("int8", True): ((1, 4), (2, 4), (4, 4), (8, 3)),
     ("int8", False): ((1, 4), (4, 1)),
+    ("triplets", True): ((1, 2), (2, 2), (4, 2)),
     ("float", True): ((1, 1), (4, 1), (8, 1)),
     ("float", False): ((1, 1), (4, 1)),
 }
@@ -53,13 +54,19 @@ def plan_cpu(
     stored = next(bits for bits in (2, 4, 8) if bits >= needed)
     reasons = [f"{device.architecture}, {device.threads} thread(s)"]
     panel_bytes = 2 * stored * k
-    if keeps_trits(k, codec, activations, device.wide_look_up):
+    triplets = keeps_triplets(k, codec, activations, device.quick_permutation)
+    if triplets:
+        reasons.append(
+            "three ternary codes are an index into sums of activations, which a register "
+            "holds: looked up and added in less time than they are multiplied"
+        )
+    elif keeps_trits(k, codec, activations, device.wide_look_up):
         panel_bytes = packing.PANEL * k // packing.TRITS
         reasons.append("ternary codes stay five in a byte: a look-up in registers takes them apart")
     elif packing.is_base3(codec):
         why = _why_wide(activations, device)
         reasons.append(f"ternary codes are widened to 2 bits in the CPU's view, as {why}")
-    if stored != codec.bits:
+    if stored != codec.bits and not triplets:
         reasons.append(f"{codec.bits}-bit codes are widened to {stored} bits in the CPU's view")
     if not activations.is_integer:
         dot = "fp32"
@@ -82,7 +89,7 @@ def plan_cpu(
             block_m=LOOK_UP_TILE, block_n=packing.PANEL, block_k=32,
         )  # fmt: skip
     # Codes of 16 rows; the scales beside them are a few per cent and decide nothing here.
-    kind = "int8" if dot == "int8" else "float"
+    kind = "triplets" if triplets else "int8" if dot == "int8" else "float"
     tokens, panels = cpu_tile(kind, m, panel_bytes, device.architecture)
     dataflow: Dataflow = "gemv" if m <= 1 else "tiled"
     reasons.append("one token streams the weight" if m <= 1 else "tokens share a register tile")
@@ -131,6 +138,25 @@ def keeps_trits(
     return packing.is_base3(codec) and activations.is_integer and wide_look_up and whole
 
 
+def keeps_triplets(
+    k: int,
+    codec: PlanesCodec | SparseCodec,
+    activations: ActivationFormat,
+    quick_permutation: bool,
+) -> bool:
+    """Whether a CPU looks up sums of three activations in registers (cpu_triplets.py): ternary
+    codes, and one scale for a row and for a token."""
+    return quick_permutation and k > 0 and _is_plain_ternary(k, codec, activations)
+
+
+def _is_plain_ternary(
+    k: int, codec: PlanesCodec | SparseCodec, activations: ActivationFormat
+) -> bool:
+    groups = [g for g in (codec.group, activations.group) if g is not None and g < k]
+    ternary = codec.values == "ternary" and activations.is_integer
+    return ternary and not groups and k <= LONGEST_GROUP
+
+
 def looks_up(
     k: int,
     codec: PlanesCodec | SparseCodec,
@@ -143,9 +169,7 @@ def looks_up(
     least = LOOK_UP_TOKENS.get(architecture)
     if least is None or (tokens is not None and tokens < least):
         return False
-    groups = [g for g in (codec.group, activations.group) if g is not None and g < k]
-    ternary = codec.values == "ternary" and activations.is_integer
-    return ternary and not groups and k <= LONGEST_GROUP
+    return _is_plain_ternary(k, codec, activations)
 
 
 def _why_wide(activations: ActivationFormat, device: DeviceDescription) -> str:
@@ -159,11 +183,11 @@ def _why_wide(activations: ActivationFormat, device: DeviceDescription) -> str:
 def cpu_tile(kind: str, tokens: int, panel_bytes: int, architecture: str) -> tuple[int, int]:
     """(tokens, panels of 16 rows) of the register tile of a CPU kernel.
 
-    kind: "int8" or "float", what is multiplied. panel_bytes: of 16 rows of the CPU's view. One
-    token reads long panels four at a time, since one stream does not fill the bandwidth, and short
-    ones singly, since the prefetcher must first find a stream.
+    kind: "int8" or "float", what is multiplied, or "triplets". panel_bytes: of 16 rows of the CPU's
+    view. One token reads long panels four at a time, since one stream does not fill the bandwidth,
+    and short ones singly, since the prefetcher must first find a stream.
     """
-    if tokens <= 1 and panel_bytes < LONG_STREAM:
+    if kind != "triplets" and tokens <= 1 and panel_bytes < LONG_STREAM:
         return 1, 1
     tiles = CPU_TILES[kind, architecture == "avx512_vnni"]
     return next((tile for tile in tiles if tile[0] >= tokens), tiles[-1])

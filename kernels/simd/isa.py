@@ -61,6 +61,20 @@ def has_wide_look_up(isa: Isa) -> bool:
     return isa == "avx512_vnni" and "avx512vbmi" in cpu_features()
 
 
+def has_quick_permutation(isa: Isa) -> bool:
+    """Whether looking up 32 numbers of 16 bits and adding them takes less than 1.5 times as long as
+    64 products of bytes do: on a Zen 4 core 1.25 cycles and 1. Others multiply 128 in a cycle."""
+    return isa == "avx512_vnni" and _cpu_name() == "znver4"
+
+
+def _cpu_name() -> str:
+    """The CPU that numba compiles for, in LLVM's words: the host, or NUMBA_CPU_NAME."""
+    import llvmlite.binding
+    from numba.core import config
+
+    return config.CPU_NAME or str(llvmlite.binding.get_host_cpu_name())
+
+
 def has_native_brain(isa: Isa) -> bool:
     """Whether the instruction set in use multiplies bf16 (AVX512_BF16)."""
     return isa == "avx512_vnni" and "avx512bf16" in cpu_features()

@@ -69,6 +69,12 @@ def load_quad(e: Emitter, address: Any) -> Any:
     return e.shuffle(quad, quad, [0, 1, 2, 3] * 4)
 
 
+def permute(e: Emitter, table: Any, places: Any) -> Any:
+    """Of 32 numbers of 16 bits those at the places in the low five bits of 32 others (vpermw)."""
+    name = "llvm.x86.avx512.permvar.hi.512"
+    return e.builder.call(e.function(name, table.type, [table.type] * 2), [table, places])
+
+
 def positions(e: Emitter) -> Any:
     """0, 1, …, 15."""
     return ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))

@@ -45,16 +45,17 @@ def describe_device(device: str | torch.device | DeviceDescription) -> DeviceDes
 @functools.cache
 def describe_cpu(threads: int) -> DeviceDescription:
     """This machine's CPU with `threads` threads."""
-    architecture, wide_look_up = "portable", False
+    architecture, wide_look_up, quick_permutation = "portable", False, False
     if is_installed("numba"):
-        from lath.kernels.simd.isa import has_wide_look_up, host_isa
+        from lath.kernels.simd.isa import has_quick_permutation, has_wide_look_up, host_isa
 
         architecture = host_isa()
         wide_look_up = has_wide_look_up(host_isa())
+        quick_permutation = has_quick_permutation(host_isa())
     like = known_device(architecture)
     return DeviceDescription(
         "cpu", like.name, architecture, threads, bandwidth=like.bandwidth, threads=threads,
-        wide_look_up=wide_look_up,
+        wide_look_up=wide_look_up, quick_permutation=quick_permutation,
     )  # fmt: skip
 
 
