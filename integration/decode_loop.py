@@ -18,7 +18,7 @@ from torch import Tensor
 from lath.integration.cache import LathCache, cache_argument
 from lath.integration.decode_recognise import NotFusedError
 from lath.integration.decode_sample import Sampler
-from lath.kernels.simd.threads import one_thread
+from lath.kernels.simd.openmp import one_thread
 
 if TYPE_CHECKING:
     from lath.integration.decode_step import FusedDecoding, Ready

@@ -21,6 +21,7 @@ from lath.formats.memory import give_back
 from lath.integration.decode_loop import Loop, check_loop
 from lath.integration.decode_recognise import NotFusedError, find_decoder
 from lath.integration.decode_watch import Skipped, Weights
+from lath.verbs.backends import is_installed
 
 if TYPE_CHECKING:
     from lath.integration.cache import LathCache
@@ -30,6 +31,7 @@ STATE_NAME = "_lath_decode"
 _CACHES = ("cache", "past_key_values")
 # Arguments of `forward` that change nothing of one token's logits, whatever they are.
 _WITHOUT_EFFECT = frozenset({"use_cache", "return_dict", "cache_position", *_CACHES})
+_NEEDS_NUMBA = "the compiled step needs numba: pip install 'lath[cpu]'"
 _FIRST_TABLE = 4096  # positions whose rotations are worked out at once
 _LARGEST_TABLE = 1 << 20
 
@@ -38,6 +40,8 @@ class Ready:
     """A compiled step that the probe has admitted, and what it was made of."""
 
     def __init__(self, model: Any, forward: Callable[..., Any], new_cache: Any) -> None:
+        if not is_installed("numba"):
+            raise NotFusedError(_NEEDS_NUMBA)
         from lath.integration.decode_probe import probed_step
 
         self.skipped = Skipped(model)
@@ -116,7 +120,7 @@ class FusedDecoding:
     def __init__(self, new_cache: Callable[[Any], LathCache]) -> None:
         self.new_cache = new_cache
         self.counts: Counter[str] = Counter()
-        self.refusal = ""
+        self.refusal = "" if is_installed("numba") else _NEEDS_NUMBA
         self.lock = threading.Lock()
         self._ready: Ready | None = None
         self._refused: Skipped | None = None
