@@ -20,7 +20,7 @@ from torch import Tensor
 from lath.formats.memory import give_back
 from lath.integration.decode_loop import Loop, check_loop
 from lath.integration.decode_recognise import NotFusedError, find_decoder
-from lath.integration.decode_watch import Skipped, Weights
+from lath.integration.decode_watch import Skipped, Weights, obstacle_of_mode, own_class
 from lath.verbs.backends import is_installed
 
 if TYPE_CHECKING:
@@ -203,10 +203,11 @@ def _one_token(model: Any, arguments: dict[str, Any]) -> tuple[int, LathCache, i
         raise NotFusedError("torch.compile, export or tracing")
     if torch.is_grad_enabled():
         raise NotFusedError("gradients are recorded")
-    if model.training:
-        raise NotFusedError("the model is in training mode")
-    if torch.is_autocast_enabled("cpu"):
-        raise NotFusedError("autocast")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise NotFusedError(f"token ids in {ids.dtype}")
+    mode = obstacle_of_mode(model)
+    if mode:
+        raise NotFusedError(mode)
     cache = next((c for c in map(arguments.get, _CACHES) if c is not None), None)
     if type(cache) is not LathCache:
         raise NotFusedError("no cache, or another's" if cache is None else type(cache).__name__)
@@ -250,12 +251,6 @@ def _check_mask(mask: Any, slots: int) -> None:
         raise NotFusedError("an attention mask of another length than the cache")
     if not bool(mask.all()):
         raise NotFusedError("padding in the attention mask")
-
-
-def own_class(model: Any) -> Any:
-    """The model's class without the patch."""
-    cls = type(model)
-    return cls.__mro__[1] if "_lath_fused" in cls.__dict__ else cls
 
 
 @functools.cache

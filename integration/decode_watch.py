@@ -6,6 +6,7 @@ from itertools import repeat
 from operator import contains, is_
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as module_globals
 
@@ -16,6 +17,19 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = (
     module_globals._global_forward_hooks, module_globals._global_forward_pre_hooks,
 )  # fmt: skip
+
+
+def own_class(model: Any) -> Any:
+    """The model's class without the patch."""
+    cls = type(model)
+    return cls.__mro__[1] if "_lath_fused" in cls.__dict__ else cls
+
+
+def obstacle_of_mode(model: Any) -> str:
+    """Why the modules compute something else just now, or ""."""
+    if model.training:
+        return "the model is in training mode"
+    return "autocast" if torch.is_autocast_enabled("cpu") else ""
 
 
 class Skipped:
