@@ -185,7 +185,7 @@ def rotations(decoder: Decoder, positions: int) -> Tensor:
     like = torch.zeros(1, dtype=dtype)
     cosines, sines = decoder.rotary(like, torch.arange(positions)[None])
     if tuple(cosines.shape) != (1, positions, width):
-        raise NotFusedError(f"rotations are {[*cosines.shape]}, not [1, positions, {width}]")
+        raise NotFusedError(f"rotations are {[*cosines.shape]}, not [1, {positions}, {width}]")
     table = torch.stack([cosines[0].float(), sines[0].float()], dim=1)
     table[:, 1, : width // 2] *= -1
     return table.contiguous()
