@@ -1,27 +1,24 @@
-"""More rules of the fused step: of calls, of `generate`, of caches. Each with a result, or an error
+"""More rules of the fused step: of calls and of caches. Each with a result, or an error
 of the modules, that would be another without it. Helpers are those of test_hf_decode_rules.py."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_hf_decode import PROMPT, ROUNDING, decoder, new_cache
+from test_hf_decode import ROUNDING, decoder, new_cache
 from test_hf_decode_rules import models, primed, reasons
 from torch import Tensor
 
-from hf_models import generate, relative, tokens
+from hf_models import relative, tokens
 
 pytest.importorskip("transformers")
 pytest.importorskip("numba")
 from transformers.cache_utils import DynamicLayer
 
 from lath.integration.cache import LathCache, cache_argument
-from lath.integration.decode_step import fused_class
-from lath.integration.decode_watch import own_class
 
 __all__ = ["models"]  # a fixture
 
@@ -295,94 +292,3 @@ def test_a_compiled_model(models: tuple[Any, Any]) -> None:
     torch.compiler.reset()
     assert relative(outs[1] - outs[0], outs[0]) < ROUNDING
     assert reasons(models[1])["fused"] == 1
-
-
-# `generate`
-
-
-@contextlib.contextmanager
-def in_training(model: Any) -> Any:
-    model.train()
-    try:
-        yield {}
-    finally:
-        model.eval()
-
-
-@contextlib.contextmanager
-def under_autocast(model: Any) -> Any:
-    with torch.autocast("cpu", torch.bfloat16):
-        yield {}
-
-
-@contextlib.contextmanager
-def no_cache(model: Any) -> Any:
-    yield {"use_cache": False}
-
-
-@contextlib.contextmanager
-def embedded(model: Any) -> Any:
-    """A prompt of vectors that are no tokens'."""
-    yield {"inputs_embeds": 2 * model.model.embed_tokens(tokens(1, PROMPT))}
-
-
-@contextlib.contextmanager
-def own_preparation(model: Any) -> Any:
-    """As wrappers of models do: every new token is given another position."""
-    own = model.prepare_inputs_for_generation
-    model.prepare_inputs_for_generation = lambda ids, **kwargs: elsewhere(own(ids, **kwargs))
-    try:
-        yield {}
-    finally:
-        del model.prepare_inputs_for_generation
-
-
-def elsewhere(made: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `forward`: a single token stands at position 7."""
-    if made["input_ids"].shape[1] == 1:
-        made["position_ids"] = torch.tensor([[7]])
-    return made
-
-
-@contextlib.contextmanager
-def class_preparation(model: Any) -> Any:
-    """As code that comes with a checkpoint does it."""
-    cls, before = own_class(model), type(model)
-    own = cls.prepare_inputs_for_generation
-    other = type("Other", (cls,), {
-        "prepare_inputs_for_generation": lambda s, i, **kwargs: elsewhere(own(s, i, **kwargs))
-    })  # fmt: skip
-    model.__class__ = other if before is cls else fused_class(other)
-    try:
-        yield {}
-    finally:
-        model.__class__ = before
-
-
-# By name: what is done, what the report says, and how many of 11 steps behind a prompt are fused.
-LOOPS: dict[str, tuple[Any, str, int]] = {
-    "training": (in_training, "training mode", 0),
-    "autocast": (under_autocast, "autocast", 0),
-    "use_cache": (no_cache, "the loop: use_cache is False", 0),
-    "vectors": (embedded, "the loop: ", 11),
-    "preparation by class": (class_preparation, "Other has a prepare_inputs_for_generation", 11),
-    "own preparation": (own_preparation, "methods replaced on the instance", 11),
-}
-
-
-@pytest.mark.parametrize("rule", LOOPS)
-def test_generate_gives_the_modules_tokens(rule: str, models: tuple[Any, Any]) -> None:
-    way, reason, fused = LOOPS[rule]
-    outs = []
-    for model in models:
-        generate(model, tokens(1, 5), 2)  # the step is ready
-        with way(model) as options:
-            if "inputs_embeds" in options:
-                out = model.generate(**options, max_new_tokens=12, min_new_tokens=12,
-                                     do_sample=False)  # fmt: skip
-            else:
-                out = generate(model, tokens(1, PROMPT), 12, **options)
-        outs.append(out)
-    assert torch.equal(*outs)
-    assert any(reason in why for why in reasons(models[1])), reasons(models[1])
-    assert reasons(models[1])["fused"] == 1 + fused

@@ -246,3 +246,15 @@ def test_a_change_is_noticed(name: str, compact: bool) -> None:
         assert relative(outs[-1] - before, before) > 100 * ROUNDING
     assert fused_tokens(report) == 2 + 2 * fused
     assert relative(outs[1] - outs[0], outs[0]) < ROUNDING
+
+
+def test_undo_refuses_a_class_that_another_put_over_it() -> None:
+    model = decoder("Llama")
+    report = patched(model, "auto")
+    fused = type(model)
+    other_class(model)
+    with pytest.raises(RuntimeError, match=r"class was changed since lath\.patch"):
+        report.undo()
+    model.__class__ = fused
+    report.undo()
+    assert type(model) is fused.__mro__[1]
