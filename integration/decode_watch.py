@@ -40,13 +40,13 @@ class Skipped:
         parents = list(root.modules())
         self._places = [(m._modules, name) for m in parents for name in m._modules]
         self._children = [table[name] for table, name in self._places]
-        self._inner = [m for m in parents if m is not root]
-        self._hooks = [getattr(m, name) for m in self._inner for name in _HOOKS]
-        self._own = [m.__dict__ for m in self._inner]
-        self._classes = [type(m) for m in self._inner]
-        self._forwards = [(cls, cls.forward) for cls in dict.fromkeys(self._classes)]
+        inner = [m for m in parents if m is not root]
+        self._hooks = [getattr(m, name) for m in inner for name in _HOOKS]
+        self._own = [m.__dict__ for m in inner]
         # What a packed layer is made with it looks after itself (Weights).
-        plain = [m for m in self._inner if not isinstance(m, PackedLinear)]
+        plain = [m for m in inner if not isinstance(m, PackedLinear)]
+        self._plain, self._classes = plain, [type(m) for m in plain]
+        self._forwards = [(cls, cls.forward) for cls in dict.fromkeys(self._classes)]
         constants = [(m.__dict__, name) for m in plain for name in _constants(m)]
         self._tables = [table for table, _ in constants]
         self._names = [name for _, name in constants]
@@ -61,7 +61,7 @@ class Skipped:
         now = [table.get(name) for table, name in self._places]
         return not (
             all(map(is_, now, self._children))
-            and all(map(is_, map(type, self._inner), self._classes))
+            and all(map(is_, map(type, self._plain), self._classes))
             and all(map(is_, map(dict.get, self._tables, self._names), self._constants))
             and all(cls.forward is forward for cls, forward in self._forwards)
             and self._buffers_now() == self._contents
@@ -69,7 +69,11 @@ class Skipped:
 
     def _buffers_now(self) -> list[tuple[int, int, int]]:
         buffers = [table.get(name) for table, name in self._buffers]
-        return [(id(b), b.data_ptr(), b._version) for b in buffers if b is not None]
+        return [
+            (id(b), b.data_ptr(), 0 if b.is_inference() else b._version)
+            for b in buffers
+            if b is not None
+        ]
 
     @property
     def obstacle(self) -> str:

@@ -248,6 +248,18 @@ def test_a_change_is_noticed(name: str, compact: bool) -> None:
     assert relative(outs[1] - outs[0], outs[0]) < ROUNDING
 
 
+def test_a_model_made_in_inference_mode() -> None:
+    """Whose tensors count no versions."""
+    outs = []
+    with torch.inference_mode():
+        for decode in ("modules", "fused"):
+            model = decoder("Llama")
+            assert model.model.rotary_emb.inv_freq.is_inference()
+            with patched(model, decode):
+                outs.append(steps(model, PROMPT, 3))
+    assert relative(outs[1] - outs[0], outs[0]) < ROUNDING
+
+
 def test_undo_refuses_a_class_that_another_put_over_it() -> None:
     model = decoder("Llama")
     report = patched(model, "auto")
