@@ -160,7 +160,8 @@ def test_what_is_said(name: str) -> None:
 
 
 def test_small_softcaps_and_sinks_would_pass_the_probe() -> None:
-    """Why these are asked for by name: what they change on random vectors is little."""
+    """Why these are asked for by name: what they change on random vectors is as little as codes of
+    activations do."""
     for options in ({"softcap": 50.0}, {"s_aux": torch.full((4,), -20.0)}):
         model, plain = decoder("Llama"), decoder("Llama")
         attention_with(**options)(model)
