@@ -281,6 +281,7 @@ def test_positional_arguments_are_fused(models: tuple[Any, Any]) -> None:
     assert reasons(models[1])["fused"] == 1
 
 
+@pytest.mark.slow
 def test_a_compiled_model(models: tuple[Any, Any]) -> None:
     """torch.compile sees the modules."""
     outs = []
