@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from lath.integration.store import ModelError
+from lath.kernels.simd.isa import MissingInstructionsError
 
 logger = logging.getLogger("lath")
 
 # A mistake in what was asked for, or something missing on this machine. Anything else is a fault of
 # ours and keeps its traceback.
-_EXPECTED = (ValueError, NotImplementedError, ModelError, OSError)
+_EXPECTED = (ValueError, NotImplementedError, ModelError, OSError, MissingInstructionsError)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

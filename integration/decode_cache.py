@@ -16,8 +16,8 @@ from lath.integration.decode_recognise import NotFusedError
 from lath.kernels.decode_step.cpu import DecodeStep
 from lath.kernels.decode_step.cpu_arguments import STATE
 from lath.kernels.decode_step.cpu_bound import BoundStep, Reader
+from lath.kernels.simd.openmp import one_thread
 from lath.kernels.simd.program import Pieces
-from lath.kernels.simd.threads import one_thread
 from lath.verbs.attention_options import choose_precision, choose_query
 from lath.verbs.backends import resolve_backend
 from lath.verbs.decode import decode_attention

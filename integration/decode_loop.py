@@ -18,7 +18,8 @@ from torch import Tensor
 from lath.integration.cache import LathCache, cache_argument
 from lath.integration.decode_recognise import NotFusedError
 from lath.integration.decode_sample import Sampler
-from lath.kernels.simd.threads import one_thread
+from lath.integration.decode_watch import obstacle_of_mode, own_class
+from lath.kernels.simd.openmp import one_thread
 
 if TYPE_CHECKING:
     from lath.integration.decode_step import FusedDecoding, Ready
@@ -29,7 +30,7 @@ _HANDLED = frozenset({"attention_mask", "position_ids", "logits_to_keep", "use_c
                       "cache_position", *_CACHES})  # fmt: skip
 _ROOM = 4096  # new tokens that are made room for at once
 # What transformers' loop calls for every token and this one does not.
-_REPLACED = ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+_CALLED = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 
 class Stop:
@@ -72,9 +73,10 @@ def check_loop(
     for name, value in arguments.items():
         if value is not None and name not in _HANDLED:
             raise NotFusedError(f"the loop: the argument {name}")
-    hooks = (model._forward_hooks, model._forward_pre_hooks)
-    if any(hooks) or any(name in model.__dict__ for name in _REPLACED):
-        raise NotFusedError("the loop: hooks on the model, or methods replaced on the instance")
+    mode = obstacle_of_mode(model)
+    if mode:
+        raise NotFusedError(f"the loop: {mode}")
+    _check_methods(model)
     mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
     if mask is not None and (mask.dim() != 2 or not bool(mask.all())):
         raise NotFusedError("the loop: padding, or a mask that is not 2-D")
@@ -82,6 +84,19 @@ def check_loop(
         raise NotFusedError("the loop: position_ids that are not 2-D")
     if not any(type(arguments.get(name)) is LathCache for name in _CACHES):
         raise NotFusedError("the loop: another cache")
+
+
+def _check_methods(model: Any) -> None:
+    """NotFusedError where something else than transformers' own would be called for a token."""
+    from transformers import GenerationMixin
+
+    hooks = (model._forward_hooks, model._forward_pre_hooks)
+    if any(hooks) or any(name in model.__dict__ for name in ("forward", *_CALLED)):
+        raise NotFusedError("the loop: hooks on the model, or methods replaced on the instance")
+    cls = own_class(model)
+    for name in ("_sample", *_CALLED):
+        if getattr(cls, name) is not getattr(GenerationMixin, name):
+            raise NotFusedError(f"the loop: {cls.__name__} has a {name} of its own")
 
 
 class Loop:

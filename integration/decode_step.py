@@ -20,7 +20,8 @@ from torch import Tensor
 from lath.formats.memory import give_back
 from lath.integration.decode_loop import Loop, check_loop
 from lath.integration.decode_recognise import NotFusedError, find_decoder
-from lath.integration.decode_watch import Skipped, Weights
+from lath.integration.decode_watch import Skipped, Weights, obstacle_of_mode, own_class
+from lath.verbs.backends import is_installed
 
 if TYPE_CHECKING:
     from lath.integration.cache import LathCache
@@ -30,6 +31,7 @@ STATE_NAME = "_lath_decode"
 _CACHES = ("cache", "past_key_values")
 # Arguments of `forward` that change nothing of one token's logits, whatever they are.
 _WITHOUT_EFFECT = frozenset({"use_cache", "return_dict", "cache_position", *_CACHES})
+_NEEDS_NUMBA = "the compiled step needs numba: pip install 'lath[cpu]'"
 _FIRST_TABLE = 4096  # positions whose rotations are worked out at once
 _LARGEST_TABLE = 1 << 20
 
@@ -38,6 +40,8 @@ class Ready:
     """A compiled step that the probe has admitted, and what it was made of."""
 
     def __init__(self, model: Any, forward: Callable[..., Any], new_cache: Any) -> None:
+        if not is_installed("numba"):
+            raise NotFusedError(_NEEDS_NUMBA)
         from lath.integration.decode_probe import probed_step
 
         self.skipped = Skipped(model)
@@ -116,7 +120,7 @@ class FusedDecoding:
     def __init__(self, new_cache: Callable[[Any], LathCache]) -> None:
         self.new_cache = new_cache
         self.counts: Counter[str] = Counter()
-        self.refusal = ""
+        self.refusal = "" if is_installed("numba") else _NEEDS_NUMBA
         self.lock = threading.Lock()
         self._ready: Ready | None = None
         self._refused: Skipped | None = None
@@ -199,10 +203,11 @@ def _one_token(model: Any, arguments: dict[str, Any]) -> tuple[int, LathCache, i
         raise NotFusedError("torch.compile, export or tracing")
     if torch.is_grad_enabled():
         raise NotFusedError("gradients are recorded")
-    if model.training:
-        raise NotFusedError("the model is in training mode")
-    if torch.is_autocast_enabled("cpu"):
-        raise NotFusedError("autocast")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise NotFusedError(f"token ids in {ids.dtype}")
+    mode = obstacle_of_mode(model)
+    if mode:
+        raise NotFusedError(mode)
     cache = next((c for c in map(arguments.get, _CACHES) if c is not None), None)
     if type(cache) is not LathCache:
         raise NotFusedError("no cache, or another's" if cache is None else type(cache).__name__)
@@ -246,12 +251,6 @@ def _check_mask(mask: Any, slots: int) -> None:
         raise NotFusedError("an attention mask of another length than the cache")
     if not bool(mask.all()):
         raise NotFusedError("padding in the attention mask")
-
-
-def own_class(model: Any) -> Any:
-    """The model's class without the patch."""
-    cls = type(model)
-    return cls.__mro__[1] if "_lath_fused" in cls.__dict__ else cls
 
 
 @functools.cache

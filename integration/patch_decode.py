@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from lath.integration.decode_recognise import NotFusedError
-from lath.integration.decode_step import STATE_NAME, FusedDecoding, fused_class, own_class
+from lath.integration.decode_step import STATE_NAME, FusedDecoding, fused_class
+from lath.integration.decode_watch import own_class
 from lath.integration.patch_attention import AttentionPatch
 
 DECODE = ("auto", "fused", "modules")

@@ -178,7 +178,7 @@ class Patches:
 def run_model(options: RunOptions, console: Console) -> RunResult:
     """Load, pack, measure both, show both answers as they are written, print the table."""
     if shows_progress():
-        Console(stderr=True).print(f"loading {options.model}", style="dim")
+        Console(stderr=True).print(f"loading {options.model}", style="dim", markup=False)
     # In the checkpoint's own dtype: codes are made from the numbers that were saved, not from their
     # rounding to the dtype in which the rest of the model then runs.
     model, tokenizer = load_model(options.model)

@@ -5,7 +5,9 @@ With float activations and float pages logits are the modules' to fp32 rounding,
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -28,7 +30,9 @@ from transformers.generation import (
 import lath
 from lath.integration import decode_loop
 from lath.integration.decode_sample import Sampler, draw
+from lath.integration.decode_step import fused_class
 from lath.integration.decode_warmup import warm_decoding
+from lath.integration.decode_watch import own_class
 from lath.integration.models import tiny_model
 from lath.kernels.simd.compile import compile_kernel
 
@@ -212,3 +216,131 @@ def test_warmup_leaves_nothing_to_compile() -> None:
     before = compile_kernel.cache_info().misses
     fuse()
     assert compile_kernel.cache_info().misses == before
+
+
+# When transformers' own loop is taken
+
+
+@contextlib.contextmanager
+def in_training(model: Any) -> Any:
+    model.train()
+    try:
+        yield {}
+    finally:
+        model.eval()
+
+
+@contextlib.contextmanager
+def under_autocast(model: Any) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        yield {}
+
+
+@contextlib.contextmanager
+def no_cache(model: Any) -> Any:
+    yield {"use_cache": False}
+
+
+@contextlib.contextmanager
+def embedded(model: Any) -> Any:
+    """A prompt of vectors that are no tokens'."""
+    yield {"inputs_embeds": 2 * model.model.embed_tokens(tokens(1, PROMPT))}
+
+
+@contextlib.contextmanager
+def own_preparation(model: Any) -> Any:
+    """As wrappers of models do: every new token is given another position."""
+    own = model.prepare_inputs_for_generation
+    model.prepare_inputs_for_generation = lambda ids, **kwargs: elsewhere(own(ids, **kwargs))
+    try:
+        yield {}
+    finally:
+        del model.prepare_inputs_for_generation
+
+
+def elsewhere(made: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `forward`: a single token stands at position 7."""
+    if made["input_ids"].shape[1] == 1:
+        made["position_ids"] = torch.tensor([[7]])
+    return made
+
+
+@contextlib.contextmanager
+def class_preparation(model: Any) -> Any:
+    """As code that comes with a checkpoint does it."""
+    cls, before = own_class(model), type(model)
+    own = cls.prepare_inputs_for_generation
+    other = type("Other", (cls,), {
+        "prepare_inputs_for_generation": lambda s, i, **kwargs: elsewhere(own(s, i, **kwargs))
+    })  # fmt: skip
+    model.__class__ = other if before is cls else fused_class(other)
+    try:
+        yield {}
+    finally:
+        model.__class__ = before
+
+
+# By name: what is done, what the report says, and how many of 11 steps behind a prompt are fused.
+LOOPS: dict[str, tuple[Any, str, int]] = {
+    "training": (in_training, "training mode", 0),
+    "autocast": (under_autocast, "autocast", 0),
+    "use_cache": (no_cache, "the loop: use_cache is False", 0),
+    "vectors": (embedded, "the loop: ", 11),
+    "preparation by class": (class_preparation, "Other has a prepare_inputs_for_generation", 11),
+    "own preparation": (own_preparation, "methods replaced on the instance", 11),
+}
+
+
+@pytest.mark.parametrize("rule", LOOPS)
+def test_generate_gives_the_modules_tokens(rule: str, models: tuple[Any, Any]) -> None:
+    way, reason, fused = LOOPS[rule]
+    outs = []
+    for model in models:
+        generate(model, tokens(1, 5), 2)  # the step is ready
+        with way(model) as options:
+            if "inputs_embeds" in options:
+                out = model.generate(**options, max_new_tokens=12, min_new_tokens=12,
+                                     do_sample=False)  # fmt: skip
+            else:
+                out = generate(model, tokens(1, PROMPT), 12, **options)
+        outs.append(out)
+    assert torch.equal(*outs)
+    assert any(reason in why for why in reasons(models[1])), reasons(models[1])
+    assert reasons(models[1])["fused"] == 1 + fused
+
+
+def with_more_arguments() -> Any:
+    """A model whose forward takes a factor of its logits, and positions in three axes."""
+    model = decoder("Llama")
+    cls = type(model)
+    own = cls.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        factor, positions = kwargs.pop("factor", None), kwargs.get("position_ids")
+        if positions is not None and positions.dim() == 3:
+            kwargs["position_ids"] = positions[2]
+        out = own(self, *args, **kwargs)
+        out.logits = out.logits if factor is None else out.logits * factor
+        return out
+
+    signature = inspect.signature(own)
+    extra = inspect.Parameter("factor", inspect.Parameter.KEYWORD_ONLY, default=None)
+    *names, rest = signature.parameters.values()
+    assert rest.kind is inspect.Parameter.VAR_KEYWORD
+    forward.__signature__ = signature.replace(parameters=[*names, extra, rest])  # type: ignore[attr-defined]
+    model.__class__ = type("More", (cls,), {"forward": forward})
+    return model
+
+
+@pytest.mark.parametrize(("options", "reason"), [
+    ({"factor": -torch.ones(())}, "the loop: the argument factor"),
+    ({"position_ids": torch.arange(3 * PROMPT).view(3, 1, PROMPT)}, "that are not 2-D"),
+])  # fmt: skip
+def test_arguments_of_other_models(options: dict[str, Any], reason: str, no_grad: None) -> None:
+    outs = []
+    for way in ("modules", "auto"):
+        model = with_more_arguments()
+        patched(model, way)
+        outs.append(generate(model, tokens(1, PROMPT), 12, **options))
+    assert torch.equal(*outs)
+    assert any(reason in why for why in reasons(model)), reasons(model)

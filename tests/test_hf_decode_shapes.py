@@ -12,9 +12,7 @@ from hf_models import relative
 
 pytest.importorskip("transformers")
 pytest.importorskip("numba")
-from test_hf_decode import PROMPT, ROUNDING, STEPS, decoder, fused_tokens, patched, steps
-
-from lath.integration.decode_probe import TOLERANCES
+from test_hf_decode import PROMPT, ROUNDING, STEPS, admitted, decoder, fused_tokens, patched, steps
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -66,10 +64,10 @@ def test_ternary_weights_and_tokens_in_int8(codec: str) -> None:
     with lath.patch(model, decode="modules", **given):
         expected = steps(model, PROMPT, STEPS)
     with lath.patch(model, decode="fused", **given) as report:
-        out = steps(model, PROMPT, STEPS)
+        out, limit = steps(model, PROMPT, STEPS), admitted(model)
         assert fused_tokens(report) == STEPS
     errors = (out - expected).norm(dim=1) / expected.norm(dim=1)
-    assert float(errors.max()) < 3 * TOLERANCES[torch.float32]
+    assert float(errors.max()) < limit
     assert float(errors.median()) < ROUNDING
 
 

@@ -25,9 +25,9 @@ from lath.kernels.decode_step.cpu_vectors import emit_add
 from lath.kernels.simd import helpers
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.helpers import Team, replace_team, usable_cores
+from lath.kernels.simd.openmp import one_thread
 from lath.kernels.simd.program import Output, Pieces, Program, Share, row
 from lath.kernels.simd.team import TALLY
-from lath.kernels.simd.threads import one_thread
 
 pytestmark = pytest.mark.skipif(not helpers._has_calls(), reason="helpers need Linux")
 SIZE = 96  # numbers of a row

@@ -11,6 +11,7 @@ import ast
 import functools
 import hashlib
 import importlib
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -106,14 +107,28 @@ def _cached(decorator: Callable[[bool], Any]) -> Callable[[Callable[..., Any]], 
         except RuntimeError as error:
             if "cannot cache function" not in str(error):
                 raise
-            warnings.warn(
-                f"compiled kernels cannot be kept on disk ({error}): each process compiles anew; "
-                "set NUMBA_CACHE_DIR to a folder that can be written to",
-                stacklevel=2,
-            )
-            return decorator(False)(function)
+            reason = "no folder for them can be written to"
+        # A full disk shows after numba has looked, a damaged file when it is read.
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error) or type(error).__name__
+        kernel = decorator(False)(function)
+        _say_not_kept(reason)
+        return kernel
 
     return compiled
+
+
+@functools.cache
+def _say_not_kept(reason: str) -> None:
+    folder = numba.config.CACHE_DIR
+    first = f"NUMBA_CACHE_DIR={folder!r}, then" if folder else "NUMBA_CACHE_DIR, which is not set,"
+    warnings.warn(
+        f"compiled kernels are not kept on disk: {reason}. numba tries {first} "
+        f"{Path(__file__).resolve().parent.parent}/*/__pycache__ and the user's cache folder. Each "
+        "process compiles anew, which takes some seconds; set NUMBA_CACHE_DIR to a folder that can "
+        "be written to",
+        stacklevel=4,
+    )
 
 
 @intrinsic(prefer_literal=True)

@@ -14,6 +14,11 @@ from typing import Literal, cast, get_args
 
 Isa = Literal["avx512_vnni", "avx2", "portable"]
 
+
+class MissingInstructionsError(RuntimeError):
+    """An instruction set was named that this CPU has not got."""
+
+
 _NEEDS: dict[Isa, frozenset[str]] = {
     "avx512_vnni": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"}),
     "avx2": frozenset({"avx2", "fma", "f16c"}),
@@ -37,7 +42,7 @@ def cpu_features() -> frozenset[str]:
 def host_isa() -> Isa:
     """The instruction set in use: the widest this machine has, or the one LATH_ISA names.
 
-    ValueError for an unknown LATH_ISA, RuntimeError for one whose instructions are missing.
+    ValueError for an unknown LATH_ISA, MissingInstructionsError for one that cannot run here.
     """
     features = cpu_features()
     asked = os.environ.get("LATH_ISA", "")
@@ -47,7 +52,7 @@ def host_isa() -> Isa:
         raise ValueError(f"LATH_ISA must be one of {get_args(Isa)}, got {asked!r}")
     missing = sorted(_NEEDS[cast(Isa, asked)] - features)
     if missing:
-        raise RuntimeError(f"LATH_ISA={asked!r} needs {missing}, which this CPU lacks")
+        raise MissingInstructionsError(f"LATH_ISA={asked!r} needs {missing}, which this CPU lacks")
     return cast(Isa, asked)
 
 

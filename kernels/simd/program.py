@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lath.kernels.simd.compile import driver, kernel_key
 from lath.kernels.simd.helpers import team
+from lath.kernels.simd.openmp import one_thread
 from lath.kernels.simd.team import (
     MOST_PIECES,
     ROW,
@@ -29,7 +30,6 @@ from lath.kernels.simd.team import (
     TALLY_FIELDS,
     run_rows,
 )
-from lath.kernels.simd.threads import one_thread
 
 Block = NDArray[np.int64]
 # What a piece of a row reads, at least: a claim and its answer take about as long as 10 KB. A row

@@ -8,22 +8,18 @@ parallel region. Each Python thread has its own team there, as for torch.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
-import re
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-_RUNTIME = re.compile(r"lib(gomp|iomp5|omp)\b[^/]*\.so[^/]*$")
+from lath.kernels.simd.openmp import loaded_runtimes
+
 _INTEGER, _INT = ir.IntType(64), ir.IntType(32)
 
 
@@ -41,7 +37,7 @@ def torch_team() -> Team | None:
     None in a forked process, where its threads did not come along and calling them never ends."""
     if _forked:
         return None
-    for path in _loaded_runtimes():
+    for path in loaded_runtimes():
         library = ctypes.CDLL(str(path))
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         if all(hasattr(library, name) for name in names):
@@ -65,47 +61,6 @@ def _note_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Within it, what this Python thread asks of torch runs in it alone.
-
-    For small operations between two runs of a program: torch's threads spin for some milliseconds
-    behind each that is divided, on the cores that the program's helpers are to take.
-    """
-    limit = _limits()
-    if limit is None or torch.get_num_threads() == 1:
-        yield
-        return
-    threads = torch.get_num_threads()
-    try:
-        limit(1)
-        yield
-    finally:
-        limit(threads)
-
-
-@functools.cache
-def _limits() -> Any:
-    """omp_set_num_threads of torch's runtime, which speaks for the calling thread alone."""
-    for path in _loaded_runtimes():
-        function = getattr(ctypes.CDLL(str(path)), "omp_set_num_threads", None)
-        if function is not None:
-            function.argtypes, function.restype = [ctypes.c_int], None
-            return function
-    return None
-
-
-def _loaded_runtimes() -> list[Path]:
-    """OpenMP libraries in this process, torch's own first."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return []
-    lines = maps.read_text().splitlines()
-    paths = {line.split(maxsplit=5)[5] for line in lines if _RUNTIME.search(line)}
-    home = str(Path(torch.__file__).resolve().parent)
-    return [Path(path) for path in sorted(paths, key=lambda p: (not p.startswith(home), p))]
 
 
 @intrinsic(prefer_literal=True)
