@@ -46,11 +46,12 @@ _TRIT_DECODERS = {
     "fp32": trits.trits_fp32,
     "int8": trits.trits_int8,
 }
-# What is better done otherwise on some targets.
+# What is better done otherwise on some targets. "pairs": both numbers of a word at once, by
+# instructions that the kernel writes itself where the compiler does not pair them.
 _DECODERS_OF_TARGET: dict[str, dict[str, Any]] = {
     "hip": {"bf16": decode.decode_bf16_by_exponent},
     "interpreter": {},
-    "sm_80": {
+    "pairs": {
         "fp16": in_place.decode_fp16_packed,
         "bf16": in_place.decode_bf16_packed,
         "int8": decode.decode_int8_opaque,
@@ -177,8 +178,7 @@ def codec_arguments(
     # AMD has no bf16 arithmetic: a subtraction there takes about six instructions.
     arithmetic = not amd or dot != "bf16"
     found = decode.encoding(codec, dot, centred and arithmetic, arithmetic)
-    vendor = "hip" if amd else target if target in _DECODERS_OF_TARGET else "cuda"
-    decoders = _DECODERS | _DECODERS_OF_TARGET[vendor]
+    decoders = _DECODERS | _DECODERS_OF_TARGET[_kind_of_target(codec, target)]
     if packing.is_base3(codec):
         found, decoders = trits.encoding(dot, centred), _TRIT_DECODERS
     form: tables.Form = found.centre
@@ -204,6 +204,23 @@ def codec_arguments(
         "OUTER": outer,
         "GROUP": _weight_group(codec, columns),
     }
+
+
+def _kind_of_target(codec: PlanesCodec, target: str) -> str:
+    """Whose decoders a target takes.
+
+    Of three planes LLVM pairs the products and leaves the sums single, so that every pair is taken
+    apart and put together again: 10 to 12 instructions per weight and spilled registers, where the
+    kernel's own pairs take 5 to 10. Of one plane or two it pairs both, in fewer than those. On
+    sm_80 it pairs neither; before it there are no pairs of bf16.
+    """
+    if target.startswith("gfx"):
+        return "hip"
+    if target == "interpreter":
+        return target
+    capability = int(target[3:])
+    three = len(codec.plane_widths) == 3 and capability > 80
+    return "pairs" if three or capability == 80 else "cuda"
 
 
 def _sparse_arguments(codec: SparseCodec, dot: str, columns: int) -> dict[str, Any]:
