@@ -18,6 +18,7 @@ from lath.formats.codec import PlanesCodec
 from lath.formats.device import has_e4m3
 from lath.formats.plan import Plan
 from lath.formats.sparse import SparseCodec
+from lath.formats.vectors import VectorCodec
 from lath.kernels.linear import triton_decode as decode
 from lath.kernels.linear import triton_in_place as in_place
 from lath.kernels.linear import triton_scaled as scaled
@@ -137,7 +138,7 @@ def settings_of(
         kernel |= {
             "SUMS": needs_sums,
             "RUN": 32 if whole else 16,
-            "DEPTH": _depth(span or packing.block_of(codec), dot, plan, amd),
+            "DEPTH": _depth(span or packing.block_of(codec), codec, dot, plan, amd),
             "SWAP": plan.swap,
             "BLOCK_M": plan.block_m,
             "BLOCK_K": plan.block_k,
@@ -256,12 +257,13 @@ def _span(
     return math.gcd(step, *groups) if groups else 0
 
 
-def _depth(span: int, dot: str, plan: Plan, amd: bool) -> int:
+def _depth(span: int, codec: PlanesCodec | SparseCodec, dot: str, plan: Plan, amd: bool) -> int:
     """Columns of a dot inside a span, a power of two that divides it.
 
     Fewer need fewer registers, more let x be loaded in wider pieces.
 
-    Without a tensor unit (fp32) all of a tile's operands are live at once. A weight on the left of
+    Without a tensor unit (fp32) all of a tile's operands are live at once; entries of two numbers
+    have addresses twice as wide as they are, live until they are fetched. A weight on the left of
     sm_90's and sm_100's dot of four warps, or on its way through AMD's shared memory, is best moved
     whole.
     """
@@ -270,6 +272,8 @@ def _depth(span: int, dot: str, plan: Plan, amd: bool) -> int:
         best = 32
     elif amd or (plan.swap and plan.warps >= 4):
         best = packing.BLOCK
+    elif isinstance(codec, VectorCodec) and codec.vector == 2:
+        best = 32
     return math.gcd(span, best)
 
 
