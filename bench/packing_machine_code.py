@@ -34,6 +34,7 @@ TARGETS = [
 # Codec, dtype of x, activations, K, dataflow.
 CASES = [
     *((f"int{bits}-g128", "fp16", "float", 2048, "flat") for bits in range(1, 9)),
+    ("int8-g128-nested", "fp16", "float", 2048, "flat"),
     ("int4-g128", "bf16", "float", 2048, "flat"),
     ("int8-g128", "bf16", "float", 2048, "flat"),
     ("int4-g128", "fp16", "float", 2000, "flat"),

@@ -47,10 +47,7 @@ MATRIX = [
 
 # ptxas puts some bytes on the stack that the loop never touches.
 BESIDE_THE_LOOP = {
-    ("sm_100", 16, "int6-g128 bf16 int6-g128 2048 True"): 8,
-    ("sm_100", 16, "int3-g48-fp8 bf16 fp8 2000 False"): 16,
     ("sm_86", 1, "int3-g48-fp8 bf16 fp8 2000 False"): 8,
-    ("sm_120", 16, "int8-g64-nested fp16 float 2048 False"): 8,
 }
 
 
@@ -90,6 +87,8 @@ FIGURES = [
     ("int4-g128 fp16 int8-g128 2048 False", 2.64),
     ("int4-g128-fp8 fp16 fp8 2048 False", 4.10),
     ("e4m3 fp16 fp8 2048 False", 0.84),
+    # Three planes: 11.7 where the compiler pairs 16-bit numbers.
+    ("int8-g64-nested fp16 float 2048 False", 5.30),
 ]
 
 

@@ -72,6 +72,19 @@ def test_instructions_per_weight(text: str, figure: float) -> None:
     assert "ld.global.b16" not in compiled.asm["ptx"]
 
 
+def test_indices_that_share_a_word_are_one_load() -> None:
+    """A load for each index of a pair took 5.61, 80 registers and the stack for one token."""
+    text = "vq2-256 fp16 float 2048 False"
+    plan = plan_linear(
+        1, 4096, 2048, weight_codec("vq2-256"), activation_format("float"),  # type: ignore[arg-type]
+        DTYPES["fp16"], known_device("sm_89"), "triton",
+    )  # fmt: skip
+    (found,) = [s for s in record(text, plan, "sm_89") if s.name in LOOPS]
+    measured = analyze(compile_recorded(found))
+    assert measured.looped
+    assert measured.non_tensor_per_weight(plan.block_n * plan.block_k) <= 1.08 * 4.70
+
+
 @pytest.mark.parametrize(
     ("text", "chosen"),
     [

@@ -306,33 +306,43 @@ def test_impossible_plans_are_refused(chosen: str, activations: str, message: st
         launcher.linear(x, packed, None, activation_format(activations), plan_of(chosen))
 
 
+# Of three planes every NVIDIA target takes pairs that the kernel writes itself, sm_80 of any.
 @pytest.mark.parametrize("dot", ["fp16", "bf16", "int8"])
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(
+    ("codec", "target"),
+    [(f"int{bits}{zero}", "sm_80") for bits in range(1, 9) for zero in ("", "-g64-asym")]
+    + [("int7-g64-asym", "sm_90"), ("int8-g64-nested", "sm_90"), ("int8-nested", "sm_120")],
+)
 def test_what_nvidia_computes_in_assembly_is_the_same(
-    bits: int, dot: str, monkeypatch: pytest.MonkeyPatch
+    codec: str, target: str, dot: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The decoders of sm_80 and of all of NVIDIA, with twins of their instructions, bit for bit."""
     dtype = torch.bfloat16 if dot == "bf16" else torch.float16
     activations = activation_format("int8" if dot == "int8" else "float")
-    weight = lath.quantize(torch.randn(20, 300), f"int{bits}-g64-asym")
+    weight = lath.quantize(torch.randn(20, 300), codec)
     x = torch.randn(3, 300).to(dtype)
     plan = plan_of(f"flat {dot} 16x32x128")
     plain = launcher.linear(x, weight, None, activations, plan)
-    monkeypatch.setattr(launcher, "_target", lambda x: "sm_80")
-    assembly = launcher.linear(x, weight, None, activations, plan)
-    assert torch.equal(plain, assembly)
-    symmetric = lath.quantize(torch.randn(20, 300), f"int{bits}")
-    found = launcher.linear(x, symmetric, None, activations, plan)
-    monkeypatch.undo()
-    assert torch.equal(found, launcher.linear(x, symmetric, None, activations, plan))
+    monkeypatch.setattr(launcher, "_target", lambda x: target)
+    assert torch.equal(plain, launcher.linear(x, weight, None, activations, plan))
 
 
-def test_a_wrong_twin_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The assembly is what runs there: another instruction in its place gives other numbers."""
-    weight, x = lath.quantize(torch.randn(20, 128), "int4"), torch.randn(3, 128).half()
+@pytest.mark.parametrize(
+    ("codec", "target", "runs"),
+    [
+        ("int4", "sm_80", True), ("int4", "sm_90", False), ("int6", "sm_90", False),
+        ("int7", "sm_90", True), ("int8-g64-nested", "sm_120", True), ("int7", "sm_75", False),
+    ],
+)  # fmt: skip
+def test_a_wrong_twin_shows(
+    codec: str, target: str, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the assembly is what runs, another instruction in its place gives other numbers."""
+    weight, x = lath.quantize(torch.randn(20, 128), codec), torch.randn(3, 128).half()
     plan = plan_of("flat fp16 16x32x128")
     plain = launcher.linear(x, weight, None, ActivationFormat(), plan)
-    monkeypatch.setattr(launcher, "_target", lambda x: "sm_80")
+    monkeypatch.setattr(launcher, "_target", lambda x: target)
     text = "fma.rn.f16x2 $0, $1, $2, $3;"
     monkeypatch.setitem(inline_assembly.INSTRUCTIONS, text, lambda a, b, c: a)
-    assert not torch.equal(plain, launcher.linear(x, weight, None, ActivationFormat(), plan))
+    found = launcher.linear(x, weight, None, ActivationFormat(), plan)
+    assert torch.equal(plain, found) != runs

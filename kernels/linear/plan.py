@@ -200,8 +200,11 @@ def _tile(
     if has_no_tensor_core(dot, device):
         tokens, rows, warps = 16, 32, 8
     elif device.kind == "cuda" and m > many and (is_fine or rounds or _has_tensor_memory(device)):
-        # Larger tiles spill here, or take the longer path through tensor memory.
-        swap, tokens, rows, warps = True, min(tokens, 32), 64, 2
+        # Larger tiles spill here, or take the longer path through tensor memory. Where x's rows are
+        # no whole loads, each number has an address and a mask: with sm_80's decoded pairs beside
+        # them, 32 tokens spill too.
+        most = 16 if device.capability == 80 and k % 16 else 32
+        swap, tokens, rows, warps = True, min(tokens, most), 64, 2
     elif device.kind == "cuda" and m <= (8 if is_fine or dot == "e4m3" else 16):
         # Two warps keep to the small dot of 8 or 16 tokens on every architecture; 16 and what needs
         # more registers spill, and only four warps have sm_90's dot of 8-bit floats.

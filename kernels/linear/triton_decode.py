@@ -274,9 +274,9 @@ def decode_int8_opaque(
     It would take each byte out of the loaded word by a shift of its own; ptxas drops the move.
     """
     codes = quarter_words(planes, rows, RUN, WIDTHS)
-    if WIDTHS[0] == 8:
+    if WIDTHS[0] + WIDTHS[1] + WIDTHS[2] == 8:
         codes = codes ^ 0x80808080
-    else:
+    if WIDTHS[0] < 8:
         codes = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [codes], dtype=tl.uint32, is_pure=True, pack=1
         )

@@ -20,7 +20,8 @@ def _multiply_add(words, EXPONENT: tl.constexpr, addend, TYPE: tl.constexpr, PAC
     """The 16-bit numbers in `words` times 2**EXPONENT, plus addend.
 
     PACKED: both numbers of a word by one instruction, and words are returned. Triton 3.9 does not
-    pair 16-bit operations on sm_80 itself, where each of them then costs a conversion.
+    pair 16-bit operations on sm_80 itself, nor the sums of three planes anywhere; each of them then
+    costs a conversion.
     """
     if PACKED and tl.float16 == TYPE:
         factor = tl.full(words.shape, ((EXPONENT + 15) << 10) * HALVES, tl.uint32)
@@ -128,13 +129,13 @@ def decode_fp16(planes, rows, RUN: tl.constexpr, FORM: tl.constexpr, WIDTHS: tl.
 
 @triton.jit
 def decode_fp16_packed(planes, rows, RUN: tl.constexpr, FORM: tl.constexpr, WIDTHS: tl.constexpr):
-    """`decode_fp16` in instructions for two numbers at once, for sm_80."""
+    """`decode_fp16` in instructions for two numbers at once."""
     return _numbers_in_place(planes, rows, RUN, FORM, WIDTHS, tl.float16, True)
 
 
 @triton.jit
 def decode_bf16_packed(planes, rows, RUN: tl.constexpr, FORM: tl.constexpr, WIDTHS: tl.constexpr):
-    """`decode_bf16` in instructions for two numbers at once, for sm_80."""
+    """`decode_bf16` in instructions for two numbers at once."""
     return _numbers_in_place(planes, rows, RUN, FORM, WIDTHS, tl.bfloat16, True)
 
 

@@ -18,6 +18,7 @@ from lath.formats.codec import PlanesCodec
 from lath.formats.device import has_e4m3
 from lath.formats.plan import Plan
 from lath.formats.sparse import SparseCodec
+from lath.formats.vectors import VectorCodec
 from lath.kernels.linear import triton_decode as decode
 from lath.kernels.linear import triton_in_place as in_place
 from lath.kernels.linear import triton_scaled as scaled
@@ -46,11 +47,12 @@ _TRIT_DECODERS = {
     "fp32": trits.trits_fp32,
     "int8": trits.trits_int8,
 }
-# What is better done otherwise on some targets.
+# What is better done otherwise on some targets. "pairs": both numbers of a word at once, by
+# instructions that the kernel writes itself where the compiler does not pair them.
 _DECODERS_OF_TARGET: dict[str, dict[str, Any]] = {
     "hip": {"bf16": decode.decode_bf16_by_exponent},
     "interpreter": {},
-    "sm_80": {
+    "pairs": {
         "fp16": in_place.decode_fp16_packed,
         "bf16": in_place.decode_bf16_packed,
         "int8": decode.decode_int8_opaque,
@@ -136,7 +138,7 @@ def settings_of(
         kernel |= {
             "SUMS": needs_sums,
             "RUN": 32 if whole else 16,
-            "DEPTH": _depth(span or packing.block_of(codec), dot, plan, amd),
+            "DEPTH": _depth(span or packing.block_of(codec), codec, dot, plan, amd),
             "SWAP": plan.swap,
             "BLOCK_M": plan.block_m,
             "BLOCK_K": plan.block_k,
@@ -177,8 +179,7 @@ def codec_arguments(
     # AMD has no bf16 arithmetic: a subtraction there takes about six instructions.
     arithmetic = not amd or dot != "bf16"
     found = decode.encoding(codec, dot, centred and arithmetic, arithmetic)
-    vendor = "hip" if amd else target if target in _DECODERS_OF_TARGET else "cuda"
-    decoders = _DECODERS | _DECODERS_OF_TARGET[vendor]
+    decoders = _DECODERS | _DECODERS_OF_TARGET[_kind_of_target(codec, target)]
     if packing.is_base3(codec):
         found, decoders = trits.encoding(dot, centred), _TRIT_DECODERS
     form: tables.Form = found.centre
@@ -204,6 +205,23 @@ def codec_arguments(
         "OUTER": outer,
         "GROUP": _weight_group(codec, columns),
     }
+
+
+def _kind_of_target(codec: PlanesCodec, target: str) -> str:
+    """Whose decoders a target takes.
+
+    Of three planes LLVM pairs the products and leaves the sums single, so that every pair is taken
+    apart and put together again: 10 to 12 instructions per weight and spilled registers, where the
+    kernel's own pairs take 5 to 10. Of one plane or two it pairs both, in fewer than those. On
+    sm_80 it pairs neither; before it there are no pairs of bf16.
+    """
+    if target.startswith("gfx"):
+        return "hip"
+    if target == "interpreter":
+        return target
+    capability = int(target[3:])
+    three = len(codec.plane_widths) == 3 and capability > 80
+    return "pairs" if three or capability == 80 else "cuda"
 
 
 def _sparse_arguments(codec: SparseCodec, dot: str, columns: int) -> dict[str, Any]:
@@ -239,12 +257,13 @@ def _span(
     return math.gcd(step, *groups) if groups else 0
 
 
-def _depth(span: int, dot: str, plan: Plan, amd: bool) -> int:
+def _depth(span: int, codec: PlanesCodec | SparseCodec, dot: str, plan: Plan, amd: bool) -> int:
     """Columns of a dot inside a span, a power of two that divides it.
 
     Fewer need fewer registers, more let x be loaded in wider pieces.
 
-    Without a tensor unit (fp32) all of a tile's operands are live at once. A weight on the left of
+    Without a tensor unit (fp32) all of a tile's operands are live at once; entries of two numbers
+    have addresses twice as wide as they are, live until they are fetched. A weight on the left of
     sm_90's and sm_100's dot of four warps, or on its way through AMD's shared memory, is best moved
     whole.
     """
@@ -253,6 +272,8 @@ def _depth(span: int, dot: str, plan: Plan, amd: bool) -> int:
         best = 32
     elif amd or (plan.swap and plan.warps >= 4):
         best = packing.BLOCK
+    elif isinstance(codec, VectorCodec) and codec.vector == 2:
+        best = 32
     return math.gcd(span, best)
 
 

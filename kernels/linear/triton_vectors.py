@@ -25,9 +25,20 @@ def _entries(
     """The entries of a run in one book: fp16 [rows, 16]. WIDTH: bits per weight of its plane."""
     COUNT: tl.constexpr = 16 // VECTOR
     BITS: tl.constexpr = VECTOR * WIDTH
-    bit = (RUN * COUNT + tl.arange(0, COUNT)) * BITS
-    words = tl.load(plane + rows[:, None] * (4 * WIDTH) + (bit // 32)[None, :])
-    index = (words.to(tl.uint32, bitcast=True) >> (bit % 32)[None, :]) & ((1 << BITS) - 1)
+    WORDS: tl.constexpr = max(WIDTH // 2, 1)
+    if COUNT // WORDS >= 4:
+        # Indices that share a word are cut out of one load of it. A load for each would be copied
+        # ahead for each, and the copies of a word take instructions and shared memory.
+        FIRST: tl.constexpr = 16 * WIDTH * RUN
+        at = FIRST // 32 + tl.arange(0, WORDS)
+        bit = FIRST % 32 + tl.arange(0, COUNT // WORDS) * BITS
+        words = tl.load(plane + rows[:, None] * (4 * WIDTH) + at[None, :])
+        fields = words.to(tl.uint32, bitcast=True)[:, :, None] >> bit[None, None, :]
+        index = tl.reshape(fields & ((1 << BITS) - 1), (rows.shape[0], COUNT))
+    else:
+        bit = (RUN * COUNT + tl.arange(0, COUNT)) * BITS
+        words = tl.load(plane + rows[:, None] * (4 * WIDTH) + (bit // 32)[None, :])
+        index = (words.to(tl.uint32, bitcast=True) >> (bit % 32)[None, :]) & ((1 << BITS) - 1)
     offsets = (index * VECTOR)[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
     return tl.reshape(tl.load(book + offsets), (rows.shape[0], 16))
 
