@@ -193,6 +193,6 @@ class _FusedTokens:
             logits = ready.run(own, token, position, self.logits, self.program)
             following = ready.token
         loop.state.counts["fused"] += 1
-        if self.greedy:
+        if self.greedy and loop.sampler.allows(loop.length, following):
             return following
         return loop.choose(logits[:, -1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from transformers.generation import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
+    logits_process,
 )
 
 import lath
@@ -176,6 +178,46 @@ def test_draws_have_the_probabilities_that_transformers_gives(options: str) -> N
     assert statistic(wanted) < limit
     flatter = torch.where(wanted > 0, wanted**0.5, 0)
     assert statistic(flatter / flatter.sum()) > limit
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("names", [("length",), ("new",), ("new", "length"), ("new", "penalty")])
+def test_no_end_before_the_minimum(names: tuple[str, ...], sample: bool) -> None:
+    """What transformers' processors leave, on both sides of the length; ends that no token is."""
+    ends = torch.tensor([5, 9, 4000])
+    every = {
+        "length": logits_process.MinLengthLogitsProcessor(7, ends),
+        "new": logits_process.MinNewTokensLengthLogitsProcessor(4, 2, ends),
+        "penalty": logits_process.RepetitionPenaltyLogitsProcessor(1.3),
+    }
+    processors = [every[name] for name in names]
+    sampler = Sampler(processors, sample)
+    assert sampler.is_plain is (not sample and "penalty" not in names)
+    for length, largest in itertools.product((5, 6, 7), (5, 9, 3)):
+        ids, scores = torch.full((1, length), 11), torch.zeros(1, 64)
+        scores[0, largest], scores[0, 17] = 500, 250  # no draw is another one
+        wanted = scores.clone()
+        for processor in processors:
+            wanted = processor(ids, wanted)
+        token = int(wanted.argmax())
+        assert sampler(ids, scores.clone()) == token, (length, largest)
+        if sampler.is_plain:
+            assert sampler.allows(length, largest) is (token == largest)
+
+
+def test_an_end_that_comes_too_early_is_passed_over(models: tuple[Any, Any]) -> None:
+    """The compiled step finds the largest logit; where that is an end, the next one counts."""
+    ids = tokens(1, 70)
+    free = generate(models[0], ids, 12)[0, 70:].tolist()
+    ends = sorted(set(free[2:6]))  # of what would be written
+    outs = [
+        model.generate(ids, max_new_tokens=20, min_new_tokens=9, do_sample=False, eos_token_id=ends)
+        for model in models
+    ]
+    assert torch.equal(*outs)
+    assert not set(outs[1][0, 70:78].tolist()) & set(ends)
+    assert outs[1][0, 70:79].tolist() != free[:9]
+    assert reasons(models[1])["fused"] == outs[1].shape[1] - 71
 
 
 def test_scores_that_are_no_numbers_are_refused() -> None:

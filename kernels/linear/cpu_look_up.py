@@ -35,8 +35,8 @@ ENTRIES = 3**WEIGHTS
 GROUPS = 8  # indices of a row in a step: they are read as one word
 STEPS = (2**15 - 1) // (WEIGHTS * LARGEST_CODE * GROUPS)  # until int16 sums are full
 STEP_COLUMNS = WEIGHTS * GROUPS
-# Panels whose sums lie on the stack (98 KB): tables are made anew for each such chunk of rows.
-CHUNK = 64
+# Panels whose sums lie on the stack (197 KB): tables are made anew for each such chunk of rows.
+CHUNK = 128
 _NOTHING = ENTRIES // 2  # the index of four zeros
 _ENTRY = 2 * LOOK_UP_TILE  # bytes
 _ENTRY_BITS = _ENTRY.bit_length() - 1
