@@ -267,7 +267,7 @@ def test_look_ups_on_a_cpu(columns: int) -> None:
     weight[7], weight[9] = 1, -1
     layer = look_up_layer(weight, torch.arange(83))
     rng = np.random.default_rng(columns)
-    for tokens in (*range(1, 18), 33) if columns == 300 else (8, 16, 20):
+    for tokens in (*range(1, 18), 25, 33, 64) if columns == 300 else (8, 16, 20, 31):
         x = rng.integers(-127, 128, (tokens, columns)).astype(np.int8)
         x[0] = x[:, 0] = 127  # the largest sums of rows 7 and 9
         exact = reference.vector_look_up_linear(x, weight)
@@ -289,7 +289,7 @@ def test_look_ups_round_as_products_do() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         bias = torch.randn(1100)
         by_look_up = cpu.CpuLinear(view, "int8", ActivationFormat("int8"), None, looks_up=True)
-        x = torch.randn(19, 290).to(dtype)
+        x = torch.randn(49, 290).to(dtype)
         x[3, 5] = torch.nan
         expected = products(x, bias)
         if products._looks_up:
@@ -310,7 +310,8 @@ def test_look_ups_that_are_none_are_refused() -> None:
         cpu.CpuLinear(view, "int8", ActivationFormat("int8"), None, looks_up=True)
 
 
-def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", plan_cpu.LOOK_UP_TILES)
+def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
     """Negative control of the check at first use: rows that change places must not pass."""
     honest = lanes.transpose
     monkeypatch.setattr(
@@ -318,8 +319,8 @@ def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr("lath.kernels.simd.compile.callback", numba.cfunc)
     monkeypatch.setattr(cpu_kernels, "compile_kernel", compile_kernel.__wrapped__)
-    with pytest.raises(RuntimeError, match="look-up gave wrong numbers"):
-        cpu_kernels._check_look_up.__wrapped__(emitter.FP32)
+    with pytest.raises(RuntimeError, match=f"look-up tile={tile} gave wrong numbers"):
+        cpu_kernels._check_look_up.__wrapped__(emitter.FP32, tile)
 
 
 @pytest.mark.parametrize("name", LOWERINGS)
@@ -372,7 +373,9 @@ def test_the_plan_says_when_it_looks_up() -> None:
     plan = lath.plan(32, 64, 2560, "ternary", torch.float32, "avx2", "int8")
     assert "no VNNI" in plan.reason
     assert "(up to 8 that are left: products)" in plan.reason
-    assert (plan.block_m, plan.block_n) == (16, 16)
+    assert (plan.block_m, plan.block_n) == (32, 16)
+    parts = {m: plan_cpu.look_up_whole(m, "avx2") for m in (9, 16, 17, 24, 25, 32, 33, 64, 90)}
+    assert parts == {9: 9, 16: 16, 17: 16, 24: 16, 25: 25, 32: 32, 33: 32, 64: 64, 90: 64}
 
 
 def test_the_plan_says_how_codes_are_kept() -> None:
