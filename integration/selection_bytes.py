@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lath.formats.device import DeviceDescription
-from lath.formats.pages import PAGE, PageFormat
+from lath.formats.pages import PAGE, SUBPAGE, SUBPAGES, PageFormat
 from lath.formats.plan import Backend
 from lath.kernels.select.plan import plan_select
 from lath.selectors import (
@@ -77,8 +77,12 @@ class Step:
 
     def attended(self, selection: Selection, budget: int | float, lists: int) -> int:
         """Bytes that attention over lists at their longest moves."""
-        outside = self.context - self.pages * PAGE
-        return self._attention(outside + PAGE * self._entries(selection, budget), lists)
+        pages, subpages = self.touched(selection, budget)
+        tokens = selection.selector.granularity == "token"
+        return self._attention(
+            self.context - self.pages * PAGE + pages * PAGE, lists, tokens=tokens,
+            subpages=subpages if tokens else None,
+        )  # fmt: skip
 
     def _repair(self, selection: Selection, lists: int) -> int:
         wanted = parse_repair(selection.repair)
@@ -94,26 +98,37 @@ class Step:
             unit = selector.tokens_per_cluster
         return self._select("repair", unit, own_lists=lists != self.kv_heads, **given)
 
-    def _entries(self, selection: Selection, budget: int | float) -> int:
-        """Pages that a list touches at most: each unit within the budget lies in one of its own."""
+    def touched(self, selection: Selection, budget: int | float) -> tuple[int, int]:
+        """Pages of which a list holds a token at most, and 16 tokens side by side: each unit within
+        the budget lies in a page of its own."""
         selector = selection.selector
         recent = selector.recent if selection.recent is None else selection.recent
-        tokens = budget_tokens(budget, self.context)
-        units = budget_units(tokens, selector.unit)
-        if isinstance(selector, Refined):
-            units = min(units, self._candidates(selector, tokens))
-        return min(units + recent, self.pages)
+        recent = min(recent, self.pages)
+        tokens, others = budget_tokens(budget, self.context), self.pages - recent
+        inner = selector.inner if isinstance(selector, Outliers) else selector
+        most = others  # pages of which more than an outlier is read
+        if isinstance(inner, Refined):
+            most = min(most, self._candidates(inner, tokens))
+        if isinstance(selector, Outliers):
+            pages = min(tokens, others)
+            subpages = pages + min(
+                _beside_outliers(inner.unit, tokens - pages), (SUBPAGES - 1) * most
+            )
+        else:
+            units = budget_units(tokens, inner.unit)
+            pages, subpages = min(units, most), min(units * _subpages(inner.unit), most * SUBPAGES)
+        return pages + recent, subpages + SUBPAGES * recent
 
     def _candidates(self, selector: Refined, tokens: int) -> int:
         """Pages whose tokens are scored for each list."""
         return min(budget_units(selector.factor * tokens), self.pages)
 
-    def _attention(self, keys: int, lists: int | None) -> int:
+    def _attention(self, keys: int, lists: int | None, **masks: Any) -> int:
         fmt = self.format
         return plan_attention(
             query_heads=self.query_heads, kv_heads=self.kv_heads, keys=keys, head_dim=fmt.key_dim,
             value_dim=fmt.value_dim, key_codec=fmt.key, value_codec=fmt.value, dtype=self.dtype,
-            device=self.device, lists=lists,
+            device=self.device, lists=lists, **masks,
         ).bytes_moved  # fmt: skip
 
     def _select(self, kind: Any, unit: int = PAGE, **options: Any) -> int:
@@ -165,3 +180,16 @@ class Step:
             clusters = self.pages * PAGE // selector.tokens_per_cluster
             return self.kv_heads * (4 * dim * clusters + 8 * self.pages * PAGE)
         return None
+
+
+def _subpages(unit: int) -> int:
+    """Those that a unit of tokens lies in."""
+    return max(unit // SUBPAGE, 1)
+
+
+def _beside_outliers(unit: int, tokens: int) -> int:
+    """Further sub-pages at most that units take up until so many tokens are spent. A page that is
+    read wholly has one token less left, and its outlier's sub-page is none."""
+    whole, new = (PAGE - 1, SUBPAGES - 1) if unit == PAGE else (unit, _subpages(unit))
+    units, rest = divmod(tokens, whole)
+    return units * new + min(new, -(-rest // SUBPAGE))

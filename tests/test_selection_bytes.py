@@ -15,25 +15,35 @@ from torch import Tensor
 
 import lath
 from lath.formats.device import known_device
+from lath.formats.pages import PAGE, SUBPAGE, SUBPAGES
 from lath.integration.selection_bytes import Step
 from lath.selectors.base import Around
 from lath.verbs.decode import decode_attention
 from tools.loads import LINE
 from tools.sanitizer import sanitize
 
-HEADS, GROUP, DIM, TOKENS = 2, 2, 32, 64 * 14 + 9
+HEADS, GROUP, DIM, TOKENS = 2, 2, 32, PAGE * 14 + 9
 BUDGET = 64
 INDEX_KERNELS = {"page_scores_kernel"}
 TOKEN_KERNELS = {"prepare_kernel", "token_scores_kernel", "label_scores_kernel"}
 
 
-def make(seed: int = 0) -> tuple[lath.PagedKV, Tensor]:
-    """A cache of 14 full pages, of which the last scores less than all others."""
-    generator = torch.Generator().manual_seed(seed)
-    keys = torch.randn(1, HEADS, TOKENS, DIM, generator=generator)
-    keys[..., 64 * 13 : 64 * 14, :] -= 4
+def make() -> tuple[lath.PagedKV, Tensor]:
+    """A cache of 13 full pages, made so that lists are at their longest.
+
+    In every page the 38th token scores most and lies farthest from the rest (so that units of the
+    largest bounds lie in pages of their own); one token of each other sub-page comes next; then the
+    second and the last sub-page. The last page scores less than all others.
+    """
+    generator = torch.Generator().manual_seed(0)
+    slot = torch.arange(PAGE)
+    scores = 0.5 * ((slot // 16) % 2 == 1) + 1.5 * (slot % 16 == 5) + 1.5 * (slot == 37)
+    scores = torch.cat(
+        [torch.zeros(PAGE), scores.repeat(12), torch.full((PAGE,), -4), torch.zeros(9)]
+    )
+    keys = scores[:, None] + torch.randn(1, HEADS, TOKENS, DIM, generator=generator) / 50
     values = torch.randn(keys.shape, generator=generator)
-    q = torch.rand(1, HEADS * GROUP, 1, DIM, generator=generator) / 4
+    q = 1 + torch.rand(1, HEADS * GROUP, 1, DIM, generator=generator) / 4
     kv = lath.PagedKV(HEADS, DIM, dtype=torch.bfloat16, backend="reference")
     kv.append(keys.bfloat16(), values.bfloat16())
     return kv, q.bfloat16()
@@ -79,7 +89,7 @@ def counted_attention(q: Tensor, kv: lath.PagedKV, ids: lath.IndexList) -> int:
 
 
 FORMS = [
-    "quest", "centroid-mass", "tokenselect", "sparq-8",
+    "quest", "centroid-mass", "tokenselect", "sparq-8", "quest-32", "quest-16", "quest-8",
     "quest+tokens", "centroid-mass+tokens-2", "centroid-mass-16+tokens", "tokenselect+tokens-3",
     "quest+outliers", "centroid-16+outliers", "tokenselect+outliers", "sparq-8+outliers",
     "quest+tokens+outliers",
@@ -107,14 +117,42 @@ def test_scores_move_what_is_predicted(form: str, heads: str) -> None:
 @pytest.mark.parametrize("heads", ["kv", "query"])
 @pytest.mark.parametrize("form", FORMS)
 def test_attention_moves_what_is_predicted(form: str, heads: str) -> None:
-    """These lists are at their longest: the budget in pages of their own, and the last page."""
+    """Lists at their longest. Negative controls: all of each page, and a list of one page."""
     kv, q = make()
     selection = lath.Selection.parse(f"{form}:{BUDGET}", heads=heads)
     lists = HEADS if heads == "kv" else HEADS * GROUP
     ids = lath.select(q, kv, selection.selector, BUDGET, heads=heads)
-    predicted = step_of(kv, units=1).attended(selection, BUDGET, lists)
-    counted = counted_attention(q, kv, ids)
-    assert counted == predicted
-    # Negative control: a list of one page.
+    step = step_of(kv, units=1)
+    pages, subpages = step.touched(selection, BUDGET)
+    for own in ids.tolist()[0] if ids.granularity == "token" else ():
+        assert (len({i // PAGE for i in own}), len({i // SUBPAGE for i in own})) == (
+            pages,
+            subpages,
+        )
+    predicted = step.attended(selection, BUDGET, lists)
+    assert counted_attention(q, kv, ids) == predicted
+    whole = predicted + (SUBPAGES * pages - subpages) * lists * kv.format.subpage_bytes()
+    all_of_them = step._attention(len(kv) - step.pages * PAGE + pages * PAGE, lists)
+    assert whole == all_of_them
     one = lath.select(q, kv, "quest", 64, heads=heads, recent=0)
     assert counted_attention(q, kv, one) < predicted
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_list_touches_more(form: str) -> None:
+    """The longest that a list can be, over random caches and budgets."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        keys = torch.randn(1, HEADS, TOKENS, DIM, generator=generator)
+        kv = lath.PagedKV(HEADS, DIM, dtype=torch.float32, backend="reference")
+        kv.append(keys, keys)
+        q = torch.randn(1, HEADS * GROUP, 1, DIM, generator=generator)
+        for budget in (5, 40, 64, 150, 400):
+            ids = lath.select(q, kv, form, budget)
+            most = step_of(kv).touched(lath.Selection.parse(form), budget)
+            unit = 1 if ids.granularity == "token" else PAGE
+            for own in ids.tolist()[0]:
+                tokens = [unit * i + j for i in own for j in range(unit)]
+                touched = len({t // PAGE for t in tokens}), len({t // SUBPAGE for t in tokens})
+                assert touched[0] <= most[0]
+                assert touched[1] <= most[1]
