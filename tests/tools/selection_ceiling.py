@@ -99,9 +99,10 @@ def groups_of(asked: Asked, ids: lath.IndexList) -> Tensor:
     return torch.where(strata.of >= 0, strata.of, pages + int(strata.of.max()) + 1)
 
 
-def weighed(asked: Asked, ids: lath.IndexList) -> Tensor:
+def weighed(asked: Asked, ids: lath.IndexList) -> tuple[Tensor, float]:
     """The output of `repair=True` if it knew what all unread tokens weigh together; how that is
-    spread over pages, and their mean values, are its own."""
+    spread over pages, and their mean values, are its own. And what it takes them to weigh, over
+    what they do: the geometric mean over queries and heads."""
     q, kv = asked.q, asked.kv
     o, lse = lath.decode_attention(q, kv, pages=ids, return_lse=True)
     view, queries = kv.view(), queries_of(scaled_query(q, kv), None)
@@ -112,6 +113,7 @@ def weighed(asked: Asked, ids: lath.IndexList) -> Tensor:
         view, unread = unread_of_strata(strata, ids, 1)
         queries = queries_of_heads(queries, kv.num_kv_heads) if strata.per_head else queries
     backend = resolve_backend(asked.backend, q.device)
-    rest, _ = repair(queries, view, unread, q.shape[3] ** -0.5, backend)
+    rest, taken = repair(queries, view, unread, q.shape[3] ** -0.5, backend)
     left = unread_scores(asked, ids).logsumexp(-1, keepdim=True).float()
-    return lath.merge([(o.float(), lse), (rest.reshape(o.shape), left)])[0]
+    share = torch.exp((taken.reshape(left.shape) - left).mean()).item()
+    return lath.merge([(o.float(), lse), (rest.reshape(o.shape), left)])[0], share
