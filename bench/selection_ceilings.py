@@ -21,9 +21,9 @@ COMPARED = [
 
 
 def measure_ceilings(size: Size, backend: str, seed: int = 0) -> list[Row]:
-    """Errors at 1/8 of the sets that are no trap, but for one of repair itself: dropped, repaired, repaired with the exact weight
-    of the rest, and of the best repair by pages; and what repair takes the rest to weigh, over what
-    it does."""
+    """Errors at 1/8 of the sets that are no trap, or one of repair itself: dropped, repaired,
+    repaired with the exact weight of the rest, and of the best repair by pages; and what repair
+    takes the rest to weigh, over what it does."""
     rows = []
     for recipe in RECIPES:
         if recipe.defeats not in ("", "repair"):
