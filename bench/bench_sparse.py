@@ -149,6 +149,9 @@ def main() -> None:
     rows = rows_of(times, names)
     command = report.command_of("bench_sparse.py")
     text = as_markdown(rows, command, options.keys, budget, options.threads)
+    page = options.output / "sparse_cpu.md"  # sections behind the table are not of this run
+    if page.exists():
+        text += "".join(page.read_text().partition("\n## ")[1:])
     report.save(options, "sparse_cpu", text, command, rows=[asdict(row) for row in rows])
 
 

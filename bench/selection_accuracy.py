@@ -1,11 +1,12 @@
 """What selectors capture of synthetic caches, and how far off the attention over it is.
 
     python bench/selection_accuracy.py [--backend auto] [--tokens 8192] [--queries 4] [--plot]
-        [--selectors quest-16,clusterkv]
+        [--selectors quest-16,clusterkv] [--ceilings]
 
 writes bench/results/selection_accuracy.md and .json, and with matplotlib selection_accuracy.png;
---plot draws the .json that is there, --selectors measures these and keeps its other rows. The sets
-are those of tests/tools/selection_data.py.
+--plot draws the .json that is there, --selectors measures these and keeps its other rows,
+--ceilings measures nothing but what repair could reach. The sets are those of
+tests/tools/selection_data.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
+from selection_ceilings import ceiling_part, measure_ceilings
+from selection_tables import SHARPNESS, SHOWN, Row, grid, rounded, share
 
 import lath
 from lath.integration.benchmark import machine_facts
@@ -34,11 +37,7 @@ SELECTORS = [
     "centroid-mass+tokens", *(f"{s}+outliers" for s in OUTLIERS),
 ]  # fmt: skip
 BUDGETS = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
-SHOWN = 1 / 8  # the budget of the summaries
-SHARPNESS = [1.0, 2.0]
 PAGE_METHODS = ["quest", "quest-16", "centroid", "centroid-mass", "centroid-mass-16"]
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -71,30 +70,18 @@ def run(size: Size, backend: str, selectors: Sequence[str], seed: int = 0) -> li
     return rows
 
 
-def rounded(found: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: float(f"{value:.4g}") if isinstance(value, float) else value
-        for name, value in found.items()
-    }
-
-
 def store(result: dict[str, Any], path: Path) -> None:
     """JSON with a line for each row."""
-    facts = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1)
-    rows = ",\n".join(json.dumps(row, allow_nan=False) for row in result["rows"])
-    path.write_text(facts.removesuffix("\n}") + f',\n "rows": [\n{rows}\n]}}\n')
+    lists = ("ceilings", "rows")
+    facts = json.dumps({key: value for key, value in result.items() if key not in lists}, indent=1)
+    text = facts.removesuffix("\n}")
+    for key in lists:
+        rows = ",\n".join(json.dumps(row, allow_nan=False) for row in result[key])
+        text += f',\n "{key}": [\n{rows}\n]'
+    path.write_text(text + "}\n")
 
 
 # The report
-
-
-def grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    written = ["| " + " | ".join(line) + " |" for line in [head, *lines]]
-    return "\n".join([written[0], "|---" * len(head) + "|", *written[1:]])
-
-
-def share(budget: float) -> str:
-    return "1" if budget == 1 else f"1/{round(1 / budget)}"
 
 
 def gain(row: Row) -> str:
@@ -221,6 +208,7 @@ def report(result: dict[str, Any]) -> str:
         "Error of the selector as it is, dropped → with the outlier of every page among its tokens "
         "(`+outliers`, the same budget), repaired; in brackets what repair does to the error of "
         "that list alone. Sets that are no trap.", "", outlier_gains(table), "",
+        *ceiling_part(result["ceilings"]),
         "## All budgets", "",
         "A cell: captured mass, recall; error dropped / repaired / with repair='mean' (sparq, "
         "tokenselect, hgca).", "",
@@ -278,6 +266,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--queries", type=int, default=4)
     parser.add_argument("--selectors", default="", help="these alone, beside the stored rows")
+    parser.add_argument("--ceilings", action="store_true", help="these alone, beside the stored")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--plot", action="store_true", help="only draw what was measured before")
     options = parser.parse_args()
@@ -291,17 +280,28 @@ def main() -> None:
     for name, value in (("tokens", size.tokens), ("queries", size.queries)):
         if value != parser.get_default(name):
             command += f" --{name} {value}"
-    selectors, kept, rows = SELECTORS, "", []
-    if options.selectors:
-        selectors, before = options.selectors.split(","), json.loads(stored.read_text())
-        command += f" --selectors {options.selectors}"
-        kept = f"; all other selectors: commit {before['machine']['commit']}"
+    selectors, kept, rows, before = SELECTORS, "", [], {}
+    if options.selectors or options.ceilings:
+        before = json.loads(stored.read_text())
         if before["size"] != asdict(size):
             parser.error(f"{stored} has other sizes: {before['size']}")
+    if options.ceilings:
+        commit = machine_facts()["commit"]
+        kept = before["kept"].partition("; what repair could")[0]
+        kept += f"; what repair could reach: `{command} --ceilings`, commit {commit}"
+        result = before | {"kept": kept, "ceilings": measure_ceilings(size, options.backend)}
+        store(result, stored)
+        stored.with_suffix(".md").write_text(report(result))
+        return
+    if options.selectors:
+        selectors = options.selectors.split(",")
+        command += f" --selectors {options.selectors}"
+        kept = f"; all other selectors: commit {before['machine']['commit']}"
         rows = [row for row in before["rows"] if row["selector"] not in selectors]
     result = {
         "machine": machine_facts(), "backend": options.backend, "command": command, "kept": kept,
         "size": asdict(size), "sets": {r.name: r.what for r in BY_NAME.values()},
+        "ceilings": before.get("ceilings") or measure_ceilings(size, options.backend),
         "rows": [*rows, *run(size, options.backend, selectors)],
     }  # fmt: skip
     store(result, stored)

@@ -30,6 +30,7 @@ from typing import Literal
 
 PAGE = 64
 SUBPAGE = 16
+SUBPAGES = PAGE // SUBPAGE
 # Max and min of an index row are counted in key codes, or where these are no int8 in amax / 120:
 # rounded outward they stay inside int8.
 INDEX_LEVELS = 120
@@ -190,6 +191,16 @@ class PageFormat:
         """Bytes of a record that the draft view reads: all but the lower planes."""
         skipped = sum(field.nbytes for name, field in self.fields.items() if name.endswith("_low"))
         return self.record_bytes - skipped
+
+    def read_bytes(self, draft: bool = False) -> int:
+        """Bytes of a record that attention reads, or that a draft does."""
+        return self.draft_bytes if draft else self.record_bytes
+
+    def subpage_bytes(self, draft: bool = False) -> int:
+        """Bytes of these that hold the codes of 16 tokens side by side."""
+        names = ["keys", "values", *([] if draft else ["keys_low", "values_low"])]
+        codes = sum(self.fields[name].nbytes for name in names if name in self.fields)
+        return codes // SUBPAGES
 
 
 def _code_fields(name: str, codec: PageCodec, channels: int, float_bytes: int) -> dict[str, int]:

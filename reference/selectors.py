@@ -224,7 +224,7 @@ def farthest(page: Page, mean: Array, written: int) -> int:
 
 def with_outliers(scores: Array, cache: Cache, wish: Wish, rows: int, per_page: int) -> Indices:
     """Pooled scores [S, H, W], so many of a page, and before them the outlier of every page, all of
-    them within the budget, which is of tokens."""
+    them within the budget, which is of tokens; but what is read in any case comes first."""
     heads = cache.records.shape[1]
     wide, pages = scores.repeat(PAGE // per_page, axis=2), pages_of(cache)
     for s, head in np.ndindex(len(wide), heads):
@@ -237,7 +237,7 @@ def with_outliers(scores: Array, cache: Cache, wish: Wish, rows: int, per_page: 
             for own in lists:
                 wide[s, own, PAGE * i + count : PAGE * (i + 1)] = -np.inf
                 if token < count:
-                    wide[s, own, PAGE * i + token] = np.inf
+                    wide[s, own, PAGE * i + token] = np.finfo(np.float32).max
     return pick(wide, cache, wish, rows, PAGE)
 
 

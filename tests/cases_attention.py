@@ -6,8 +6,11 @@ A case is data. Its text form, printed by a failing test, rebuilds it: `Attentio
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -370,3 +373,23 @@ def dense_outputs(queries: Queries, o: Tensor, lse: Tensor) -> tuple[Tensor, Ten
         dense[s, :, :rows] = o[0, :, offset : offset + rows]
         logs[s, :, :rows] = lse[0, :, offset : offset + rows]
     return dense, logs
+
+
+def spoiled(pages: PageView, unread: bool) -> PageView:
+    """The pages with 0xFF in the codes of sub-pages that no list reads, or in all others."""
+    assert pages.tokens is not None
+    fmt, records = pages.format, pages.records.clone()
+    for page, head in itertools.product(range(records.shape[0]), range(records.shape[1])):
+        lists = pages.table.shape[1] // records.shape[1]
+        own = pages.table[:, head * lists : (head + 1) * lists] == page
+        masks = pages.tokens[:, head * lists : (head + 1) * lists][own].tolist()
+        masks = functools.reduce(operator.or_, masks, 0)
+        for subpage in range(4):
+            if bool(masks >> 16 * subpage & 0xFFFF) is unread:
+                continue
+            for name, field in fmt.fields.items():
+                if name in ("keys", "values", "keys_low", "values_low"):
+                    size = field.nbytes // 4
+                    first = field.offset + size * subpage
+                    records[page, head, first : first + size] = 0xFF
+    return dataclasses.replace(pages, records=records)

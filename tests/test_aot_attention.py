@@ -168,6 +168,17 @@ def test_masks_of_tokens_and_lists_of_query_heads(architecture: str, text: str) 
     check_attend(text, architecture)
 
 
+@pytest.mark.parametrize("text", ["int8/int8 128 bf16 int8", "int4/int4 128 bf16 int8"])
+def test_masks_of_tokens_leave_loads_whole(text: str) -> None:
+    """Sub-pages are left out by predicates of loads that stay 16 bytes wide."""
+    wide = []
+    for lists in ("lists", "tokens"):
+        launched = record_attend(f"{text} decode parts {lists}", "sm_90")
+        (found,) = (own for own in launched.specialisations if own.name == "attend_kernel")
+        wide.append(compile_recorded(found).asm["ptx"].count("cp.async.cg.shared.global"))
+    assert wide[0] == wide[1] > 0
+
+
 @pytest.mark.parametrize(("text", "architecture"), thinned(in_phases(OTHERS), 29, ARCHITECTURES))
 def test_other_codecs_and_precisions(architecture: str, text: str) -> None:
     check_attend(text, architecture)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import numba
+import numpy as np
 import pytest
 import torch
 from test_cpu_attention import check, plan
 from test_triton_attention import ratios
 from torch import Tensor
 
-from cases_attention import AttentionCase, integers, make_attention
+from cases_attention import AttentionCase, integers, make_attention, spoiled
 from lath.formats.attention import PageView, Queries, ScoreOptions
 from lath.formats.device import known_device
 from lath.formats.pages import PAGE, PageCodec, PageFormat
-from lath.kernels.attention import cpu
+from lath.kernels.attention import cpu, cpu_ask, cpu_loop, cpu_softmax, cpu_tile
 from lath.kernels.attention.cpu_arguments import Kind
 from lath.kernels.attention.cpu_order import asked_lines
 from lath.kernels.attention.plan import plan_attention
+from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16
 from oracle_attention import definition
 
@@ -114,8 +118,11 @@ def test_a_page_without_tokens_is_skipped() -> None:
     tokens[:, :, 0] = -1 << (PAGE // 2)
     masked = dataclasses.replace(pages, tokens=tokens)
     shorter = dataclasses.replace(
-        pages,
-        **{name: getattr(pages, name)[:, :, 1:] for name in ("table", "starts", "counts")},
+        masked,
+        **{
+            name: getattr(masked, name)[:, :, 1:]
+            for name in ("table", "starts", "counts", "tokens")
+        },
         page_counts=(pages.page_counts - 1).clamp(min=0),
     )
     assert equal(
@@ -123,7 +130,8 @@ def test_a_page_without_tokens_is_skipped() -> None:
         cpu.attend(queries, shorter, options, plan(), traffic=fewer),
     )
     assert traffic == fewer
-    assert traffic.records == int(shorter.page_counts.sum()) * pages.format.record_bytes
+    half = pages.format.record_bytes - 2 * pages.format.subpage_bytes()
+    assert traffic.records == int(shorter.page_counts.sum()) * half
 
 
 @pytest.mark.parametrize("text", ["parts;lists=kv", "parts;lists=query;tokens", "lists=shared"])
@@ -208,6 +216,30 @@ def test_the_plan_predicts_the_traffic(heads: int | None) -> None:
     assert traffic.records + traffic.index + rows_of_q_and_o == predicted
 
 
+@pytest.mark.parametrize("heads", [2, 4])
+def test_the_plan_predicts_the_traffic_of_subpages(heads: int) -> None:
+    """As many 16 tokens of each list as are said, of a page one to four."""
+    queries, pages, options = make_attention(case("-", "640,640"))
+    pages = every_page(pages, heads, own=True)
+    bits = torch.tensor([-1 << 60, 1, 1 << 20 | 1, 1 << 30 | 1 << 62, 1 | 1 << 17 | 1 << 40, -1])
+    subpages = [1, 1, 2, 2, 3, 4]
+    some = [i % 6 for i in range(10)]
+    tokens = bits[some].expand(pages.table.shape).contiguous()
+    traffic = cpu.Traffic()
+    cpu.attend(queries, dataclasses.replace(pages, tokens=tokens), options, plan(), traffic)
+    planned = {
+        name: plan_attention(
+            sequences=2, query_heads=4, kv_heads=2, queries=1, keys=pages.most_keys,
+            fmt=pages.format, dtype=queries.q.dtype, options=options, backend="cpu", tokens=True,
+            device=known_device("avx512_vnni"), lists=heads, subpages=count,
+        ).bytes_moved
+        for name, count in (("own", sum(subpages[i] for i in some)), ("all", 40), ("none", None))
+    }  # fmt: skip
+    rows_of_q_and_o = 2 * queries.q.numel() * queries.q.element_size()
+    assert traffic.records + traffic.index + rows_of_q_and_o == planned["own"]
+    assert planned["own"] < planned["all"] == planned["none"]
+
+
 @pytest.mark.parametrize("codecs", ["int8/int8", "int8-planes/int4", "int2/int8", "float/int8"])
 @pytest.mark.parametrize("dims", [(128, 128), (64, 192), (16, 32)])
 @pytest.mark.parametrize("draft", [False, True])
@@ -228,6 +260,67 @@ def test_every_line_is_asked_for_once(codecs: str, dims: tuple[int, int], draft:
             expected += range(field.offset, field.end, 64)
     assert sorted(lines) == expected
     assert beside_keys == sum(line < fmt.fields["values"].offset for line in expected)
+
+
+# Sub-pages without a token
+
+
+SPARSE = [
+    "int8/int8 4/2 64/64 1 700,300 bf16 int8 parts;lists=kv",
+    "int8/int8 4/2 48/80 3 500 fp32 int16 parts;causal;lists=query",
+    "int8-planes/int8-planes 4/2 64/64 1 500 bf16 int8 parts;lists=kv",
+    "int8-planes/int8-planes 4/2 64/64 1 500 bf16 int8 parts;lists=query;draft",
+    "int4/int2 4/2 64/64 1 500 fp16 int8 parts;lists=shared",
+    "int8/float 4/2 64/32 2 500 bf16 float lists=kv;causal",
+    "e4m3/e4m3 4/2 64/64 1 500 bf16 e4m3 parts;lists=kv;e4m3",
+    "float/int8 4/2 32/32 40 500 fp32 int8 lists=kv;causal;alibi",
+    "float/float 4/2 48/32 1 500 bf16 float lists=query;softcap=5",
+    "int4/int8 4/2 64/64 30 400 bf16 float parts;causal;window=90;lists=kv",
+]
+
+
+def with_units(text: str, seed: int = 0) -> Arguments:
+    """Masks of units of 16 tokens, of tokens in some, and of the whole of others."""
+    queries, pages, options = make_attention(AttentionCase.parse(text))
+    rng = np.random.default_rng(seed)
+    shape = tuple(pages.table.shape)
+    units = rng.choice([0, 0, 0x1, 0x8001, 0xFFFF, 0xFFFF], size=(*shape, 4)).astype(np.uint64)
+    masks = functools.reduce(np.bitwise_or, (units[..., s] << np.uint64(16 * s) for s in range(4)))
+    return (
+        queries,
+        dataclasses.replace(pages, tokens=torch.from_numpy(masks.view(np.int64))),
+        options,
+    )
+
+
+@pytest.mark.parametrize("text", SPARSE)
+def test_subpages_without_a_token_are_not_read(text: str) -> None:
+    """Whatever lies in them, NaN included: not a bit changes. It does where others are spoiled."""
+    queries, pages, options = with_units(text)
+    found = cpu.attend(queries, pages, options, plan())
+    assert not found[0].isnan().any()
+    assert max(ratios(definition(queries, pages, options), queries, *found)) <= 1
+    assert equal(cpu.attend(queries, spoiled(pages, True), options, plan()), found)
+    assert not equal(cpu.attend(queries, spoiled(pages, False), options, plan()), found)
+
+
+@pytest.mark.parametrize("text", SPARSE)
+def test_leaving_them_out_changes_no_bit(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the same loop over all four sub-pages of each page."""
+    queries, pages, options = with_units(text)
+    found = cpu.attend(queries, pages, options, plan())
+    every = lambda c, tokens, subpage: c.true  # noqa: E731
+    for module in (cpu_tile, cpu_softmax, cpu_ask, cpu_loop):
+        monkeypatch.setattr(module, "subpage_is_read", every)
+    monkeypatch.setattr("lath.kernels.simd.compile.callback", numba.cfunc)
+    monkeypatch.setattr(cpu, "compile_kernel", compile_kernel.__wrapped__)
+    monkeypatch.setattr(cpu, "_prepared", cpu._prepared.__wrapped__)
+    traffic = cpu.Traffic()
+    assert equal(cpu.attend(queries, pages, options, plan(), traffic), found)
+    few = cpu.Traffic()
+    monkeypatch.undo()
+    cpu.attend(queries, pages, options, plan(), few)
+    assert few.records < traffic.records
 
 
 # Negative controls and refusals

@@ -199,6 +199,7 @@ def test_the_row() -> None:
         ("sparq:10%", "0.1 of the context"), ("double_sparsity:64", "64 tokens"),
         ("tokenselect:64", "64 tokens"), ("hgca:64", "64 tokens"), ("clusterkv:64", "64 tokens"),
         ("paged_eviction:64", "64 tokens"), ("centroid:p0.95", "0.95 of the mass"),
+        ("quest+tokens:64", "64 tokens"), ("clusterkv+outliers:64", "64 tokens"),
     ],
 )  # fmt: skip
 def test_rows_of_every_selector(select: str, budget: str) -> None:

@@ -141,6 +141,14 @@ def test_the_outlier_of_every_page_is_read(inner: str) -> None:
     assert all(slot < 8 * PAGE for own in ids.tolist()[0] for slot in own)
 
 
+def test_outliers_leave_what_is_read_in_any_case() -> None:
+    """More pages than tokens in the budget: the last page is read wholly all the same."""
+    kv, q = make_cache(64 * 12)
+    for own in lath.select(q, kv, "quest+outliers", 5).tolist()[0]:
+        assert len(own) == 5 + 64
+        assert set(range(64 * 10, 64 * 11)) <= set(own)
+
+
 def test_outliers_of_what() -> None:
     named = lath.selector("quest-16+outliers")
     assert (str(named), named.default_heads, named.claims_mass) == (

@@ -12,7 +12,7 @@ import triton.language as tl
 from test_triton_attention import plan_for, ratios
 from torch import Tensor
 
-from cases_attention import AttentionCase, make_attention
+from cases_attention import AttentionCase, make_attention, spoiled
 from lath.formats.attention import PageView, Queries, ScoreOptions
 from lath.formats.device import known_device
 from lath.formats.pages import PAGE, PageFormat
@@ -183,12 +183,33 @@ def uniform_lists(view: PageView, heads: int, pages: int) -> PageView:
     )  # fmt: skip
 
 
-def planned(queries: Queries, view: PageView, options: ScoreOptions, floats: int) -> Plan:
+def of_units(view: PageView, seed: int = 3) -> tuple[PageView, int]:
+    """The view's lists with masks of units of 16 tokens, or of one token of them: one to three of
+    each page, as many in each list. Returns their number too."""
+    rng = np.random.default_rng(seed)
+    sequences, heads, pages = view.table.shape
+    numbers = [1 + page % 3 for page in range(pages)]
+    masks = np.zeros((sequences, heads, pages), np.uint64)
+    for s, head, page in np.ndindex(*masks.shape):
+        for subpage in rng.permutation(4)[: numbers[page]]:
+            unit = int(rng.choice([0xFFFF, 1 << int(rng.integers(16))]))
+            masks[s, head, page] |= np.uint64(unit << 16 * int(subpage))
+    tokens = torch.from_numpy(masks.view(np.int64))
+    return dataclasses.replace(view, tokens=tokens), sum(numbers)
+
+
+def planned(
+    queries: Queries,
+    view: PageView,
+    options: ScoreOptions,
+    floats: int,
+    subpages: int | None = None,
+) -> Plan:
     return plan_attention(
         sequences=view.num_sequences, query_heads=queries.q.shape[1], kv_heads=view.num_kv_heads,
         queries=queries.longest, keys=view.most_keys, fmt=view.format, dtype=queries.q.dtype,
         options=options, device=ONE_UNIT, backend="triton", lists=view.list_heads,
-        float_keys=floats, draft=view.draft,
+        tokens=view.tokens is not None, subpages=subpages, float_keys=floats, draft=view.draft,
     )  # fmt: skip
 
 
@@ -219,18 +240,18 @@ def counted(
     return report, sum(loads.bytes for name, loads in report.loads.items() if name != "records")
 
 
+READ = [
+    "int8/int8 4/2 64/64 1 720,720 bf16 int8 parts",
+    "int4/int4 4/2 96/40 1 720 fp16 int8 parts",
+    "int8-planes/int8-planes 4/2 64/64 1 720 bf16 int8 parts;draft",
+    "int8/int8 4/2 48/80 1 720 bf16 float parts;unified",
+    "float/float 4/2 32/64 1 720 bf16 float parts",
+    "int8/float 4/2 64/32 1 720 bf16 float parts",
+]
+
+
 @pytest.mark.parametrize("lists", ["kv", "query", "none"])
-@pytest.mark.parametrize(
-    "text",
-    [
-        "int8/int8 4/2 64/64 1 720,720 bf16 int8 parts",
-        "int4/int4 4/2 96/40 1 720 fp16 int8 parts",
-        "int8-planes/int8-planes 4/2 64/64 1 720 bf16 int8 parts;draft",
-        "int8/int8 4/2 48/80 1 720 bf16 float parts;unified",
-        "float/float 4/2 32/64 1 720 bf16 float parts",
-        "int8/float 4/2 64/32 1 720 bf16 float parts",
-    ],
-)
+@pytest.mark.parametrize("text", READ)
 def test_a_step_reads_what_its_plan_says(text: str, lists: str) -> None:
     """Lists of 4 of 10 pages. Records by lines of 128 bytes, everything else by bytes: exactly the
     plan's number, but for the scales in records of floats, which no kernel reads."""
@@ -251,6 +272,33 @@ def test_a_step_reads_what_its_plan_says(text: str, lists: str) -> None:
     assert records.lines * LINE + rest + q_and_o + unread * pages == plan.bytes_moved
     # Nothing twice: what a program loads from a record fits its lines.
     assert records.bytes <= records.lines * LINE
+
+
+@pytest.mark.parametrize("lists", ["kv", "query"])
+@pytest.mark.parametrize("text", [*READ, "e4m3/e4m3 4/2 64/64 1 720 bf16 e4m3 parts;e4m3"])
+def test_subpages_without_a_token_are_not_read(text: str, lists: str) -> None:
+    """Of lists of 4 of 10 pages, 7 of 16 sub-pages: exactly the plan's number, which is less than
+    that of all, and not a bit that depends on what lies in the others, NaN included."""
+    case = AttentionCase.parse(text)
+    queries, view, options = make_attention(case)
+    assert view.first_lengths is not None and view.last_lengths is not None  # noqa: PT018
+    floats = int(view.first_lengths[0] + view.last_lengths[0])
+    view, subpages = of_units(uniform_lists(view, 2 if lists == "kv" else 4, 4))
+    plan = planned(queries, view, options, floats, subpages)
+    report, rest = counted(queries, view, options, plan)
+    pages = int(view.page_counts.sum())
+    q_and_o = queries.q[..., 0].numel() * (view.format.key_dim + view.format.value_dim)
+    found = report.loads["records"].lines * LINE + rest + q_and_o * queries.q.element_size()
+    assert found + untouched(view.format, view.draft) * pages == plan.bytes_moved
+    whole = planned(queries, view, options, floats)
+    part = view.format.subpage_bytes(view.draft)
+    assert whole.bytes_moved - plan.bytes_moved == (4 * pages - pages // 4 * subpages) * part > 0
+    expected = launcher.attend(queries, view, options, plan)
+    assert not expected[0].isnan().any()
+    for unread, same in ((True, True), (False, False)):
+        other = spoiled(view, unread)
+        got = launcher.attend(queries, other, options, plan)
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)) is same
 
 
 def test_whole_lists_would_not_fit_the_plan() -> None:

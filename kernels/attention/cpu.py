@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lath.formats.attention import PageView, Queries, ScoreOptions
-from lath.formats.pages import PageFormat
+from lath.formats.pages import SUBPAGES, PageFormat
 from lath.formats.plan import Plan
 
 try:
@@ -50,7 +50,8 @@ class Traffic:
     """Bytes that attention has read since this was made.
 
     records: of page records, each once for every tile of rows that reads it (whole records; with a
-    draft without the lower planes). index: of the pages' means in the index rows. Pages that no row
+    draft without the lower planes, and codes only of those 16 tokens side by side of which lists
+    hold one). index: of the pages' means in the index rows. Pages that no row
     reads (out of a window, or with no token admitted) are not among them, nor are float parts.
     """
 
@@ -90,7 +91,7 @@ def attend(
         bound.block[INDEX["traffic"]] = counts.data_ptr()
     bound.run()
     if traffic is not None and counts is not None:
-        _add(traffic, pages, int(counts.sum()))
+        _add(traffic, pages, *counts[:, :2].sum(0).tolist())
     return o, lse
 
 
@@ -135,7 +136,7 @@ class BoundAttention:
         )
         self.kernel, layout = _prepared(
             pages.format, q.dtype, options.query, options.precision, pages.draft,
-            self.division.tile_rows,
+            pages.tokens is not None, self.division.tile_rows,
         )  # fmt: skip
         self._merge = _merge(q.dtype) if splits > 1 else None
         self.block = array("q", layout.block)
@@ -147,7 +148,8 @@ class BoundAttention:
         fill_options(self.block, options, self._kept)
 
     def move(self, pages: PageView) -> None:
-        """Read other pages, or the same where they lie now; of the same format and parts."""
+        """Read other pages, or the same where they lie now; of the same format and parts, and with
+        masks if those had some."""
         fill_pages(self.block, pages, self._lists)
 
     def run(self) -> None:
@@ -158,10 +160,11 @@ class BoundAttention:
             run_units(self._merge, self.block, self.address, tiles, _SLOTS)
 
 
-def _add(traffic: Traffic, pages: PageView, read: int) -> None:
-    """read: pages of a head."""
+def _add(traffic: Traffic, pages: PageView, read: int, subpages: int) -> None:
+    """read: pages of a head; subpages: of these."""
     fmt = pages.format
-    traffic.records += read * (fmt.draft_bytes if pages.draft else fmt.record_bytes)
+    whole, part = fmt.read_bytes(pages.draft), fmt.subpage_bytes(pages.draft)
+    traffic.records += read * (whole - SUBPAGES * part) + subpages * part
     if fmt.key.map != "float":
         traffic.index += read * fmt.index_fields["mean"].nbytes
 
@@ -242,6 +245,7 @@ def _prepared(
     query: str,
     precision: str,
     draft: bool,
+    masked: bool,
     tile_rows: int,
 ) -> tuple[Any, _Layout]:
     """The kernel, and its layout."""
@@ -252,11 +256,11 @@ def _prepared(
     brain = dtype == torch.bfloat16 and has_native_brain(host_isa())
     kind = Kind(
         name(fmt.key.name), name(fmt.value.name), precision, query, DTYPES[dtype], brain,
-        tile_rows <= ROWS,
+        tile_rows <= ROWS, masked,
     )  # fmt: skip
     kernel = compile_kernel(
         emit_attend, kind.key, kind.value, kind.precision, kind.query, kind.dtype,
-        int(kind.brain), int(kind.few),
+        int(kind.brain), int(kind.few), int(kind.masked),
     )  # fmt: skip
     return kernel, _layout(fmt, kind, tile_rows)
 

@@ -73,7 +73,8 @@ FIELDS = (
     *(f"at_{piece}" for piece in (*SHARED_PIECES, *ROW_PIECES)),
     # for a team of threads
     "task", "thread_number", "thread_count",
-    "traffic",  # int64 [threads, 8]: in each thread's first, pages read for a head; 0: not counted
+    # int64 [threads, 8]: in each thread's first two, pages and sub-pages read for a head; 0: not
+    "traffic",  # counted
 )  # fmt: skip
 INDEX = {name: index for index, name in enumerate(FIELDS)}
 
@@ -92,7 +93,8 @@ class Kind:
     key, value: codec names, or "draft" for the upper planes of "int8-planes". precision, query: as
     in ScoreOptions. dtype: FP32, FP16 or BF16, of q, of float pages and parts, and of o. brain:
     floats are multiplied as bf16, else as fp32. few: no tile has more than 4 rows; following
-    pages are asked for while one is read.
+    pages are asked for while one is read. masked: lists have masks of tokens; sub-pages without a
+    token are left out.
     """
 
     key: str
@@ -102,6 +104,7 @@ class Kind:
     dtype: int
     brain: bool
     few: bool
+    masked: bool = False
 
     @property
     def integer_scores(self) -> bool:
@@ -141,6 +144,7 @@ class Context:
         self.e, self.a, self.kind = e, a, kind
         self.b = e.builder
         self.tail = e.buffer(1)  # for what is less than a vector
+        self.distances = e.buffer(1) if kind.masked else None  # cpu_ask.py
         self.true = ir.Constant(ir.IntType(1), 1)
 
     def real(self, value: float) -> Any:

@@ -1,7 +1,8 @@
 """The attend loop of the CPU: tiles of rows over pages, one kernel for a few rows and for many.
 
 For each page, 4 rows at a time: scores, softmax relative to the page, weights times values (online
-softmax). A page that no row reads is skipped; one whose codes are not multiplied as integers is
+softmax). A page that no row reads is skipped, and so are 16 tokens side by side that a list leaves
+out; a page whose codes are not multiplied as integers is
 turned into floats once per tile of rows.
 """
 
@@ -11,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from lath.formats.pages import SUBPAGES
 from lath.kernels.attention.cpu_arguments import (
     INDEX,
     PART_FIELDS,
@@ -40,6 +42,7 @@ from lath.kernels.attention.cpu_tile import (
     stage_page_values,
     stage_part_keys,
     stage_tokens,
+    subpage_is_read,
 )
 from lath.kernels.attention.cpu_values import channel_values, integer_values, token_values
 from lath.kernels.simd.emitter import I32, I64, Emitter
@@ -48,10 +51,11 @@ from lath.kernels.simd.emitter import I32, I64, Emitter
 def emit_attend(
     e: Emitter, thread: Any, threads: Any, arguments: Any,
     key: str, value: str, precision: str, query: str, dtype: int, brain: bool, few: bool,
+    masked: bool,
 ) -> None:  # fmt: skip
     """The units thread, thread + threads, … of all. Options: the fields of `Kind`."""
     a = Arguments(e, arguments)
-    c = Context(e, a, Kind(key, value, precision, query, dtype, brain, few))
+    c = Context(e, a, Kind(key, value, precision, query, dtype, brain, few, masked))
     with e.loop(_share(e, a["units"], thread, threads)) as i:
         unit = Unit(c, thread, e.add(thread, e.multiply(i, threads)))
         with e.when(e.less(e.integer(0), unit.count)):
@@ -105,19 +109,25 @@ def _attend_pages(c: Context, unit: Unit) -> None:
 
 
 def _stage_page(c: Context, unit: Unit, tile: RowTile, keys: KeyTile) -> None:
-    _count(c, unit)
+    _count(c, unit, keys)
     if not c.kind.integer_scores:
         stage_page_keys(c, tile, keys)
     if not c.kind.integer_values:
         stage_page_values(c, tile, keys)
 
 
-def _count(c: Context, unit: Unit) -> None:
-    """One more page that the thread has read for a head, where that is asked for."""
-    e, counts = c.e, c.a["traffic"]
-    with e.when(c.b.icmp_signed("!=", counts, e.integer(0))):
+def _count(c: Context, unit: Unit, keys: KeyTile) -> None:
+    """One more page that the thread has read for a head, and its sub-pages, where that is asked
+    for."""
+    e, b, counts = c.e, c.b, c.a["traffic"]
+    with e.when(b.icmp_signed("!=", counts, e.integer(0))):
+        subpages: Any = e.integer(SUBPAGES)
+        if keys.tokens is not None:
+            read = [subpage_is_read(c, keys.tokens, subpage) for subpage in range(SUBPAGES)]
+            subpages = functools.reduce(b.add, (b.zext(one, I64) for one in read))
         own = e.offset(counts, unit.thread, VECTOR)
-        e.store(own, e.add(e.load(own, I64), 1))
+        for place, more in ((own, e.integer(1)), (e.add(own, 8), subpages)):
+            e.store(place, b.add(e.load(place, I64), more))
 
 
 def _attend_parts(c: Context, unit: Unit, tile: RowTile) -> None:
@@ -183,7 +193,7 @@ def _attend_block(
             apply_options(c, tile, keys, block)
         if keys.missing is not None:
             with e.when(c.b.icmp_signed("!=", keys.missing, e.integer(0))):
-                exclude_tokens(c, tile, keys.missing)
+                exclude_tokens(c, tile, keys)
         weights = softmax(c, tile, keys, block)
         _values(c, tile, keys, block, weights, reach.limit)
 
@@ -199,7 +209,7 @@ def _scores(c: Context, tile: RowTile, keys: KeyTile, block: Any, limit: Any) ->
 
 def _values(c: Context, tile: RowTile, keys: KeyTile, block: Any, weights: Any, limit: Any) -> None:
     if not keys.page or c.kind.value == "float":
-        token_values(c, tile, block, weights, limit)
+        token_values(c, tile, keys, block, weights, limit)
     elif c.kind.integer_values:
         integer_values(c, tile, keys, block, weights)
     else:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lath.formats.pages import PAGE
 from lath.kernels.attention.cpu_arguments import LIST_FIELDS, Context
+from lath.kernels.attention.cpu_ask import asked_of
 from lath.kernels.attention.cpu_rows import RowTile, Unit
 from lath.kernels.attention.cpu_tile import VECTOR, KeyTile
 from lath.kernels.simd.emitter import I32, I64
@@ -19,15 +20,18 @@ AHEAD = 2
 class Entry:
     """An entry of a list; all fields are values in the kernel.
 
-    missing: the tokens that count and are not read, as bits. read: whether any token is.
+    read: whether any token is. Where lists have masks, as bits: tokens: those that are read;
+    missing: the others that count; coming: those of the following entry.
     """
 
     page: Any
     following: Any
     start: Any
     count: Any
-    missing: Any
     read: Any
+    tokens: Any = None
+    missing: Any = None
+    coming: Any = None
 
 
 class PageList:
@@ -58,15 +62,20 @@ class PageList:
         e, b = self.c.e, self.c.b
         following = e.smaller_of(e.add(at, 1), e.subtract(end, 1))
         count = self._integer("counts", at)
-        missing, read = e.variable(e.integer(0)), e.variable(self.c.true)
-        with e.when(b.icmp_signed("!=", self.c.a["tokens"], e.integer(0))):
-            counted = b.lshr(e.integer(-1), e.subtract(e.integer(PAGE), count))
-            tokens = e.load(e.offset(self._address["tokens"], at, 8), I64)
-            missing.value = b.and_(counted, b.not_(tokens))
-            read.value = b.icmp_signed("!=", missing.value, counted)
-        return Entry(
+        entry = Entry(
             self._integer("table", at), self._integer("table", following),
-            self._integer("starts", at), count, missing.value, read.value,
+            self._integer("starts", at), count, self.c.true,
+        )  # fmt: skip
+        if not self.c.kind.masked:
+            return entry
+        counted = b.lshr(e.integer(-1), e.subtract(e.integer(PAGE), count))
+        tokens, coming = (
+            e.load(e.offset(self._address["tokens"], i, 8), I64) for i in (at, following)
+        )
+        tokens = b.and_(counted, tokens)
+        return replace(
+            entry, read=b.icmp_signed("!=", tokens, e.integer(0)), tokens=tokens,
+            missing=b.xor(counted, tokens), coming=coming,
         )  # fmt: skip
 
     def tile(self, entry: Entry, tile: RowTile, h: Any) -> KeyTile:
@@ -83,6 +92,7 @@ class PageList:
             page=True,
             start=entry.start,
             count=entry.count,
+            tokens=entry.tokens,
             missing=entry.missing,
             record=self._place("records", "record", entry.page, tile.kv_head),
             mean=self._place("index", "index", entry.page, tile.kv_head),
@@ -90,6 +100,9 @@ class PageList:
         )
         if self.c.kind.few:
             self._ask_for_sides(keys, self._place("index", "index", next_page, next_head))
+            if self.c.kind.masked:
+                coming = self.c.b.select(inside, entry.tokens, entry.coming)
+                keys = replace(keys, asked=asked_of(self.c, keys, coming))
         return keys
 
     def _place(self, base: str, prefix: str, page: Any, head: Any) -> Any:

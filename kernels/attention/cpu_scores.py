@@ -11,14 +11,15 @@ from typing import Any
 
 from lath.formats.pages import PAGE, SUBPAGE, UNIT
 from lath.kernels.attention.cpu_arguments import ROWS, Context, fields_of
+from lath.kernels.attention.cpu_ask import ask, ask_alike
 from lath.kernels.attention.cpu_rows import RowTile, piece
 from lath.kernels.attention.cpu_tile import (
     VECTOR,
     KeyTile,
-    ask,
     offset_code,
     page_scale,
     token_scale,
+    when_read,
 )
 from lath.kernels.simd import brain, lanes
 from lath.kernels.simd.emitter import BF16, FLOATS, INTS, LANES, SHORTS
@@ -41,7 +42,8 @@ def integer_scores(
     offsets = [e.shift_left(e.broadcast(e.add(sums, 4 * r)), 7) for r in range(ROWS)]
     row_factors = [lanes.lane(e, factors, r) for r in range(ROWS)]
     row_corrections = [lanes.lane(e, corrections, r) for r in range(ROWS)]
-    with e.loop(e.divide(e.add(limit, SUBPAGE - 1), SUBPAGE)) as subpage:
+    subpages = e.divide(e.add(limit, SUBPAGE - 1), SUBPAGE)
+    with e.loop(subpages) as subpage, when_read(c, keys, subpage):
         totals = _subpage_dots(c, keys, codes, subpage)
         for r in range(ROWS):
             dots = e.to_floats(b.sub(totals[r], offsets[r]))
@@ -67,7 +69,11 @@ def _subpage_dots(c: Context, keys: KeyTile, codes: Any, subpage: Any) -> list[A
         if kind.few:
             first = e.divide(at, VECTOR // len(planes))
             for i in range(4 * len(planes)):
-                ask(c, keys, first, i)
+                if keys.asked is None:
+                    ask(c, keys, first, i)
+                    continue
+                place = e.add(e.add(keys.record, a[planes[i // 4]]), e.add(at, VECTOR * (i % 4)))
+                ask_alike(c, keys.asked.keys, subpage, place)
         stored, low = (_vectors(c, keys, a[plane], at) for plane in (planes[0], planes[-1]))
         for part in range(parts):
             channel = e.add(e.multiply(width, part), e.multiply(unit, UNIT))
@@ -131,16 +137,23 @@ def _row_addresses(c: Context, base: Any, block: Any) -> list[Any]:
 
 
 def float_dots(
-    c: Context, rows: list[Any], items: Any, count: Any, length: Any, store: Any
+    c: Context,
+    rows: list[Any],
+    items: Any,
+    count: Any,
+    length: Any,
+    store: Any,
+    keys: KeyTile | None = None,
 ) -> None:
     """4 rows times `count` items, each `length` floats long: store(r, first item, sums).
 
     items: address of [count, length]; in quads, so that up to 3 items behind the last are read.
-    sums: of item l % 4 in lane l.
+    sums: of item l % 4 in lane l. keys: the page whose tokens the items are.
     """
     e = c.e
     step = e.multiply(length, c.kind.item)
-    with e.loop(e.divide(e.add(count, 3), 4)) as quad:
+    quads = e.divide(e.add(count, 3), 4)
+    with e.loop(quads) as quad, when_read(c, keys, e.divide(quad, SUBPAGE // 4)):
         base = e.add(items, e.multiply(e.multiply(quad, 4), step))
         addresses = [e.add(base, e.multiply(step, i)) for i in range(4)]
         totals = [[e.variable(e.floats(0.0)) for _ in range(4)] for _ in range(ROWS)]
@@ -182,4 +195,4 @@ def float_scores(
         place = e.add(piece(c, tile, "scores"), 4 * PAGE * r)
         lanes.store_quad(e, e.offset(place, first, 4), score)
 
-    float_dots(c, rows, piece(c, tile, "key_rows"), limit, a["staged_keys"], store)
+    float_dots(c, rows, piece(c, tile, "key_rows"), limit, a["staged_keys"], store, keys)

@@ -5,6 +5,7 @@ Most tiles of most calls need no pass over their scores but that of the softmax.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from lath.kernels.attention.cpu_rows import (
     position_of,
     token_and_head,
 )
-from lath.kernels.attention.cpu_tile import VECTOR, KeyTile
+from lath.kernels.attention.cpu_tile import VECTOR, KeyTile, subpage_is_read, when_read
 from lath.kernels.simd import brain, lanes, mathematics
 from lath.kernels.simd.emitter import BYTES, F32, FLOATS, I8, I16, I32, INTS, LANES
 
@@ -78,16 +79,19 @@ def apply_options(c: Context, tile: RowTile, keys: KeyTile, block: Any) -> None:
             e.store(place, b.select(valid.value, score.value, e.floats(_LOWEST)))
 
 
-def exclude_tokens(c: Context, tile: RowTile, missing: Any) -> None:
-    """-inf in place of the scores in scratch of the tokens whose bits are set."""
+def exclude_tokens(c: Context, tile: RowTile, keys: KeyTile) -> None:
+    """-inf in place of the scores in scratch of tokens that a list leaves out. Sub-pages without
+    any other have no scores, and `softmax` takes none from them."""
     e, b = c.e, c.b
     for group in range(GROUPS):
-        bits = b.trunc(b.lshr(missing, e.integer(LANES * group)), I16)
-        excluded = b.bitcast(bits, ir.VectorType(ir.IntType(1), LANES))
-        for r in range(ROWS):
-            place = e.add(piece(c, tile, "scores"), 4 * (PAGE * r + LANES * group))
-            score = e.load(place, FLOATS)
-            e.store(place, b.select(excluded, e.floats(_LOWEST), score))
+        bits = b.trunc(b.lshr(keys.missing, e.integer(LANES * group)), I16)
+        some = b.icmp_signed("!=", bits, ir.Constant(I16, 0))
+        with e.when(b.and_(some, subpage_is_read(c, keys.tokens, group))):
+            excluded = b.bitcast(bits, ir.VectorType(ir.IntType(1), LANES))
+            for r in range(ROWS):
+                place = e.add(piece(c, tile, "scores"), 4 * (PAGE * r + LANES * group))
+                score = e.load(place, FLOATS)
+                e.store(place, b.select(excluded, e.floats(_LOWEST), score))
 
 
 def _in_order(c: Context, keys: KeyTile, slots: Any, distance: Any) -> Any:
@@ -189,20 +193,21 @@ def softmax(c: Context, tile: RowTile, keys: KeyTile, block: Any) -> Weights:
     the rows brought up to date. Sums are of the weights before they are rounded."""
     e, b = c.e, c.b
     scores = piece(c, tile, "scores")
-    loaded = [
-        [e.load(e.add(scores, 4 * (PAGE * r + LANES * g)), FLOATS) for g in range(GROUPS)]
-        for r in range(ROWS)
-    ]
+
+    def score(r: int, g: int) -> Any:
+        return e.load(e.add(scores, 4 * (PAGE * r + LANES * g)), FLOATS)
+
+    loaded = _of_groups(c, keys, _LOWEST, score)
     tops = [_combine(c, mathematics.greater, row) for row in loaded]
     top = lanes.rows(e, tops, lambda x, y: mathematics.greater(e, x, y))
     # A row that reads nothing here, or only NaN: any finite number does in place of -inf.
     top = b.select(b.fcmp_ordered("==", top, e.floats(_LOWEST)), e.floats(0.0), top)
-    sums, lower = [], []
-    for r in range(ROWS):
-        largest = lanes.lane(e, top, r)
-        row = [mathematics.exp2(e, b.fsub(score, largest)) for score in loaded[r]]
-        sums.append(_combine(c, lambda _, x, y: b.fadd(x, y), row))
-        lower.append(_store_weights(c, tile, keys, r, row))
+    largest = [lanes.lane(e, top, r) for r in range(ROWS)]
+    rows = _of_groups(
+        c, keys, 0.0, lambda r, g: mathematics.exp2(e, b.fsub(loaded[r][g], largest[r]))
+    )
+    sums = [_combine(c, lambda _, x, y: b.fadd(x, y), row) for row in rows]
+    lower = [_store_weights(c, tile, keys, r, row) for r, row in enumerate(rows)]
     total = lanes.rows(e, sums, b.fadd)
     read = b.fcmp_unordered("une", total, e.floats(0.0))
     old, new = _update(c, block_state(c, tile.state, block), top, total, read)
@@ -213,6 +218,18 @@ def softmax(c: Context, tile: RowTile, keys: KeyTile, block: Any) -> Weights:
         [b.icmp_signed("!=", lanes.lane(e, wide_read, r), e.constant(0)) for r in range(ROWS)],
         lower,
     )
+
+
+def _of_groups(
+    c: Context, keys: KeyTile, nothing: float, value: Callable[[int, int], Any]
+) -> list[list[Any]]:
+    """value(row, group of 16 tokens) of each row; `nothing` of groups that are not read."""
+    found = [[c.e.variable(c.e.floats(nothing)) for _ in range(GROUPS)] for _ in range(ROWS)]
+    for group in range(GROUPS):
+        with when_read(c, keys, group):
+            for r, row in enumerate(found):
+                row[group].value = value(r, group)
+    return [[variable.value for variable in row] for row in found]
 
 
 def _combine(c: Context, combine: Any, vectors: list[Any]) -> Any:

@@ -7,18 +7,19 @@ they come token by token, [values, 64] where they come channel by channel.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
 
-from lath.formats.pages import PAGE, SUBPAGE, UNIT
+from lath.formats.pages import PAGE, SUBPAGE, SUBPAGES, UNIT
 from lath.kernels.attention.cpu_arguments import Context, fields_of
 from lath.kernels.attention.cpu_rows import RowTile, copy_floats, piece
 from lath.kernels.simd import lanes, mathematics
-from lath.kernels.simd.emitter import BYTES, F32, FP32, I32, I64, LANES, SHORTS
+from lath.kernels.simd.emitter import BYTES, F32, FP32, I16, LANES, SHORTS
 
-SUBPAGES = PAGE // SUBPAGE
 VECTOR = 64
 
 
@@ -26,25 +27,39 @@ VECTOR = 64
 class KeyTile:
     """Keys of a page or float part.
 
-    start: position of the first. count: how many. missing: bits of those that are not read (of a
-    page). record, mean: addresses (of a page). upcoming: the record of a page that will be read
-    soon. page: whether it is one.
+    start: position of the first. count: how many. tokens: bits of those that are read, missing: of
+    the others that count; None where a list has no masks. record, mean: addresses (of a page).
+    upcoming: the record of a page that will be read soon; asked: what of it where lists have masks,
+    of `cpu_ask`. page: whether it is one.
     """
 
     page: bool
     start: Any
     count: Any
+    tokens: Any = None
     missing: Any = None
     record: Any = None
     mean: Any = None
     upcoming: Any = None
+    asked: Any = None
 
 
-def ask(c: Context, keys: KeyTile, first: Any, i: int) -> None:
-    """Ask for line first + i, in the order of cpu_order.py, of the record that comes up."""
-    e = c.e
-    offset = e.load(e.add(e.offset(c.a["asked"], first, 4), 4 * i), I32)
-    e.prefetch(e.add(keys.upcoming, e.builder.sext(offset, I64)))
+def subpage_is_read(c: Context, tokens: Any, subpage: Any) -> Any:
+    """Whether any of 16 tokens is. tokens: bits; subpage: a number, known beforehand or not."""
+    known = isinstance(subpage, int)
+    shift = c.e.integer(SUBPAGE * subpage) if known else c.e.multiply(subpage, SUBPAGE)
+    return c.b.icmp_signed("!=", c.b.trunc(c.b.lshr(tokens, shift), I16), ir.Constant(I16, 0))
+
+
+@contextlib.contextmanager
+def when_read(c: Context, keys: KeyTile | None, subpage: Any) -> Iterator[None]:
+    """What is done for a sub-page only if a token of it is read. What is added in others would be
+    0 times something."""
+    if keys is None or keys.tokens is None:
+        yield
+        return
+    with c.e.when(subpage_is_read(c, keys.tokens, subpage)):
+        yield
 
 
 def offset_code(c: Context, stored: Any, low: Any, codec: str, part: int) -> Any:
@@ -83,13 +98,14 @@ def stage_page_keys(c: Context, tile: RowTile, keys: KeyTile) -> None:
     if kind.key == "float":
         stride = e.multiply(a["stored_keys"], kind.dtype_bytes)
         _stage_rows(
-            c, source, stride, keys.count, a["stored_keys"], a["staged_keys"], target, row_bytes
-        )
+            c, source, stride, keys.count, a["stored_keys"], a["staged_keys"], target, row_bytes,
+            keys,
+        )  # fmt: skip
         return
     parts = fields_of(kind.key)
     width = e.divide(a["stored_keys"], parts)
     blocks = e.divide(width, UNIT)
-    with e.loop(keys.count) as token:
+    with e.loop(keys.count) as token, when_read(c, keys, e.divide(token, SUBPAGE)):
         subpage = e.divide(token, SUBPAGE)
         within = e.subtract(token, e.multiply(subpage, SUBPAGE))
         start = e.add(e.multiply(subpage, e.multiply(width, SUBPAGE)), e.multiply(within, UNIT))
@@ -129,19 +145,26 @@ def stage_page_values(c: Context, tile: RowTile, keys: KeyTile) -> None:
     if kind.value == "float":
         source = e.add(keys.record, a["values"])
         stride = e.multiply(a["stored_values"], kind.dtype_bytes)
-        stage_tokens(c, source, stride, keys.count, a["stored_values"], target)
+        stage_tokens(c, source, stride, keys.count, a["stored_values"], target, keys)
         return
     parts = fields_of(kind.value)
     width = e.divide(a["stored_values"], parts)
+    blank = e.round_floats(e.floats(0.0), kind.item_type)
     with e.loop(width) as stored, e.loop(e.integer(SUBPAGES)) as subpage:
-        at = e.multiply(e.add(e.multiply(subpage, width), stored), SUBPAGE)
-        units = _units(c, keys.record, "values", at, kind.value)
+        places = []
         for part in range(parts):
-            code = _unit_code(c, units, kind.value, part)
-            value = e.round_floats(byte_floats(c, code, kind.value), kind.item_type)
             channel = e.add(e.multiply(width, part), stored)
             row = e.add(target, e.multiply(channel, PAGE * kind.item))
-            e.store(e.offset(row, subpage, SUBPAGE * kind.item), value)
+            places.append(e.offset(row, subpage, SUBPAGE * kind.item))
+            if keys.tokens is not None:  # else what a page before left there
+                e.store(places[part], blank)
+        with when_read(c, keys, subpage):
+            at = e.multiply(e.add(e.multiply(subpage, width), stored), SUBPAGE)
+            units = _units(c, keys.record, "values", at, kind.value)
+            for part in range(parts):
+                code = _unit_code(c, units, kind.value, part)
+                value = e.round_floats(byte_floats(c, code, kind.value), kind.item_type)
+                e.store(places[part], value)
 
 
 def _stage_rows(
@@ -153,8 +176,9 @@ def _stage_rows(
     padded: Any,
     target: Any,
     step: Any,
+    keys: KeyTile | None = None,
 ) -> None:
-    with c.e.loop(count) as token:
+    with c.e.loop(count) as token, when_read(c, keys, c.e.divide(token, SUBPAGE)):
         copy_floats(
             c, c.e.add(source, c.e.multiply(token, stride)), channels, padded,
             c.e.add(target, c.e.multiply(token, step)), c.kind.item_type,
@@ -169,14 +193,21 @@ def stage_part_keys(c: Context, tile: RowTile, source: Any, stride: Any, count: 
 
 
 def stage_tokens(
-    c: Context, source: Any, stride: Any, count: Any, channels: Any, target: Any
+    c: Context,
+    source: Any,
+    stride: Any,
+    count: Any,
+    channels: Any,
+    target: Any,
+    keys: KeyTile | None = None,
 ) -> None:
-    """Values that come token by token: [64, values] of fp32, or pairs of tokens of bf16."""
+    """Values that come token by token: [64, values] of fp32, or pairs of tokens of bf16. keys: the
+    page that they are of."""
     e, b, kind = c.e, c.b, c.kind
     padded = c.a["stored_values"]
     if not kind.brain:
         step = e.multiply(padded, 4)
-        _stage_rows(c, source, stride, count, channels, padded, target, step)
+        _stage_rows(c, source, stride, count, channels, padded, target, step, keys)
         return
     whole = e.divide(channels, LANES)
     rest = e.subtract(channels, e.multiply(whole, LANES))
@@ -189,7 +220,10 @@ def stage_tokens(
             e.store(e.offset(c.tail, i, 2), e.load(e.offset(address, i, 2), SHORTS.element))
         return e.load(c.tail, SHORTS)
 
-    with e.loop(e.divide(e.add(count, 1), 2)) as pair:
+    with (
+        e.loop(e.divide(e.add(count, 1), 2)) as pair,
+        when_read(c, keys, e.divide(pair, SUBPAGE // 2)),
+    ):
         first = e.add(source, e.multiply(e.multiply(pair, 2), stride))
         second = e.add(first, stride)
         exists = e.less(e.add(e.multiply(pair, 2), 1), count)

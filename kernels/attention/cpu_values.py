@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from lath.formats.pages import PAGE, SUBPAGE, UNIT
+from lath.formats.pages import PAGE, SUBPAGE, SUBPAGES, UNIT
 from lath.kernels.attention.cpu_arguments import ROWS, Context, fields_of
+from lath.kernels.attention.cpu_ask import ask, ask_alike
 from lath.kernels.attention.cpu_rows import RowTile, block_state, piece
 from lath.kernels.attention.cpu_scores import float_dots, multiply
 from lath.kernels.attention.cpu_scratch import STATE_HEADER
 from lath.kernels.attention.cpu_softmax import Weights
-from lath.kernels.attention.cpu_tile import SUBPAGES, VECTOR, KeyTile, ask, signed_code
+from lath.kernels.attention.cpu_tile import VECTOR, KeyTile, signed_code, when_read
 from lath.kernels.simd import lanes
 from lath.kernels.simd.emitter import FLOATS, I32, INTS, LANES
 
@@ -64,41 +65,57 @@ def _channel_dots(
     c: Context, tile: RowTile, keys: KeyTile, width: Any, unit: Any, part: int, weights: Weights
 ) -> list[Any]:
     """Σ weight code * value code over 64 tokens, 16 channels, of each row."""
-    e, a, b, kind = c.e, c.a, c.b, c.kind
+    e, b, kind = c.e, c.b, c.kind
     two = kind.precision == "int16"
     codes = piece(c, tile, "weights")
-    upper = [[e.constant(0)] * 4 for _ in range(ROWS)]
-    lower = [[e.constant(0)] * 4 for _ in range(ROWS)]
+    upper, lower = (
+        [[e.variable(e.constant(0)) for _ in range(4)] for _ in range(ROWS)] for _ in range(2)
+    )
     for subpage in range(SUBPAGES):
         at = e.multiply(e.add(e.multiply(width, subpage), e.multiply(unit, UNIT)), SUBPAGE)
-        for i in range(4):
-            at_vector = e.add(at, VECTOR * i)
-            stored = e.load(e.add(e.add(keys.record, a["values"]), at_vector))
-            low = stored
-            if kind.value == "int8-planes":
-                low = e.load(e.add(e.add(keys.record, a["values_low"]), at_vector))
-            if kind.few and part == 0:
-                planes = 2 if kind.value == "int8-planes" else 1
-                first = e.add(a["asked_values"], e.multiply(unit, UNIT * planes))
-                for plane in range(planes):
-                    ask(c, keys, first, planes * (4 * subpage + i) + plane)
-            value = signed_code(c, stored, low, kind.value, part)
-            for r in range(ROWS):
-                place = e.add(codes, PAGE * r + SUBPAGE * subpage)
-                weight = lanes.broadcast_unit(e, place)
-                upper[r][i] = e.dot(upper[r][i], weight, value, narrow=True)
-                if two:
-                    second = lanes.broadcast_unit(e, e.add(place, ROWS * PAGE))
-                    unsigned = b.xor(value, e.constant(-0x7F7F7F80))
-                    lower[r][i] = e.dot(lower[r][i], unsigned, second, narrow=False)
-    sums = [lanes.items(e, row, b.add) for row in upper]
+        with when_read(c, keys, subpage):
+            stored = _vectors(c, keys, subpage, at, unit, ask_for=part == 0)
+            for i, (first, low) in enumerate(stored):
+                value = signed_code(c, first, low, kind.value, part)
+                for r in range(ROWS):
+                    place = e.add(codes, PAGE * r + SUBPAGE * subpage)
+                    weight, total = lanes.broadcast_unit(e, place), upper[r][i]
+                    total.value = e.dot(total.value, weight, value, narrow=True)
+                    if two:
+                        second = lanes.broadcast_unit(e, e.add(place, ROWS * PAGE))
+                        unsigned, total = b.xor(value, e.constant(-0x7F7F7F80)), lower[r][i]
+                        total.value = e.dot(total.value, unsigned, second, narrow=False)
+    sums, rest = (
+        [lanes.items(e, [total.value for total in row], b.add) for row in plane]
+        for plane in (upper, lower)
+    )
     if not two:
         return sums
-    joined = []
-    for r in range(ROWS):
-        rest = b.sub(lanes.items(e, lower[r], b.add), e.shift_left(weights.lower_sums[r], 7))
-        joined.append(b.add(e.shift_left(sums[r], 8), rest))
-    return joined
+    return [
+        b.add(e.shift_left(own, 8), b.sub(low, e.shift_left(less, 7)))
+        for own, low, less in zip(sums, rest, weights.lower_sums, strict=True)
+    ]
+
+
+def _vectors(
+    c: Context, keys: KeyTile, subpage: int, at: Any, unit: Any, ask_for: bool
+) -> list[tuple[Any, Any]]:
+    """Four vectors of each plane of a sub-page, at an offset. ask_for: lines of what comes up."""
+    e, a, kind = c.e, c.a, c.kind
+    names = ("values", "values_low") if kind.value == "int8-planes" else ("values",)
+    found = []
+    for i in range(4):
+        places = [e.add(e.add(keys.record, a[name]), e.add(at, VECTOR * i)) for name in names]
+        vectors = [e.load(place) for place in places]
+        found.append((vectors[0], vectors[-1]))
+        if kind.few and ask_for:
+            first = e.add(a["asked_values"], e.multiply(unit, UNIT * len(names)))
+            for plane, place in enumerate(places):
+                if keys.asked is None:
+                    ask(c, keys, first, len(names) * (4 * subpage + i) + plane)
+                else:
+                    ask_alike(c, keys.asked.values, subpage, place)
+    return found
 
 
 def channel_values(c: Context, tile: RowTile, keys: KeyTile, block: Any, weights: Weights) -> None:
@@ -124,21 +141,29 @@ def channel_values(c: Context, tile: RowTile, keys: KeyTile, block: Any, weights
             outputs.add(r, channel, e.load(e.offset(place, channel, 4), FLOATS), scales)
 
 
-def token_values(c: Context, tile: RowTile, block: Any, weights: Weights, limit: Any) -> None:
+def token_values(
+    c: Context, tile: RowTile, keys: KeyTile, block: Any, weights: Weights, limit: Any
+) -> None:
     """Values staged token by token, the first `limit` of them: 64 channels at a time, then 16."""
     e, a = c.e, c.a
     outputs = _Outputs(c, tile, block, weights)
     whole = e.divide(a["stored_values"], 4 * LANES)
     with e.loop(whole) as i:
-        _channels(c, tile, outputs, e.multiply(i, 4 * LANES), 4, limit)
+        _channels(c, tile, keys, outputs, e.multiply(i, 4 * LANES), 4, limit)
     first = e.multiply(whole, 4 * LANES)
     rest = e.divide(e.subtract(a["stored_values"], first), LANES)
     with e.loop(rest) as i:
-        _channels(c, tile, outputs, e.add(first, e.multiply(i, LANES)), 1, limit)
+        _channels(c, tile, keys, outputs, e.add(first, e.multiply(i, LANES)), 1, limit)
 
 
 def _channels(
-    c: Context, tile: RowTile, outputs: _Outputs, channel: Any, vectors: int, limit: Any
+    c: Context,
+    tile: RowTile,
+    keys: KeyTile,
+    outputs: _Outputs,
+    channel: Any,
+    vectors: int,
+    limit: Any,
 ) -> None:
     e, a, kind = c.e, c.a, c.kind
     tokens = 2 if kind.brain else 1
@@ -147,7 +172,8 @@ def _channels(
     step = e.multiply(a["stored_values"], 4)
     base = e.add(piece(c, tile, "value_rows"), e.multiply(channel, 4))
     totals = [[e.variable(e.floats(0.0)) for _ in range(vectors)] for _ in range(ROWS)]
-    with e.loop(e.divide(e.add(limit, tokens - 1), tokens)) as i:
+    steps = e.divide(e.add(limit, tokens - 1), tokens)
+    with e.loop(steps) as i, when_read(c, keys, e.divide(i, SUBPAGE // tokens)):
         address = e.add(base, e.multiply(i, step))
         values = [e.load(e.add(address, VECTOR * j), INTS) for j in range(vectors)]
         for r in range(ROWS):

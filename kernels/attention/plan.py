@@ -17,7 +17,7 @@ import torch
 
 from lath.formats.attention import Precision, QueryFormat, ScoreOptions
 from lath.formats.device import DeviceDescription, has_e4m3, known_device
-from lath.formats.pages import PAGE, PageFormat
+from lath.formats.pages import PAGE, SUBPAGES, PageFormat
 from lath.formats.plan import Backend, Plan
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -44,6 +44,7 @@ class _Case(NamedTuple):
     lists: int  # of a sequence: of its KV heads, or of its query heads
     listed: bool  # each of them its own
     tokens: bool
+    subpages: int | None
     queries: int
     keys: int
     float_keys: int
@@ -82,6 +83,7 @@ def plan_attention(
     tokens: bool = False,
     float_keys: int = 0,
     draft: bool = False,
+    subpages: int | None = None,
 ) -> Plan:
     """The plan of one attention.
 
@@ -90,11 +92,14 @@ def plan_attention(
     q. device: where it runs; a CPU under backend "triton" is the interpreter. lists: lists of pages
     of a sequence, `PageView.list_heads`: kv_heads, or query_heads (every query head its own: no
     page is shared); None where all heads read one list. tokens: whether its lists have masks of
-    tokens. draft: as in `PageView`. ValueError for another number of lists, or tokens without.
+    tokens; subpages: 16 tokens side by side of which such a list holds one, at most; None: all of
+    its pages. draft: as in `PageView`. ValueError for another number of lists, or tokens without,
+    or subpages without tokens.
 
     `Plan.bytes_moved` counts, for each list of each sequence (a KV head's, or a query head's):
 
-        each page of the list, record_bytes (draft_bytes for a draft)
+        each page of the list, record_bytes (draft_bytes for a draft), without the codes of
+        sub-pages that hold no token of it
         the mean of its index row, 2 key_dim bytes, where keys are quantised or the scheme is
         unified; with the latter max, min and unit too, 2 key_dim + 4 bytes
         float_keys keys and values as they are
@@ -111,11 +116,13 @@ def plan_attention(
         )
     if tokens and lists is None:
         raise ValueError("tokens, masks of the pages of lists, need lists, got lists=None")
+    if subpages is not None and not tokens:
+        raise ValueError(f"subpages need tokens, masks of the pages of lists, got {subpages}")
     if backend == "triton" and device.kind == "cpu":
         device = INTERPRETED_DEVICE
     case = _Case(
-        sequences, query_heads, kv_heads, lists or kv_heads, lists is not None, tokens, queries,
-        keys, float_keys, fmt, draft, dtype, options.causal, options.window, options.query,
+        sequences, query_heads, kv_heads, lists or kv_heads, lists is not None, tokens, subpages,
+        queries, keys, float_keys, fmt, draft, dtype, options.causal, options.window, options.query,
         options.precision, options.scheme == "unified", _is_busy(options), _is_crowded(options),
         device, backend,
     )  # fmt: skip
@@ -301,12 +308,16 @@ def shared_bytes(plan: Plan, stages: int, fmt: PageFormat) -> int:
 def _bytes_moved(case: _Case) -> int:
     """As `plan_attention` says, without the pieces of splits."""
     fmt, token = case.fmt, (case.fmt.key_dim + case.fmt.value_dim) * case.dtype.itemsize
-    page = fmt.draft_bytes if case.draft else fmt.record_bytes
+    page = fmt.read_bytes(case.draft)
     if fmt.key.map != "float" or case.unified:
         page += 2 * fmt.key_dim
     if case.unified:
         page += 2 * fmt.key_dim + 4
-    of_a_list = _pages(case) * page + _keys(case)[1] * token
+    pages = _pages(case)
+    of_a_list = pages * page + _keys(case)[1] * token
+    if case.subpages is not None:
+        unread = SUBPAGES * pages - min(case.subpages, SUBPAGES * pages)
+        of_a_list -= unread * fmt.subpage_bytes(case.draft)
     rows = case.sequences * case.query_heads * case.queries
     return case.sequences * case.lists * of_a_list + rows * token
 

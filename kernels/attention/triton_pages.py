@@ -27,7 +27,13 @@ from lath.kernels.attention.triton_scores import (
     soft,
 )
 from lath.kernels.attention.triton_softmax import add_tile
-from lath.kernels.attention.triton_tiles import float_keys, float_values, load_planes, operand
+from lath.kernels.attention.triton_tiles import (
+    float_keys,
+    float_values,
+    load_planes,
+    operand,
+    read_subpages,
+)
 
 _EVERYWHERE = tl.constexpr(1 << 30)
 
@@ -86,13 +92,18 @@ def _add_page(
     PLAIN: tl.constexpr = not (
         MASKED or KEYS[0] == "float" or PAGES[5] >= 0 or OPTIONS[2] or OPTIONS[4] or OPTIONS[5]
     )
+    SOME: tl.constexpr = MASKED and OPTIONS[7]
+    tokens, subpages = record, 15
+    if SOME:
+        tokens = tl.load(view[8] + page)
+        subpages = read_subpages(tokens)
     slope, intercept = query[1], query[1]
     if KEYS[0] == "float":
         pointer = view[0] + record * PAGES[0] + KEYS[5]
-        keys = float_keys(pointer, KEYS[3], PAGES[6], count, KEYS[4])
+        keys = float_keys(pointer, KEYS[3], PAGES[6], count, KEYS[4], subpages, SOME)
         scores = tl.dot(query[0][0], keys, input_precision=MATH[3]) * query[4]
     else:
-        keys = load_planes(view[0] + record * PAGES[0], KEYS, False)
+        keys = load_planes(view[0] + record * PAGES[0], KEYS, False, subpages, SOME)
         scores = score_products(query[0], keys, KEYS, MATH)
         slope = query[1] * tl.load(numbers + PAGES[4])
         at = tl.cast(page, tl.int64) * query[3] + tl.arange(0, row[0].shape[0])
@@ -105,16 +116,16 @@ def _add_page(
         scores = adjust(scores, start, count, row, extras, OPTIONS)
     if MASKED:
         allowed = readable(start, count, row, extras, OPTIONS)
-        if OPTIONS[7]:
-            allowed &= selected(tl.load(view[8] + page))[None, :]
+        if SOME:
+            allowed &= selected(tokens)[None, :]
         scores = tl.where(allowed, scores, float("-inf"))
     scales = ()
     if VALUES[0] == "float":
         pointer = view[1] + record * PAGES[1] + VALUES[5]
-        values = float_values(pointer, VALUES[3], PAGES[7], count, VALUES[4])
+        values = float_values(pointer, VALUES[3], PAGES[7], count, VALUES[4], subpages, SOME)
         planes = (values, values)
     else:
-        planes = load_planes(view[1] + record * PAGES[1], VALUES, True)
+        planes = load_planes(view[1] + record * PAGES[1], VALUES, True, subpages, SOME)
         channel = tl.arange(0, VALUES[4])
         for part in tl.static_range(VALUES[1]):
             pointers = numbers + (PAGES[3] + part * VALUES[3]) + channel

@@ -32,6 +32,20 @@ def value_unit(token, byte, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def read_subpages(tokens):
+    """int32: bit s is set where any of the bits 16 s .. 16 s + 15 of an int64 is."""
+    low, high = tokens.to(tl.int32), (tokens >> 32).to(tl.int32)
+    first = ((low & 0xFFFF) != 0).to(tl.int32) + ((low >> 16) != 0).to(tl.int32) * 2
+    return first + ((high & 0xFFFF) != 0).to(tl.int32) * 4 + ((high >> 16) != 0).to(tl.int32) * 8
+
+
+@triton.jit
+def is_read(subpage, subpages):
+    """Whether a sub-page is; subpages: of `read_subpages`."""
+    return ((subpages >> subpage) & 1) != 0
+
+
+@triton.jit
 def _load(pointers, inside, MASKED: tl.constexpr):
     """A mask costs nothing where there is none."""
     if MASKED:
@@ -50,21 +64,27 @@ def _load_floats(pointers, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _words(pointer, LAYOUT: tl.constexpr, VALUES: tl.constexpr):
+def _words(pointer, subpages, LAYOUT: tl.constexpr, VALUES: tl.constexpr, SOME: tl.constexpr):
     """uint32 words of a plane: keys [64, block/4] along channels, values [block, 16] along tokens.
 
-    pointer: int32*, at the plane.
+    pointer: int32*, at the plane. subpages, SOME: as in `load_planes`.
     """
     WIDTH: tl.constexpr = LAYOUT[3]
     if VALUES:
         channel, word = tl.arange(0, LAYOUT[4])[:, None], tl.arange(0, 16)[None, :]
         offsets = word // 4 * (4 * WIDTH) + channel * 4 + word % 4
         inside = (channel < WIDTH) & (word < 16)
+        if SOME:
+            inside &= is_read(word // 4, subpages)
     else:
         token, word = tl.arange(0, 64)[:, None], tl.arange(0, LAYOUT[4] // 4)[None, :]
         offsets = token // 16 * (4 * WIDTH) + word // 4 * 64 + token % 16 * 4 + word % 4
-        inside = (word * 4 < WIDTH) & (token < 64)
-    loaded = _load(pointer + offsets, inside, LAYOUT[4] != WIDTH)
+        inside = token < 64
+        if LAYOUT[4] != WIDTH:  # a condition that always holds still hides runs of 16 bytes
+            inside &= word * 4 < WIDTH
+        if SOME:
+            inside &= is_read(token // 16, subpages)
+    loaded = _load(pointer + offsets, inside, SOME or LAYOUT[4] != WIDTH)
     return loaded.to(tl.uint32, bitcast=True)
 
 
@@ -85,17 +105,24 @@ def _narrow(words, low, PART: tl.constexpr, PARTS: tl.constexpr, LOW: tl.constex
 
 
 @triton.jit
-def load_planes(pointer, LAYOUT: tl.constexpr, VALUES: tl.constexpr):
+def load_planes(
+    pointer,
+    LAYOUT: tl.constexpr,
+    VALUES: tl.constexpr,
+    subpages=15,
+    SOME: tl.constexpr = False,
+):
     """What a tile needs of a record before `operand`: a pair of words, or of the loaded codes.
 
-    pointer: at the record, of the type that the layout is read with.
+    pointer: at the record, of the type that the layout is read with. SOME: only of the sub-pages
+    whose bits are set in `subpages` (`read_subpages`); of others 0.
     """
     WIDTH: tl.constexpr = LAYOUT[3]
-    MASKED: tl.constexpr = LAYOUT[3] != LAYOUT[4]
+    MASKED: tl.constexpr = SOME or LAYOUT[3] != LAYOUT[4]
     if LAYOUT[0] == "narrow":
-        upper = _words(pointer + LAYOUT[5], LAYOUT, VALUES)
+        upper = _words(pointer + LAYOUT[5], subpages, LAYOUT, VALUES, SOME)
         if LAYOUT[2]:
-            return upper, _words(pointer + LAYOUT[6], LAYOUT, VALUES)
+            return upper, _words(pointer + LAYOUT[6], subpages, LAYOUT, VALUES, SOME)
         else:
             return upper, upper
     else:
@@ -106,6 +133,8 @@ def load_planes(pointer, LAYOUT: tl.constexpr, VALUES: tl.constexpr):
             token, channel = tl.arange(0, 64)[None, :], tl.arange(0, LAYOUT[4])[:, None]
             offsets = key_unit(token, channel, WIDTH)
         inside = (channel < WIDTH) & (token < 64)
+        if SOME:
+            inside &= is_read(token // 16, subpages)
         if LAYOUT[0] == "e4m3":
             codes = _load_floats(pointer + LAYOUT[5] + offsets, inside, MASKED)
         else:
@@ -125,16 +154,26 @@ def operand(planes, LAYOUT: tl.constexpr, PART: tl.constexpr, VALUES: tl.constex
 
 
 @triton.jit
-def float_keys(pointer, stride, channels, count, BLOCK: tl.constexpr):
-    """[BLOCK, 64] of keys [64, channels] whose first `count` tokens may be read."""
+def float_keys(
+    pointer, stride, channels, count, BLOCK: tl.constexpr, subpages=15, SOME: tl.constexpr = False
+):
+    """[BLOCK, 64] of keys [64, channels] whose first `count` tokens may be read; subpages, SOME: as
+    in `load_planes`."""
     token, channel = tl.arange(0, 64)[None, :], tl.arange(0, BLOCK)[:, None]
     inside = (token < count) & (channel < channels)
+    if SOME:
+        inside &= is_read(token // 16, subpages)
     return tl.load(pointer + token * stride + channel, mask=inside, other=0.0)
 
 
 @triton.jit
-def float_values(pointer, stride, channels, count, BLOCK: tl.constexpr):
-    """[64, BLOCK] of values [64, channels] whose first `count` tokens may be read."""
+def float_values(
+    pointer, stride, channels, count, BLOCK: tl.constexpr, subpages=15, SOME: tl.constexpr = False
+):
+    """[64, BLOCK] of values [64, channels] whose first `count` tokens may be read; subpages, SOME:
+    as in `load_planes`."""
     token, channel = tl.arange(0, 64)[:, None], tl.arange(0, BLOCK)[None, :]
     inside = (token < count) & (channel < channels)
+    if SOME:
+        inside &= is_read(token // 16, subpages)
     return tl.load(pointer + token * stride + channel, mask=inside, other=0.0)

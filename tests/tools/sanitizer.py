@@ -51,6 +51,7 @@ class Report:
     overflows: integer add, subtract, multiply beyond their type.
     examples: the first occurrence of each kind of fault in each kernel, in words.
     loads: of the tensors that `sanitize` was to watch, by their names.
+    moved: bytes that each kernel loaded and stored, elements that masks admit; atomics not.
     """
 
     out_of_bounds_reads: int = 0
@@ -63,6 +64,7 @@ class Report:
     programs: int = 0
     examples: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
     loads: dict[str, Loads] = dataclasses.field(default_factory=dict)
+    moved: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def bad(self) -> dict[str, int]:
         """Fault name -> count, only those that occurred; empty if clean."""
@@ -81,6 +83,10 @@ class Report:
         faults = {name: count for name, count in self.bad().items() if name not in allow}
         if faults:
             raise AssertionError(f"sanitize: {self.describe(faults)}")
+
+    def move(self, kernel: str, nbytes: int) -> None:
+        """Count bytes that a kernel loaded or stored."""
+        self.moved[kernel] = self.moved.get(kernel, 0) + nbytes
 
     def describe(self, faults: dict[str, int] | None = None) -> str:
         """One line: counts, then an example of each."""
@@ -283,6 +289,7 @@ class _Hooks:
             pointers, lanes = self.allowed("out_of_bounds_reads", builder, pointers, mask.data)
             addresses, size = pointers.data[lanes], self.element_size(pointers)
             self.counter.load((self.report.launches, builder.grid_idx), addresses, size)
+            self.report.move(self.kernel, addresses.size * size)
             if self.memory:
                 unwritten = self.fresh.unwritten(addresses)
                 if unwritten.size:
@@ -314,6 +321,7 @@ class _Hooks:
             pointers, lanes = self.allowed("out_of_bounds_writes", builder, pointers, mask.data)
             size = self.element_size(pointers)
             self.fresh.written(pointers.data[lanes], size)
+            self.report.move(self.kernel, int(lanes.sum()) * size)
             if self.races:
                 values = np.broadcast_to(value.data, pointers.data.shape)[lanes]
                 self.accesses.store(builder.grid_idx, pointers.data[lanes], size, values)

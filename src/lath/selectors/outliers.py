@@ -49,7 +49,9 @@ class Outliers(Around):
         slots = torch.arange(PAGE, device=scores.device) < view.counts[..., None]
         there = slots.flatten(1)[:, None]
         first = _of_lists(farthest(request), request.lists) & there
-        scores = scores.masked_fill(~there, -torch.inf).masked_fill(first, torch.inf)
+        scores = scores.masked_fill(~there, -torch.inf)
+        # Behind what is read in any case, whose score is inf.
+        scores = scores.masked_fill(first, torch.finfo(scores.dtype).max)
         return replace(found, scores=scores)
 
 

@@ -106,6 +106,7 @@ def plan_attention(
     device: str | torch.device | DeviceDescription = "cpu",
     lists: int | None = None,
     tokens: bool = False,
+    subpages: int | None = None,
     draft: bool = False,
 ) -> Plan:
     """The plan of `attention` (value_codec "float") or `decode_attention` over `keys` keys.
@@ -113,9 +114,10 @@ def plan_attention(
     queries, keys: of the longest sequence; after a selection keys are those of its longest list,
     the first 64 and the unfilled page included. precision: of P·V, as in `decode_attention`. lists:
     after a selection, how many lists a sequence has, kv_heads or query_heads; None where all heads
-    read the same pages. tokens: the lists hold tokens, not whole pages. draft: the draft view of
-    "int8-planes" is read. Pure, as `plan` is, and with a reason: how rows are packed and into how
-    many pieces the keys are split.
+    read the same pages. tokens: the lists hold tokens, not whole pages; subpages: 16 tokens side by
+    side of which a list holds one, at most (of others no codes are read); None: all. draft: the
+    draft view of "int8-planes" is read. Pure, as `plan` is, and with a reason: how rows are packed
+    and into how many pieces the keys are split.
     """
     from lath.kernels.attention.plan import plan_attention as make_plan
     from lath.verbs.attention_options import choose_precision, choose_query
@@ -143,6 +145,8 @@ def plan_attention(
     )  # fmt: skip
     if lists is not None:
         check_size("lists", lists)
+    if subpages is not None:
+        check_size("subpages", subpages)
     if check_flag("draft", draft) and max(fmt.key.planes, fmt.value.planes) < 2:
         raise ValueError(f"draft needs the codec 'int8-planes' for keys or values, got {fmt}")
     description = describe_device(device)
@@ -151,5 +155,6 @@ def plan_attention(
     return make_plan(
         **sizes, fmt=fmt, dtype=dtype, options=options, device=description,
         backend="cpu" if description.kind == "cpu" else "triton", lists=lists,
-        tokens=check_flag("tokens", tokens), float_keys=first + last, draft=draft,
+        tokens=check_flag("tokens", tokens), subpages=subpages, float_keys=first + last,
+        draft=draft,
     )  # fmt: skip
