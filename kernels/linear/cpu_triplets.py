@@ -36,16 +36,18 @@ INDEX_BITS = 5
 PAIR = 2  # panels whose rows share vectors
 # Words until int16 sums are full.
 RUN = (2**15 - 1) // (2 * WEIGHTS_OF_INDEX * LARGEST_CODE * INDICES)
-# Runs of one token whose tables lie on the stack (21 KB): a sweep over a chunk's rows takes so
-# many, of several tokens fewer, side by side. Sums go to memory and back once a sweep: one run of
-# eight tokens took 1.02 times as long as two of four.
-_TABLES = 8
+# Runs that a sweep over a chunk's rows takes side by side, by the tokens of a tile. Sums go to
+# memory and back once a sweep: one run of eight tokens took 1.02 times as long as two of four. One
+# token waits for memory: four streams were read faster than one, two or eight.
+_SIDE_BY_SIDE = {1: 4, 2: 4, 4: 2}
+_TABLES = max(tokens * runs for tokens, runs in _SIDE_BY_SIDE.items())  # that lie on the stack
 # Vectors of sums on the stack (128 KB): tables are made anew for each chunk of rows they are of.
 _SUMS = 2048
-# Pairs that a table in a register is looked up for, by the tokens of a tile.
-_TOGETHER = {1: 4, 2: 2, 4: 2}
+# Pairs that a table in a register is looked up for. One token reads one at a time: what was asked
+# for of four came at the wrong time (2560 x 6912: 166 and 218 us).
+_TOGETHER = {1: 1, 2: 2, 4: 2}
 # Bytes of a run that are asked for ahead: the hardware's own prefetching stops at every 4 KB.
-_AHEAD = 4096
+_AHEAD = 6144
 _WORDS = ir.VectorType(I16, 2 * PANEL)
 
 
@@ -74,7 +76,7 @@ class _Triplets:
 
     def __init__(self, e: Emitter, a: Arguments, tokens: int) -> None:
         self.e, self.a, self.tokens = e, a, tokens
-        self.side_by_side = _TABLES // tokens
+        self.side_by_side = _SIDE_BY_SIDE[tokens]
         self.together = _TOGETHER[tokens]
         self.words = e.divide(e.add(a["columns"], COLUMNS - 1), COLUMNS)
         self.runs = e.divide(e.add(self.words, RUN - 1), RUN)
