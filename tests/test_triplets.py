@@ -58,7 +58,7 @@ def test_the_codes_come_back(shape: tuple[int, int], codec: str) -> None:
 @needs_permutation
 @pytest.mark.parametrize("columns", [1, 37, 126, 127, 300, 1008, 1009, 2600])
 def test_every_form_of_look_up_is_one_integer(columns: int) -> None:
-    """1 to 9 tokens and more; whole runs, parts of one, several sweeps; rows of all 1 and all -1,
+    """1 to 9 tokens and more; whole runs, parts of one, several runs; rows of all 1 and all -1,
     whose sums are the largest there are."""
     weight = trits(83, columns)
     weight[7], weight[9] = 1, -1

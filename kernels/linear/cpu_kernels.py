@@ -217,7 +217,7 @@ def _check_weight(record: Record) -> tuple[QTensor, NDArray[np.float64]]:
         return _check_table(record)
     rows, columns, group = 40, 140, 48
     if record.stored == "triplets":
-        columns = group = 1200  # more than a sweep
+        columns = group = 1200  # several runs and a part of one
     rng = np.random.default_rng(0)
     scale_dtype: ScaleDtype = "fp16" if record.half else "fp32"
     scale_dtype = "int8" if record.is_folded else scale_dtype

@@ -8,7 +8,7 @@ cycle (measured, all operands in registers).
     word     uint16 [32 rows], three indices of 5 bits: 9 columns in 16 bits, 1.78 bits a weight; of
              a pair of panels, low halves of lanes are the even one's rows
     run      words [pairs, 14], of 126 columns (the last one of fewer): read from end to end
-    tables   int16 [42, tokens, 32], of a run: first-level cache holds eight of one token
+    tables   int16 [42, tokens, 32], of a run: first-level cache holds those of four tokens
 
 An index counts codes (0, 1, 2), so that Σ activation is taken out of a row's sum as a zero point of
 1 is. An entry is at most 2 * 3 * 127, and 42 of them are added before the sums are widened: 32004 <
@@ -36,18 +36,14 @@ INDEX_BITS = 5
 PAIR = 2  # panels whose rows share vectors
 # Words until int16 sums are full.
 RUN = (2**15 - 1) // (2 * WEIGHTS_OF_INDEX * LARGEST_CODE * INDICES)
-# Runs that a sweep over a chunk's rows takes side by side, by the tokens of a tile. Sums go to
-# memory and back once a sweep: one run of eight tokens took 1.02 times as long as two of four. One
-# token waits for memory: four streams were read faster than one, two or eight.
-_SIDE_BY_SIDE = {1: 4, 2: 4, 4: 2}
-_TABLES = max(tokens * runs for tokens, runs in _SIDE_BY_SIDE.items())  # that lie on the stack
 # Vectors of sums on the stack (128 KB): tables are made anew for each chunk of rows they are of.
 _SUMS = 2048
-# Pairs that a table in a register is looked up for. One token reads one at a time: what was asked
-# for of four came at the wrong time (2560 x 6912: 166 and 218 us).
+# Pairs that a table in a register is looked up for, by the tokens of a tile. Four of one token were
+# asked for at the wrong time (2560 x 6912: 166 and 218 us).
 _TOGETHER = {1: 1, 2: 2, 4: 2}
-# Bytes of a run that are asked for ahead: the hardware's own prefetching stops at every 4 KB.
-_AHEAD = 6144
+# Bytes of a run that are asked for ahead: the hardware's own prefetching stops at every 4 KB. One
+# token took 178 us with 5 KB, 155 with 6, 151 with 7, 162 and more from 8 on.
+_AHEAD = 7168
 _WORDS = ir.VectorType(I16, 2 * PANEL)
 
 
@@ -57,17 +53,17 @@ def emit_triplets(e: Emitter, begin: Any, end: Any, arguments: Any, tokens: int)
     loop = _Triplets(e, a, tokens)
     room = _SUMS // (PAIR * tokens)
     before, behind = e.divide(begin, PAIR), e.divide(e.add(end, PAIR - 1), PAIR)
-    sweeps = e.divide(e.add(loop.runs, loop.side_by_side - 1), loop.side_by_side)
+    runs = e.divide(e.add(loop.words, RUN - 1), RUN)
     with e.loop(e.divide(e.add(e.subtract(behind, before), room - 1), room)) as chunk:
         first = e.add(before, e.multiply(chunk, room))
         count = e.smaller_of(e.subtract(behind, first), room)
         with e.loop(e.divide(e.add(a["tokens"], tokens - 1), tokens)) as tile:
             loop.clear(count)
-            with e.loop(sweeps) as sweep:
-                start = e.multiply(sweep, loop.side_by_side)
-                runs = e.smaller_of(e.subtract(loop.runs, start), loop.side_by_side)
-                loop.make_tables(tile, start)
-                loop.add_entries(first, count, start, runs)
+            with e.loop(runs) as run:
+                start = e.multiply(run, RUN)
+                words = e.smaller_of(e.subtract(loop.words, start), RUN)
+                loop.make_tables(tile, start, words)
+                loop.add_entries(first, count, start, words)
             loop.finish(first, count, tile, end)
 
 
@@ -76,12 +72,10 @@ class _Triplets:
 
     def __init__(self, e: Emitter, a: Arguments, tokens: int) -> None:
         self.e, self.a, self.tokens = e, a, tokens
-        self.side_by_side = _SIDE_BY_SIDE[tokens]
         self.together = _TOGETHER[tokens]
         self.words = e.divide(e.add(a["columns"], COLUMNS - 1), COLUMNS)
-        self.runs = e.divide(e.add(self.words, RUN - 1), RUN)
         self.pairs = e.divide(e.add(a["panels"], PAIR - 1), PAIR)
-        self.tables = e.buffer(RUN * INDICES * _TABLES)
+        self.tables = e.buffer(RUN * INDICES * tokens)
         self.sums = e.buffer(_SUMS)
         self.output = Output(e, a)
 
@@ -90,19 +84,18 @@ class _Triplets:
         with e.loop(e.multiply(pairs, PAIR * self.tokens)) as i:
             e.store(e.offset(self.sums, i, VECTOR_BYTES), e.constant(0))
 
-    def make_tables(self, tile: Any, start: Any) -> None:
-        """The sums of every three columns of some runs, for each token of the tile."""
+    def make_tables(self, tile: Any, start: Any, words: Any) -> None:
+        """The sums of every three columns of a run, for each token of the tile."""
         e, a = self.e, self.a
         codes = [_codes_of(first) for first in (0, PANEL)]
         order = [half + lane for lane in range(0, 2 * PANEL, 2) for half in (0, 2 * PANEL)]
-        word, last = e.multiply(start, RUN), e.subtract(a["tokens"], 1)
+        last = e.subtract(a["tokens"], 1)
         # A tile over the end computes the last token again, which is harmless.
         tokens = [
             e.smaller_of(e.add(e.multiply(tile, self.tokens), m), last) for m in range(self.tokens)
         ]
-        column = e.add(a["codes"], e.multiply(word, COLUMNS))
+        column = e.add(a["codes"], e.multiply(start, COLUMNS))
         sources = [e.add(column, e.multiply(token, a["group"])) for token in tokens]
-        words = e.smaller_of(e.subtract(self.words, word), RUN * self.side_by_side)
         with e.loop(e.multiply(words, INDICES)) as index:
             table = e.offset(self.tables, index, VECTOR_BYTES * self.tokens)
             for m, source in enumerate(sources):
@@ -113,9 +106,10 @@ class _Triplets:
                 ]
                 e.store(e.add(table, VECTOR_BYTES * m), e.shuffle(halves[0], halves[1], order))
 
-    def add_entries(self, first: Any, pairs: Any, start: Any, runs: Any) -> None:
-        """Sums of every row plus the entries that its words name, run after run."""
+    def add_entries(self, first: Any, pairs: Any, start: Any, words: Any) -> None:
+        """Sums of every row plus the entries that its words of a run name."""
         e = self.e
+        skipped = e.multiply(start, self.pairs)
         steps = e.divide(e.add(pairs, self.together - 1), self.together)
         size = PAIR * self.tokens * VECTOR_BYTES
         with e.loop(steps) as step:
@@ -127,22 +121,17 @@ class _Triplets:
                 for pair in some
                 for vector in range(0, size, VECTOR_BYTES)
             ]
-            sums = [e.variable(e.load(place)) for place in places]
-            with e.loop(runs) as run:
-                before = e.multiply(e.add(start, run), RUN)
-                words = e.smaller_of(e.subtract(self.words, before), RUN)
-                skipped = e.multiply(before, self.pairs)
-                vectors = []
-                for pair in some:
-                    own = e.add(skipped, e.multiply(e.add(first, pair), words))
-                    vectors.append(e.offset(self.a["records"], own, VECTOR_BYTES))
-                tables = RUN * INDICES * self.tokens * VECTOR_BYTES
-                self._add_run(vectors, e.offset(self.tables, run, tables), words, sums)
-            for place, value in zip(places, sums, strict=True):
-                e.store(place, value.value)
+            vectors = []
+            for pair in some:
+                own = e.add(skipped, e.multiply(e.add(first, pair), words))
+                vectors.append(e.offset(self.a["records"], own, VECTOR_BYTES))
+            # All are read before any is written: two of them may be the same pair.
+            sums = [e.load(place) for place in places]
+            for place, value in zip(places, self._add_run(vectors, words, sums), strict=True):
+                e.store(place, value)
 
-    def _add_run(self, vectors: list[Any], tables: Any, words: Any, sums: list[Any]) -> None:
-        """One run of some pairs, summed in 16 bits and then added: low halves are even panels."""
+    def _add_run(self, vectors: list[Any], words: Any, sums: list[Any]) -> list[Any]:
+        """Sums and one run of some pairs, in 16 bits first: low halves are even panels."""
         e = self.e
         totals = [
             e.variable(ir.Constant(_WORDS, [0] * _WORDS.count))
@@ -153,7 +142,7 @@ class _Triplets:
             for address in addresses:
                 e.prefetch(e.add(address, _AHEAD))
             own = [e.load(address, _WORDS) for address in addresses]
-            table = e.offset(tables, i, INDICES * self.tokens * VECTOR_BYTES)
+            table = e.offset(self.tables, i, INDICES * self.tokens * VECTOR_BYTES)
             for index in range(INDICES):
                 if index:
                     bits = ir.Constant(_WORDS, [INDEX_BITS] * _WORDS.count)
@@ -165,11 +154,12 @@ class _Triplets:
                         total = totals[n * self.tokens + m]
                         entry = lanes.permute(e, entries, word)
                         total.value = e.builder.add(total.value, entry)
-        for m, total in enumerate(totals):
-            both = e.builder.bitcast(total.value, e.constant(0).type)
-            for panel, half in enumerate((e.shift_left(both, 16), both)):
-                place = sums[PAIR * m + panel]
-                place.value = e.builder.add(place.value, e.shift_right_signed(half, 16))
+        halves = []
+        for total in totals:
+            both = e.builder.bitcast(total.value, INTS)
+            halves += [e.shift_left(both, 16), both]
+        wide = [e.shift_right_signed(half, 16) for half in halves]
+        return [e.builder.add(*pair) for pair in zip(sums, wide, strict=True)]
 
     def finish(self, first: Any, pairs: Any, tile: Any, end: Any) -> None:
         """Scale the integers and store y."""
