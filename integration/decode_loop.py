@@ -51,10 +51,10 @@ class Stop:
             else:
                 self._others.append(one)
 
-    def __call__(self, ids: Tensor, token: int) -> bool:
-        """ids [1, T], whose last is `token`."""
-        others = bool(self._others(ids, None).any()) if len(self._others) else False
-        full = self.length is not None and ids.shape[1] >= self.length
+    def __call__(self, loop: Loop, token: int) -> bool:
+        """Whether to stop behind `token`, the last of the loop's ids."""
+        others = bool(self._others(loop.ids, None).any()) if len(self._others) else False
+        full = self.length is not None and loop.length >= self.length
         return others or full or token in self.ends
 
 
@@ -118,6 +118,7 @@ class Loop:
         wanted = _ROOM if self.stop.length is None else self.stop.length - self.length
         self._ids = torch.zeros(1, self.length + min(max(wanted, 1), _ROOM), dtype=ids.dtype)
         self._ids[:, : self.length] = ids
+        self._row = self._ids.numpy()[0]  # the same memory: a tensor's items take longer to reach
 
     @property
     def ids(self) -> Tensor:
@@ -126,10 +127,11 @@ class Loop:
     def put(self, token: int) -> None:
         if self.length == self._ids.shape[1]:
             self._ids = torch.cat([self._ids, torch.zeros_like(self._ids)], dim=1)
-        self._ids[0, self.length] = token
+            self._row = self._ids.numpy()[0]
+        self._row[self.length] = token
         self.length += 1
         if self.streamer is not None:
-            self.streamer.put(self._ids[0, self.length - 1 : self.length].clone())
+            self.streamer.put(torch.tensor([token], dtype=self._ids.dtype))
 
     def choose(self, logits: Tensor) -> int:
         """The next token of logits [1, V], which are not changed."""
@@ -145,7 +147,7 @@ class Loop:
         step = self._step(cache)
         while True:
             self.put(token)
-            if self.stop(self.ids, token):
+            if self.stop(self, token):
                 break
             try:
                 token = step(token, position)
@@ -180,17 +182,18 @@ class _FusedTokens:
     """The compiled step of one call of `generate`; the model was looked over at its beginning."""
 
     def __init__(self, loop: Loop, ready: Ready, cache: Any) -> None:
-        self.loop, self.ready, self.cache = loop, ready, cache
+        self.loop, self.ready = loop, ready
+        self._cache = cache  # `own` does not keep it alive
         self.logits = torch.empty(1, 1, ready.vocabulary, dtype=ready.step.stack.dtype)
-        own = ready.cache_of(cache)
+        self.own = own = ready.cache_of(cache)
         self.greedy = loop.sampler.is_plain and ready.head is None
         self.program = own.bound.greedy_program(self.logits) if self.greedy else None
 
     def __call__(self, token: int, position: int) -> int:
         loop, ready = self.loop, self.ready
         with loop.state.lock:
-            own = ready.cache_of(self.cache)
-            logits = ready.run(own, token, position, self.logits, self.program)
+            self.own.prepare()
+            logits = ready.run(self.own, token, position, self.logits, self.program)
             following = ready.token
         loop.state.counts["fused"] += 1
         if self.greedy and loop.sampler.allows(loop.length, following):

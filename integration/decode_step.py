@@ -56,7 +56,8 @@ class Ready:
         self.cache_name = next(name for name in _CACHES if name in example)
         self.vocabulary = int(example.logits.shape[-1])
         self.head = None if self.step.stack.head is not None else model.get_output_embeddings()
-        self._table = torch.zeros(0)
+        self._embedded = int(self.step.stack.embedding.shape[0])
+        self._table, self._rotated = torch.zeros(0), 0  # of how many positions
         self._caches: weakref.WeakKeyDictionary[Any, StepCache] = weakref.WeakKeyDictionary()
 
     def cache_of(self, cache: LathCache) -> StepCache:
@@ -72,17 +73,23 @@ class Ready:
     def place(self, token: int, position: int) -> None:
         """Enter a token and its position into the step's numbers. NotFusedError for numbers that
         the modules would refuse, or whose rotations would fill memory."""
-        from lath.integration.decode_probe import rotations
-
-        if not 0 <= token < self.step.stack.embedding.shape[0]:
+        if not 0 <= token < self._embedded:
             raise NotFusedError("a token outside the embedding")
         if position >= _LARGEST_TABLE:
             raise NotFusedError("a position beyond a million")
-        while position >= len(self._table):
-            # Wherever the table lies, the step finds it through its numbers.
-            self._table = rotations(self.decoder, max(_FIRST_TABLE, 2 * len(self._table)))
-            self.step.state[_ROTATIONS] = self._table.data_ptr()
+        if position >= self._rotated:
+            self._rotate(position)
         self.step.state[_TOKEN], self.step.state[_POSITION] = token, position
+
+    def _rotate(self, position: int) -> None:
+        """Rotations for this position and as many more as there are, at least."""
+        from lath.integration.decode_probe import rotations
+
+        while position >= self._rotated:
+            # Wherever the table lies, the step finds it through its numbers.
+            self._table = rotations(self.decoder, max(_FIRST_TABLE, 2 * self._rotated))
+            self.step.state[_ROTATIONS] = self._table.data_ptr()
+            self._rotated = len(self._table)
 
     @property
     def token(self) -> int:
