@@ -38,6 +38,7 @@ from torch import Tensor
 import lath
 from lath.integration.benchmark import machine_facts
 from lath.integration.cache import LathCache, cache_argument
+from lath.integration.ceilings import CeilingCalls
 from lath.integration.find import OUTPUT_LAYER
 from lath.integration.measure import generate, time_generate
 from lath.integration.models import load_model
@@ -70,6 +71,22 @@ class Fidelity:
     top_1: float
     perplexity: float
     perplexity_unpatched: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What a token of the fused step reads at least: views of packed weights, and what the cache
+    holds half way through the tokens. gb_per_s: of a plain read of cold memory between the rounds.
+    share: of the time, median over rounds, that the read alone takes."""
+
+    weight_bytes: int
+    cache_bytes: int
+    gb_per_s: float
+    share: float
+
+    @property
+    def milliseconds(self) -> float:
+        return 1e-6 * (self.weight_bytes + self.cache_bytes) / self.gb_per_s
 
 
 class Clock:
@@ -112,6 +129,16 @@ class Contenders:
             one.redo()
         self.now = name
 
+    def bytes_of_a_token(self, ids: Tensor) -> tuple[int, int]:
+        """Of the fused step: of weights, and of the cache behind the prompt and half the tokens."""
+        self.choose("fused")
+        new_cache = self._reports["fused"][0].new_cache
+        assert new_cache is not None
+        cache, half = new_cache(), TOKENS // 2
+        name = cache_argument(self.model)
+        generate(self.model, ids, half, min_new_tokens=half, **{name: cache})
+        return sum(one.view_bytes for one in self._reports["fused"]), cache.nbytes_in_use
+
     def decode_report(self, name: str) -> str:
         return str(self._reports[name][0].decode)
 
@@ -131,9 +158,22 @@ def wall_times(contenders: Contenders, ids: Tensor) -> Times:
     return Times(prefill, sum(steps) / len(steps))
 
 
-def measure(contenders: Contenders, ids: Tensor, rounds: int, threads: int) -> list[Speed]:
+def reading(read: Callable[[int], object], now: Callable[[], float]) -> float:
+    """Seconds of one call that reads: the median of nine."""
+    times = [now()]
+    for i in range(9):
+        read(i)
+        times.append(now())
+    return statistics.median(after - before for before, after in itertools.pairwise(times))
+
+
+def measure(
+    contenders: Contenders, ids: Tensor, rounds: int, threads: int
+) -> tuple[list[Speed], Floor]:
     now = time.thread_time if threads == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {}
+    ceilings = CeilingCalls()
+    read, nbytes, floors = ceilings.calls()["read"], contenders.bytes_of_a_token(ids), []
     for turn in range(rounds + 1):
         order = contenders.names if turn % 2 else contenders.names[::-1]
         for name in order:
@@ -141,14 +181,21 @@ def measure(contenders: Contenders, ids: Tensor, rounds: int, threads: int) -> l
             own = statistics.median(token_times(contenders.model, ids, now))
             if turn:  # the first round compiles and warms up
                 seconds.setdefault(name, []).append(own)
+        if turn:
+            floors.append(sum(nbytes) * reading(read, now) / ceilings.sizes()["read"])
     fused = seconds["fused"]
-    return [
+    floor = Floor(
+        *nbytes, 1e-9 * sum(nbytes) / statistics.median(floors),
+        statistics.median(a / b for a, b in zip(floors, fused, strict=True)),
+    )  # fmt: skip
+    speeds = [
         Speed(
             name, 1e3 * statistics.median(own), 1 / statistics.median(own),
             statistics.median(b / a for a, b in zip(fused, own, strict=True)),
         )
         for name, own in seconds.items()
     ]  # fmt: skip
+    return speeds, floor
 
 
 def stepwise(model: Any, ids: Tensor) -> Tensor:
@@ -194,7 +241,7 @@ def fidelity(
 
 
 def table_of(
-    options: Any, speeds: list[Speed], found: list[Fidelity], how: str, command: str
+    options: Any, speeds: list[Speed], floor: Floor, found: list[Fidelity], how: str, command: str
 ) -> str:
     facts = machine_facts()
     clock = "CPU time of the thread" if options.threads == 1 else "wall time"
@@ -212,6 +259,11 @@ def table_of(
             f"| {s.name} | {s.milliseconds:.2f} | {s.tokens_per_second:.0f} | {s.ratio:.2f} |"
             for s in speeds
         ),
+        "",
+        f"Bytes a token reads at least: {1e-6 * floor.weight_bytes:.1f} MB of weights and "
+        f"{1e-6 * floor.cache_bytes:.1f} MB of cache, which a plain read ({floor.gb_per_s:.1f} "
+        f"GB/s between the rounds) takes {floor.milliseconds:.2f} ms for: {floor.share:.0%} of the "
+        "fused step's time.",
         "",
         how,
         "",
@@ -310,7 +362,7 @@ def main() -> None:
     if options.disturbed:
         disturbed(options, contenders, prompt)
         return
-    speeds = measure(contenders, prompt, options.rounds, options.threads)
+    speeds, floor = measure(contenders, prompt, options.rounds, options.threads)
     peers, against = [], ""
     if options.llama_bench is not None:
         llama = LlamaBench(options.llama_bench, options.gguf, options.threads, PROMPT, LLAMA_TOKENS)
@@ -322,11 +374,12 @@ def main() -> None:
         unpatched, _ = load_model(options.model, "float32")
         found = fidelity(contenders, unpatched, text, options.positions)
     command = report.command_of("bench_decode.py")
-    table = table_of(options, speeds, found, contenders.decode_report("fused"), command)
+    table = table_of(options, speeds, floor, found, contenders.decode_report("fused"), command)
     table += table_of_pairs(peers, against, options.rounds)
     report.save(
         options, "decode_cpu", table, command, load_average=load_average(),
-        speeds=[asdict(s) for s in speeds], fidelity=[asdict(f) for f in found],
+        speeds=[asdict(s) for s in speeds], floor=asdict(floor),
+        fidelity=[asdict(f) for f in found],
         llama_bench={"what": against, "rows": [asdict(p) for p in peers]},
     )  # fmt: skip
 
