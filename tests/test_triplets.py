@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numba
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from lath.kernels.linear.cpu_view import build_view
 from lath.kernels.simd import emitter, isa, lanes
 from lath.kernels.simd.compile import compile_kernel
 from lath.reference import ternary as reference
+from lath.verbs.planning import describe_device
 
 INT8 = ActivationFormat("int8")
 needs_permutation = pytest.mark.skipif(
@@ -153,3 +156,36 @@ def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch, tokens: int)
     record = Record(2, "none", True, "triplets")
     with pytest.raises(RuntimeError, match=r"triplets.* gave wrong numbers"):
         cpu_kernels._check.__wrapped__("int8", record, emitter.FP32, (tokens, 2))
+
+
+def test_the_plan_says_how_codes_are_kept() -> None:
+    def reason(
+        device: str | lath.DeviceDescription, activations: str, text: str = "ternary-1.6"
+    ) -> str:
+        return lath.plan(1, 64, 2560, text, torch.bfloat16, device, activations).reason
+
+    assert "five in a byte" in reason("avx512_vnni", "int8")
+    assert "five in a byte" in reason("avx512_vnni", "int8-g160", "ternary-1.6-g80")
+    assert "float activations multiply 2-bit" in reason("avx512_vnni", "float")
+    assert "no look-up of 128 bytes" in reason("avx2", "int8")
+    cascade_lake = replace(describe_device("avx512_vnni"), wide_look_up=False)
+    assert "no look-up of 128 bytes" in reason(cascade_lake, "int8")
+    assert "no multiples of 80" in reason("avx512_vnni", "int8-g64")
+    assert "five" not in reason("avx512_vnni", "int8", "ternary")
+    plan = lath.plan(1, 64, 2560, "ternary-1.6", torch.bfloat16, "sm_90", "int8")
+    assert plan.block_k == 160
+    assert "index into sums" not in reason("avx512_vnni", "int8")
+    zen4 = replace(describe_device("avx512_vnni"), quick_permutation=True)
+    for text in ("ternary", "ternary-1.6-s32"):
+        assert "index into sums" in reason(zen4, "int8", text)
+        assert "widened" not in reason(zen4, "int8", text)
+        assert "index into sums" not in reason(zen4, "float", text)
+        assert "index into sums" not in reason(zen4, "int8-g160", text)
+    assert "index into sums" not in reason(zen4, "int8", "ternary-g80")
+    assert "index into sums" not in reason(zen4, "int8", "int2")
+    here = describe_device("cpu")
+    view_bytes = {True: 16 * 2560 // 5, False: 16 * 2560 // 4}[here.wide_look_up] + 32
+    if here.quick_permutation:
+        view_bytes = 32 * -(-2560 // 9)
+    layer = cpu.prepare(packed(trits(16, 2560)), None, ActivationFormat("int8"))
+    assert layer._view.panel_bytes == view_bytes
