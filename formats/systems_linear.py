@@ -93,7 +93,8 @@ LINEAR_SYSTEMS: tuple[System, ...] = (
             "test_triplets.py::test_every_form_of_look_up_is_one_integer",
             "test_ternary.py::test_other_instruction_sets",
         ),
-        "four codes an index, entries of 16 tokens; LATH_ISA=avx2 or portable takes it elsewhere",
+        "four codes an index, entries of 16 or 32 tokens (LATH_ISA=avx2 or portable takes it "
+        "elsewhere); on a Zen 4 three codes an index of a register, for any number of tokens",
     ),
     System(
         "Tequila",
