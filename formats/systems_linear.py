@@ -86,7 +86,7 @@ LINEAR_SYSTEMS: tuple[System, ...] = (
     System(
         "Vec-LUT",
         "low-bit linear",
-        '`linear(x, w, activations="int8")` of a ternary weight on a CPU without VNNI, 8 tokens up',
+        '`linear(x, w, activations="int8")` of a ternary weight on a CPU without VNNI, 9 tokens up',
         (
             "test_ternary.py::test_look_ups_on_a_cpu",
             "test_ternary.py::test_vector_look_ups_are_the_product",

@@ -25,6 +25,7 @@ class _Minimum:
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         if ids.shape[-1] < self.length:
+            scores = scores.clone()  # another processor may have kept them
             scores[:, [token for token in self.ends if 0 <= token < scores.shape[-1]]] = -torch.inf
         return scores
 

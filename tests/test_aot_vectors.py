@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_aot_linear import ARCHITECTURES, LOOPS, check, record
+from test_aot_linear import ARCHITECTURES, check, check_instructions, record
 
 from cases import DTYPES, plan_of
 from lath.formats.activations import activation_format
@@ -13,8 +13,7 @@ from lath.formats.families import weight_codec
 from lath.formats.lattice import LatticeCodec, LatticeTensor
 from lath.kernels.linear import lattice
 from lath.kernels.linear.plan import plan_linear
-from tools.fake_gpu import compile_recorded, fake_gpu
-from tools.machine_code import analyze
+from tools.fake_gpu import fake_gpu
 
 # Codec, dtype, activations, K, bias.
 COVER = [
@@ -63,11 +62,7 @@ def test_instructions_per_weight(text: str, figure: float) -> None:
         16, 4096, int(columns), weight_codec(codec), activation_format(activations),  # type: ignore[arg-type]
         DTYPES[dtype], known_device("sm_90"), "triton",
     )  # fmt: skip
-    (found,) = [s for s in record(text, plan, "sm_90") if s.name in LOOPS]
-    compiled = compile_recorded(found)
-    measured = analyze(compiled)
-    assert measured.looped
-    assert measured.non_tensor_per_weight(plan.block_n * plan.block_k) <= 1.08 * figure
+    compiled, _ = check_instructions(record(text, plan, "sm_90"), plan, figure)
     assert "cp.async.cg.shared.global" in compiled.asm["ptx"]
     assert "ld.global.b16" not in compiled.asm["ptx"]
 
@@ -79,10 +74,7 @@ def test_indices_that_share_a_word_are_one_load() -> None:
         1, 4096, 2048, weight_codec("vq2-256"), activation_format("float"),  # type: ignore[arg-type]
         DTYPES["fp16"], known_device("sm_89"), "triton",
     )  # fmt: skip
-    (found,) = [s for s in record(text, plan, "sm_89") if s.name in LOOPS]
-    measured = analyze(compile_recorded(found))
-    assert measured.looped
-    assert measured.non_tensor_per_weight(plan.block_n * plan.block_k) <= 1.08 * 4.70
+    check_instructions(record(text, plan, "sm_89"), plan, 4.70)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,8 @@ def test_what_is_none_is_refused() -> None:
     weight = packed(trits(16, 160), Codec.parse("ternary-g80"))
     with pytest.raises(ValueError, match="one scale for each row, got groups of 80"):
         build_triplets(weight, Record(2, "none", True, "triplets"))
+    with pytest.raises(ValueError, match="ternary codes 0, 1 and 2, got 3"):
+        view_of(np.full((3, 9), 2, np.int8), Codec.parse("ternary"))
 
 
 def test_which_cpus_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:

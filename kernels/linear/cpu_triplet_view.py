@@ -71,7 +71,7 @@ def places() -> NDArray[np.uint16]:
 
 
 def build_triplets(weight: QTensor, record: Record) -> TripletView:
-    """Repack a ternary weight. ValueError unless it has one scale for each row."""
+    """Repack a ternary weight. ValueError unless it has one scale for each row and codes 0 .. 2."""
     rows, columns = weight.shape
     if weight.scales.shape[0] != 1:
         group = weight.codec.group
@@ -84,6 +84,8 @@ def build_triplets(weight: QTensor, record: Record) -> TripletView:
     view = replace(empty, records=records)
     powers, place = 3 ** np.arange(WEIGHTS_OF_INDEX - 1, -1, -1, dtype=np.uint8), places()
     for first, last, codes in unpacked_panels(weight, PAIR):
+        if codes.max(initial=0) > 2:
+            raise ValueError(f"weight must hold ternary codes 0, 1 and 2, got {codes.max()}")
         height, width = round_up(len(codes), PAIR * PANEL), view.words * COLUMNS
         padded = np.pad(codes, ((0, height - len(codes)), (0, width - columns)))
         triplets = padded.reshape(height, view.words, INDICES, WEIGHTS_OF_INDEX) @ powers
