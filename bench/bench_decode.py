@@ -40,7 +40,7 @@ from lath.integration.benchmark import machine_facts
 from lath.integration.cache import LathCache, cache_argument
 from lath.integration.ceilings import CeilingCalls
 from lath.integration.find import OUTPUT_LAYER
-from lath.integration.measure import generate, time_generate
+from lath.integration.measure import generate, time_generate, token_seconds
 from lath.integration.models import load_model
 from lath.integration.run_command import DEFAULT_HEAD, DEFAULT_WEIGHTS
 from lath.integration.text_sample import english_text
@@ -89,19 +89,6 @@ class Floor:
         return 1e-6 * (self.weight_bytes + self.cache_bytes) / self.gb_per_s
 
 
-class Clock:
-    """A streamer that notes when each token is out."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self.now, self.times = now, [now()]
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(self.now())
-
-    def end(self) -> None:
-        pass
-
-
 class Contenders:
     """One model and what can be made of it: each name is a call that brings the model there."""
 
@@ -143,19 +130,11 @@ class Contenders:
         return str(self._reports[name][0].decode)
 
 
-def token_times(model: Any, ids: Tensor, now: Callable[[], float]) -> list[float]:
-    """Seconds of each token but the first two: the prompt, and what the first step prepares."""
-    clock = Clock(now)
-    generate(model, ids, TOKENS, min_new_tokens=TOKENS, streamer=clock)
-    times = clock.times[2:]  # the first is the start, the second the prompt itself
-    return [after - before for before, after in itertools.pairwise(times)][1:]
-
-
 def wall_times(contenders: Contenders, ids: Tensor) -> Times:
     """Of the fused step, as llama-bench counts: means, the first token with its preparations."""
     contenders.choose("fused")
-    prefill, steps = time_generate(contenders.model, ids, LLAMA_TOKENS + 1)
-    return Times(prefill, sum(steps) / len(steps))
+    prefill, rest = time_generate(contenders.model, ids, LLAMA_TOKENS + 1)
+    return Times(prefill, rest / LLAMA_TOKENS)
 
 
 def reading(read: Callable[[int], object], now: Callable[[], float]) -> float:
@@ -178,7 +157,7 @@ def measure(
         order = contenders.names if turn % 2 else contenders.names[::-1]
         for name in order:
             contenders.choose(name)
-            own = statistics.median(token_times(contenders.model, ids, now))
+            own = token_seconds(contenders.model, ids, TOKENS, now)
             if turn:  # the first round compiles and warms up
                 seconds.setdefault(name, []).append(own)
         if turn:

@@ -100,7 +100,7 @@ def decode_items() -> dict[str, Item]:
 
     import lath
     from lath.integration.find import OUTPUT_LAYER
-    from lath.integration.measure import generate
+    from lath.integration.measure import token_seconds
     from lath.integration.run_command import DEFAULT_HEAD
 
     torch.manual_seed(0)
@@ -110,14 +110,6 @@ def decode_items() -> dict[str, Item]:
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().bfloat16()
     ids = torch.randint(0, 49152, (1, 64))
-    times: list[float] = []
-
-    class Clock:
-        def put(self, value: torch.Tensor) -> None:
-            times.append(time.thread_time())
-
-        def end(self) -> None:
-            pass
 
     def item(decode: str) -> Item:
         def run() -> float:
@@ -125,12 +117,10 @@ def decode_items() -> dict[str, Item]:
                 lath.patch(model, "int4-g64", attention="int8", kv="int8", decode=decode) as done,
                 lath.patch(model, DEFAULT_HEAD, skip=(), only=(OUTPUT_LAYER,)),
             ):
-                times.clear()
-                generate(model, ids, DECODED, min_new_tokens=DECODED, streamer=Clock())
+                seconds = token_seconds(model, ids, DECODED, time.thread_time)
                 if decode == "fused" and "one compiled call" not in str(done.decode):
                     raise RuntimeError(f"the step was not fused: {done.decode}")
-            steps = [after - before for before, after in itertools.pairwise(times[2:])]
-            return statistics.median(steps)
+            return seconds
 
         run()
         return run

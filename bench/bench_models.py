@@ -28,7 +28,7 @@ from typing import Any
 
 import report
 import torch
-from bench_decode import load_average, table_of_pairs, token_times
+from bench_decode import load_average, table_of_pairs
 from llama_bench import LlamaBench, Paired, Times, pair
 from random_models import SHAPES, Shape, write_folder, write_gguf
 from torch import Tensor
@@ -43,6 +43,7 @@ from lath.integration.measure import (
     reset_peak,
     resident_bytes,
     time_generate,
+    token_seconds,
 )
 from lath.integration.report import model_bytes
 
@@ -131,7 +132,7 @@ class CpuTimes:
         self.theirs: list[float] = []
 
     def round(self, model: Any, ids: Tensor) -> None:
-        self.ours.append(statistics.median(token_times(model, ids, time.thread_time)))
+        self.ours.append(token_seconds(model, ids, TOKENS, time.thread_time))
         many, few = (self._seconds(tokens) for tokens in (TOKENS + FEW, FEW))
         self.theirs.append((many - few) / TOKENS)
 
@@ -154,8 +155,8 @@ def measured_pairs(
     llama = LlamaBench(options.llama_bench, gguf, options.threads, PROMPT, TOKENS)
 
     def ours() -> Times:
-        prefill, steps = time_generate(model, ids, TOKENS + 1)
-        return Times(prefill, sum(steps) / len(steps))
+        prefill, rest = time_generate(model, ids, TOKENS + 1)
+        return Times(prefill, rest / TOKENS)
 
     before = load_average()
     peers = pair(llama, ours, options.rounds)
@@ -178,7 +179,7 @@ def table_of(options: Any, memory: Memory, milliseconds: float, command: str) ->
             f"`{command}`; {', '.join(machine_facts().values())}; {options.threads} thread(s), "
             f"load average {load_average()}.",
             "",
-            f"{milliseconds:.2f} ms of CPU time a token (median of {TOKENS} behind {PROMPT}).",
+            f"{milliseconds:.2f} ms of CPU time a token (mean of {TOKENS} behind {PROMPT}).",
             "",
             "| MB | |",
             "|---|---|",
@@ -208,7 +209,7 @@ def main() -> None:
     ids = torch.randint(3, 500, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     gc.collect()
     model, patched, memory = measured_memory(folder, small, ids, options)
-    seconds = statistics.median(token_times(model, ids, time.thread_time))
+    seconds = token_seconds(model, ids, TOKENS, time.thread_time)
     peers, facts, resident = [], "", 0
     if options.llama_bench is not None:
         peers, facts, resident = measured_pairs(model, ids, gguf, options)

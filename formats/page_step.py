@@ -28,13 +28,13 @@ def is_plain(span: Span) -> bool:
     return all(own is None for own in scattered) and span.tokens == span.length
 
 
-def count_token(span: Span, part: Part) -> None:
-    """One more token of the open part, which stays open; the store's tables are not told."""
+def count_tokens(span: Span, part: Part, count: int) -> None:
+    """More tokens of the open part, which stays open; the store's tables are not told."""
     if part == "first":
-        span.first += 1
+        span.first += count
     else:
-        span.last += 1
-    span.length += 1
+        span.last += count
+    span.length += count
 
 
 def close_page(store: PageStore) -> int:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lath.formats.attention import ScoreOptions
 from lath.formats.page_span import Span
-from lath.formats.page_step import Part, close_page, count_token, is_plain, open_part
+from lath.formats.page_step import Part, close_page, count_tokens, is_plain, open_part
 from lath.formats.pages import PAGE
 from lath.formats.selection import PageChoice
 from lath.integration.attention import Readable, Scores
@@ -16,8 +16,8 @@ from lath.integration.decode_recognise import NotFusedError
 from lath.kernels.decode_step.cpu import DecodeStep
 from lath.kernels.decode_step.cpu_arguments import STATE
 from lath.kernels.decode_step.cpu_bound import BoundStep, Reader
+from lath.kernels.decode_step.cpu_greedy import Greedy
 from lath.kernels.simd.openmp import one_thread
-from lath.kernels.simd.program import Pieces
 from lath.verbs.attention_options import choose_precision, choose_query
 from lath.verbs.backends import resolve_backend
 from lath.verbs.decode import decode_attention
@@ -41,7 +41,7 @@ class StepCache:
         self._bound: BoundStep | None = None
         self._seen: list[tuple[Any, ...]] = []
         self.slots = 0
-        self._counting: _Before | None = None  # the token that is counted and not yet computed
+        self._counting: _Before | None = None  # the call that is counted and not yet computed
         self._locate()
 
     @property
@@ -136,11 +136,21 @@ class StepCache:
                 step.o.copy_(decode_attention(query, layer.pages, **given))
         return bool(lists)
 
+    @property
+    def _slot(self) -> int:
+        """The row of the open part that the next token goes to."""
+        span: Span = self._seen[0][2]
+        return span.first if self._part == "first" else span.last
+
+    @property
+    def room(self) -> int:
+        """Tokens that one call may take: those before the one that fills a page, or that one."""
+        return max(PAGE - self._slot - (self._part == "last"), 1)
+
     def advance(self) -> tuple[int, int]:
         """Count one token in every layer, and its page where it fills one. Returns its slot in the
         open part, and 1 where the kernel has to count it in the tables that attention reads."""
-        span = self._seen[0][2]
-        slot = span.first if self._part == "first" else span.last
+        slot = self._slot
         closes = self._part == "last" and slot == PAGE - 1
         spans = [layer.pages.spans[0].copy() for layer in self._layers] if closes else None
         self._counting = _Before(self.slots, self._part, slot, spans)
@@ -153,29 +163,39 @@ class StepCache:
             self.bound.switch(True)
             return slot, 0
         self.bound.switch(False)
-        for layer, _, own, *_ in self._seen:
-            count_token(own, self._part)
-            layer.slots += 1
-        self.slots += 1
-        self._stale = self._part == "first" and slot == PAGE - 1
+        self._count(1)
         return slot, 1
 
-    def run(self, program: Pieces | None = None) -> None:
-        """One token, whose number and position the step knows: counted, stored, computed. Where
-        anything is raised meanwhile, such as an interrupt, the cache is as it was."""
+    def _count(self, tokens: int) -> None:
+        for layer, _, own, *_ in self._seen:
+            count_tokens(own, self._part, tokens)
+            layer.slots += tokens
+        self.slots += tokens
+        self._stale = self._part == "first" and self._slot == PAGE
+
+    def run(self, greedy: Greedy | None = None, most: int = 1) -> int:
+        """One token, whose number and position the step knows, and greedily up to `most` (and
+        `room`): counted, stored, computed. Returns how many. Where anything is raised meanwhile,
+        such as an interrupt, the cache is as it was."""
         state = self._step.state
         try:
             state[STATE["slot"]], state[STATE["grown"]] = self.advance()
-            self.bound.run(program)
+            count = 1
+            if greedy is None:
+                self.bound.run()
+            elif (count := greedy.run(most)) > 1:
+                self._count(count - 1)
             self._counting = None
+            return count
         finally:
             self._undo()
 
     def _undo(self) -> None:
-        """Forget a token that was counted in some layers or in all and did not come to its end.
+        """Forget the tokens of a call that were counted in some layers or in all, if it did not
+        come to its end.
 
-        What was written of it lies behind the ends of the sequences. It may be done twice: another
-        interrupt may come meanwhile.
+        What was written of them lies behind the ends of the sequences. It may be done twice:
+        another interrupt may come meanwhile.
         """
         before = self._counting
         if before is None:
@@ -199,8 +219,8 @@ class StepCache:
 
 
 class _Before(NamedTuple):
-    """A cache before a token: its slots, the open part and the row in it; spans: of each layer, if
-    the token fills a page."""
+    """A cache before a call: its slots, the open part and the row in it; spans: of each layer, if
+    the call's token fills a page."""
 
     slots: int
     part: Part

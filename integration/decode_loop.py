@@ -3,12 +3,14 @@
 transformers' loop prepares arguments, masks and positions for every token, which costs about half
 a millisecond; this one has a compiled step and calls nothing of the model between two tokens. What
 the user brings (logits processors, stopping criteria, streamer) is called as transformers does; a
-random draw is another one of the same distribution (decode_sample.py).
+random draw is another one of the same distribution (decode_sample.py). Greedy tokens that nobody
+is to see one by one are several in a call.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +25,14 @@ from lath.kernels.simd.openmp import one_thread
 
 if TYPE_CHECKING:
     from lath.integration.decode_step import FusedDecoding, Ready
+    from lath.kernels.decode_step.cpu_greedy import Greedy
 
 _CACHES = ("cache", "past_key_values")
 # Arguments of the model that a loop over single tokens knows what to do with.
 _HANDLED = frozenset({"attention_mask", "position_ids", "logits_to_keep", "use_cache",
                       "cache_position", *_CACHES})  # fmt: skip
 _ROOM = 4096  # new tokens that are made room for at once
+_ANSWER = 0.05  # seconds of one compiled call, about, in which neither Ctrl-C nor a thread is heard
 # What transformers' loop calls for every token and this one does not.
 _CALLED = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
@@ -50,6 +54,12 @@ class Stop:
                 self.ends |= {int(token) for token in one.eos_token_id.reshape(-1)}
             else:
                 self._others.append(one)
+
+    def most(self, length: int) -> int:
+        """Tokens behind `length` that are known not to stop, if they are no ends, but the last."""
+        if len(self._others):
+            return 1
+        return _ROOM if self.length is None else max(1, self.length - length)
 
     def __call__(self, loop: Loop, token: int) -> bool:
         """Whether to stop behind `token`, the last of the loop's ids."""
@@ -124,6 +134,11 @@ class Loop:
     def ids(self) -> Tensor:
         return self._ids[:, : self.length]
 
+    @property
+    def most(self) -> int:
+        """New tokens that nobody wants to see one by one; a streamer does."""
+        return 1 if self.streamer is not None else self.stop.most(self.length)
+
     def put(self, token: int) -> None:
         if self.length == self._ids.shape[1]:
             self._ids = torch.cat([self._ids, torch.zeros_like(self._ids)], dim=1)
@@ -144,23 +159,23 @@ class Loop:
         token = self.choose(outputs.logits[:, -1])
         del outputs
         position = cache.get_seq_length() if positions is None else int(positions[0, -1]) + 1
+        position -= self.length
         step = self._step(cache)
         while True:
             self.put(token)
             if self.stop(self, token):
                 break
             try:
-                token = step(token, position)
+                token = step(token, position + self.length - 1)
             except NotFusedError:  # before anything was counted or computed
                 step = functools.partial(self._by_modules, cache)
-                token = step(token, position)
-            position += 1
+                token = step(token, position + self.length - 1)
         if self.streamer is not None:
             self.streamer.end()
         return self.ids.clone()
 
     def _step(self, cache: Any) -> Callable[[int, int], int]:
-        """step(token, its position) → the next token."""
+        """step(token, its position) → the next token that is not put yet."""
         try:
             with self.state.lock:
                 ready = self.state.ready(self.model)
@@ -186,16 +201,35 @@ class _FusedTokens:
         self._cache = cache  # `own` does not keep it alive
         self.logits = torch.empty(1, 1, ready.vocabulary, dtype=ready.step.stack.dtype)
         self.own = own = ready.cache_of(cache)
-        self.greedy = loop.sampler.is_plain and ready.head is None
-        self.program = own.bound.greedy_program(self.logits) if self.greedy else None
+        self.greedy: Greedy | None = None
+        self._together = 1  # tokens that _ANSWER leaves time for
+        if loop.sampler.is_plain and ready.head is None:
+            from lath.kernels.decode_step.cpu_greedy import Greedy
+
+            self.greedy = Greedy(own.bound, self.logits, loop.stop.ends | loop.sampler.ends)
 
     def __call__(self, token: int, position: int) -> int:
-        loop, ready = self.loop, self.ready
+        if self.greedy is not None:
+            return self._go_on(self.greedy, token, position)
+        loop = self.loop
         with loop.state.lock:
             self.own.prepare()
-            logits = ready.run(self.own, token, position, self.logits, self.program)
-            following = ready.token
+            logits = self.ready.run(self.own, token, position, self.logits)
         loop.state.counts["fused"] += 1
-        if self.greedy and loop.sampler.allows(loop.length, following):
-            return following
         return loop.choose(logits[:, -1])
+
+    def _go_on(self, greedy: Greedy, token: int, position: int) -> int:
+        """Put all tokens that one call finds but the last."""
+        loop = self.loop
+        most = min(self._together, loop.most)
+        begun = time.perf_counter()
+        with loop.state.lock:
+            self.own.prepare()
+            found = self.ready.run_greedily(self.own, token, position, greedy, most)
+        self._together = max(1, int(_ANSWER * len(found) / (time.perf_counter() - begun)))
+        loop.state.counts["fused"] += len(found)
+        for one in found[:-1]:
+            loop.put(one)
+        if loop.sampler.allows(loop.length, found[-1]):
+            return found[-1]
+        return loop.choose(self.logits[:, -1])

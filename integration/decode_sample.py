@@ -67,6 +67,11 @@ class Sampler:
         """Whether it is the largest logit, wherever that one is allowed (`allows`)."""
         return not self.sample and all(type(one) is _Minimum for one in self._before)
 
+    @property
+    def ends(self) -> set[int]:
+        """Tokens that a plain choice may not be allowed to be."""
+        return {token for one in self._before if type(one) is _Minimum for token in one.ends}
+
     def allows(self, length: int, token: int) -> bool:
         """Whether a plain choice may be `token` behind `length` tokens."""
         return not any(length < one.length and token in one.ends for one in self._before)

@@ -26,6 +26,7 @@ from lath.verbs.backends import is_installed
 if TYPE_CHECKING:
     from lath.integration.cache import LathCache
     from lath.integration.decode_cache import StepCache
+    from lath.kernels.decode_step.cpu_greedy import Greedy
 
 STATE_NAME = "_lath_decode"
 _CACHES = ("cache", "past_key_values")
@@ -91,20 +92,25 @@ class Ready:
             self.step.state[_ROTATIONS] = self._table.data_ptr()
             self._rotated = len(self._table)
 
-    @property
-    def token(self) -> int:
-        """What a greedy program found."""
-        return int(self.step.state[_TOKEN])
+    def run_greedily(
+        self, own: StepCache, token: int, position: int, greedy: Greedy, most: int
+    ) -> list[int]:
+        """A token over a cache that is fit for it, and up to `most - 1` that follow, as they are
+        found; returns what is found behind each."""
+        self.place(token, position)
+        if most > 1 and (not greedy.repeats or self._embedded < self.vocabulary):
+            most = 1
+        most = min(most, own.room, self._rotated - position)
+        self.step.set_logits(greedy.logits)
+        return greedy.tokens(own.run(greedy, most))
 
-    def run(
-        self, own: StepCache, token: int, position: int, logits: Tensor, program: Any = None
-    ) -> Tensor:
+    def run(self, own: StepCache, token: int, position: int, logits: Tensor) -> Tensor:
         """One token over a cache that is fit for it; returns logits [1, 1, V], those given or, of a
         head that is not packed, others."""
         self.place(token, position)
         if self.head is None:
             self.step.set_logits(logits)
-            own.run(program)
+            own.run()
             return logits
         own.run()
         hidden = self.step.hidden[: self.step.stack.hidden_size].to(self.step.stack.dtype)

@@ -30,19 +30,6 @@ class Speed:
     decode: float
 
 
-class _Clock:
-    """A streamer that notes when `generate()` starts and when each token is out."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 def generate(model: Any, ids: Tensor, new_tokens: int, **options: Any) -> Tensor:
     """Greedy `model.generate` for a prompt `ids` [1, L]; returns the new tokens alone, 1-D."""
     with torch.inference_mode():
@@ -57,12 +44,38 @@ def generate(model: Any, ids: Tensor, new_tokens: int, **options: Any) -> Tensor
     return new
 
 
-def time_generate(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, list[float]]:
-    """Seconds until the first token, and seconds of each token after it (`new_tokens` - 1)."""
-    clock = _Clock()
-    generate(model, ids, new_tokens, min_new_tokens=new_tokens, streamer=clock)
-    steps = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
-    return steps[0], steps[1:]
+def time_generate(
+    model: Any, ids: Tensor, new_tokens: int, now: Callable[[], float] = time.perf_counter
+) -> tuple[float, float]:
+    """Seconds of the prompt, and of all that follows it up to `new_tokens`, one of which the prompt
+    has given. now: the clock.
+
+    No streamer tells when the prompt is done: it would have every token come to it one by one.
+    """
+    prefill, ends = model._prefill, [now()]
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        outputs = prefill(*args, **kwargs)
+        ends.append(now())
+        return outputs
+
+    model._prefill = noted
+    try:
+        generate(model, ids, new_tokens, min_new_tokens=new_tokens)
+    finally:
+        del model._prefill
+    start, done = ends
+    return done - start, now() - done
+
+
+def token_seconds(
+    model: Any, ids: Tensor, new_tokens: int, now: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of a token, the mean of all that come behind the first two (of the prompt and of a
+    step that prepares the others)."""
+    _, few = time_generate(model, ids, 2, now)
+    _, many = time_generate(model, ids, new_tokens, now)
+    return (many - few) / (new_tokens - 2)
 
 
 def measure_speeds(
@@ -92,7 +105,7 @@ def measure_speeds(
             first, rest = time_generate(model, ids, new_tokens if turn else 2)
             if turn:
                 prefill[name].append(first)
-                decode[name] += rest
+                decode[name].append(rest / (new_tokens - 1))
             if advance is not None:
                 advance(1)
     return {

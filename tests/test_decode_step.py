@@ -28,7 +28,7 @@ from lath.formats.decode_step import (
     Norm,
     Product,
 )
-from lath.formats.page_step import close_page, count_token, is_plain, open_part
+from lath.formats.page_step import close_page, count_tokens, is_plain, open_part
 from lath.kernels.decode_step import cpu, cpu_bound
 from lath.kernels.decode_step.cpu_arguments import STATE, STATE_FIELDS, VECTOR, block_of, float_bits
 from lath.kernels.decode_step.cpu_vectors import (
@@ -308,7 +308,7 @@ def advance(step: cpu.DecodeStep, bound: cpu_bound.BoundStep, kv: lath.PagedKV) 
     bound.move([kv.view()], part)
     bound.switch(fills)
     if not fills:
-        count_token(kv.spans[0], part)
+        count_tokens(kv.spans[0], part, 1)
     step.state[STATE["slot"]], step.state[STATE["grown"]] = slot, int(not fills)
 
 

@@ -36,7 +36,6 @@ from lath.kernels.decode_step.cpu_vectors import (
     emit_add,
     emit_embed,
     emit_gate,
-    emit_largest,
     emit_normalise,
 )
 from lath.kernels.linear.cpu import CpuLinear, prepare
@@ -240,12 +239,6 @@ class DecodeStep:
             int(layer.key_norm is not None),
         )  # fmt: skip
         return row(kernel, stack.query_heads + 2 * stack.kv_heads, block.ctypes.data), block
-
-    def largest_row(self, logits: Tensor) -> Row:
-        """The row that makes the place of the largest logit the next token."""
-        block = self._vector(columns=logits.numel(), x=logits.data_ptr())
-        self._kept.append(logits)
-        return row(compile_kernel(emit_largest, self.kind), 1, block)
 
     def set_logits(self, logits: Tensor) -> None:
         """Where the head writes: [.., V] of the stack's dtype. It is not kept alive."""

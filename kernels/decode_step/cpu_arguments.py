@@ -18,6 +18,8 @@ STATE_FIELDS = (
     "slot",  # row of the cache's open float part that it goes to
     "grown",  # 1: its arrival is added to the cache's lengths; 0: they count it already
     "rotations",  # address of fp32 [positions, 2, head_dim]: cosines, then signed sines
+    "left",  # tokens that the call may still compute; 0 ends it
+    "more",  # tokens of the call behind its first
 )
 STATE = {name: index for index, name in enumerate(STATE_FIELDS)}
 
@@ -46,6 +48,15 @@ HEAD_FIELDS = (
 HEAD = {name: index for index, name in enumerate(HEAD_FIELDS)}
 
 
+# Of the kernel behind the choice of a token (cpu_follow.py).
+FOLLOW_FIELDS = (
+    "state",
+    "tokens",  # address of int64: where the call's tokens are written
+    "ends", "count",  # address of int64: tokens behind which the call ends, and how many
+)  # fmt: skip
+FOLLOW = {name: index for index, name in enumerate(FOLLOW_FIELDS)}
+
+
 class VectorArguments(ArgumentBlock):
     def __init__(self, emitter: Emitter, address: Any) -> None:
         super().__init__(emitter, address, VECTOR)
@@ -54,6 +65,11 @@ class VectorArguments(ArgumentBlock):
 class HeadArguments(ArgumentBlock):
     def __init__(self, emitter: Emitter, address: Any) -> None:
         super().__init__(emitter, address, HEAD)
+
+
+class FollowArguments(ArgumentBlock):
+    def __init__(self, emitter: Emitter, address: Any) -> None:
+        super().__init__(emitter, address, FOLLOW)
 
 
 class StateFields(ArgumentBlock):

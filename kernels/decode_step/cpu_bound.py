@@ -68,8 +68,8 @@ class BoundStep:
             self._heads.append(heads)
             self._writers.append(writer)
         inner = [row for rows in self._layer_rows for row in rows]
-        self._rows = [step.first_row, *inner, *step.last_rows]
-        self._program = Pieces(self._rows, step.tally)
+        self.rows = [step.first_row, *inner, *step.last_rows]
+        self._program = Pieces(self.rows, step.tally)
         self.move(views, part)
         self.writes = True
         self.switch(False)
@@ -122,13 +122,9 @@ class BoundStep:
                 writer.switch(writes)
             self.writes = writes  # last: an interrupt may come between two of them
 
-    def greedy_program(self, logits: Tensor) -> Pieces:
-        """This step, and the next token besides."""
-        return Pieces([*self._rows, self.step.largest_row(logits)], self.step.tally)
-
-    def run(self, program: Pieces | None = None) -> None:
+    def run(self) -> None:
         """One token: `DecodeStep.state` says which and where."""
-        (program or self._program).run(self)
+        self._program.run(self)
 
     def run_layer(self, number: int) -> None:
         """One layer: the residual goes in and comes out."""

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from lath.kernels.simd.helper_loop import helper_loop
 from lath.kernels.simd.team import (
     BELL,
     BUSY,
@@ -37,7 +38,6 @@ from lath.kernels.simd.team import (
     LONGEST_REST,
     POLITE,
     STOP,
-    helper_loop,
     team_runner,
 )
 
@@ -138,13 +138,15 @@ class Team:
         self._libc.pthread_detach(thread)
         self.started += 1
 
-    def run(self, rows: int, count: int, helpers: int, tally: int, keep: tuple[Any, ...]) -> None:
+    def run(
+        self, rows: int, count: int, again: int, helpers: int, tally: int, keep: tuple[Any, ...]
+    ) -> None:
         """A program in this thread and so many helpers. keep: held while a helper may read it."""
         own = threading.get_ident()
         if own in self._held:  # something was raised below
             self.leave(*self._held.pop(own))
         self._held[own] = keep
-        if self._run(self.control, rows, count, helpers, self.started, tally) == BUSY:
+        if self._run(self.control, rows, count, again, helpers, self.started, tally) == BUSY:
             self._hold(keep)
         elif self._left:
             self._release()

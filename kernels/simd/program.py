@@ -133,17 +133,19 @@ Row = tuple[int, int, int, int, Share | None, int]
 class Program:
     """Rows, to be run again and again; what their arguments point to is the caller's to keep.
 
-    tally: int64 of TALLY_FIELDS, counted on by each run that helpers may take part in.
+    tally: int64 of TALLY_FIELDS, counted on by each run that helpers may take part in. again:
+    address of an int64 that one of the rows writes: while it is not 0, all rows are run once more
+    by the same call; 0: once.
     """
 
-    def __init__(self, rows: Sequence[Row], tally: Block | None = None) -> None:
+    def __init__(self, rows: Sequence[Row], tally: Block | None = None, again: int = 0) -> None:
         self.tally = np.zeros(len(TALLY_FIELDS), np.int64) if tally is None else tally
         self._shares = [one[4] for one in rows if one[4] is not None]
         numbers = [(*one[:4], 0 if one[4] is None else one[4].address, one[5]) for one in rows]
         self._rows: Block = np.array(numbers, np.int64).reshape(-1, ROW)
         if self._shares:
             _check_regions(rows)
-        self._call = (int(self._rows.ctypes.data), len(self._rows))
+        self._call = (int(self._rows.ctypes.data), len(self._rows), again)
         self._run = serial_runner()
         self._prepared = 0
 
@@ -179,15 +181,24 @@ def _check_regions(rows: Sequence[Row]) -> None:
 
 
 class Pieces:
-    """Rows and calls of Python, run in their order: rows that follow one another as one program."""
+    """Rows and calls of Python, run in their order: rows that follow one another as one program.
+
+    again: as for a Program; it is heeded where nothing of Python is called (`repeats`).
+    """
 
     def __init__(
-        self, parts: Sequence[Row | Callable[[], None]], tally: Block | None = None
+        self,
+        parts: Sequence[Row | Callable[[], None]],
+        tally: Block | None = None,
+        again: int = 0,
     ) -> None:
         self._calls: list[Callable[[], None] | Program] = []
+        self.repeats = again != 0 and not any(map(callable, parts))
         for is_call, group in itertools.groupby(parts, callable):
             members: list[Any] = list(group)
-            self._calls += members if is_call else [Program(members, tally)]
+            if not is_call:
+                members = [Program(members, tally, again if self.repeats else 0)]
+            self._calls += members
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -211,10 +222,10 @@ def row(
 
 @functools.cache
 def serial_runner() -> Any:
-    """run(address of the rows, how many)."""
+    """run(address of the rows, how many, again)."""
     key = kernel_key()
 
-    def run(rows, count):
-        run_rows(key, rows, count)
+    def run(rows, count, again):
+        run_rows(key, rows, count, again)
 
-    return driver(types.void(types.int64, types.int64))(run)
+    return driver(types.void(*[types.int64] * 3))(run)

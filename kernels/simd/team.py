@@ -35,7 +35,7 @@ from lath.kernels.simd.atomics import (
     store_shared,
     swap_shared,
 )
-from lath.kernels.simd.compile import call_kernel, callback, driver, kernel_key, load_integer
+from lath.kernels.simd.compile import call_kernel, driver, kernel_key, load_integer
 
 ROW = 6  # int64 of a row of a program
 LARGEST_TEAM = 64
@@ -53,8 +53,8 @@ POLITE = CALLS + 40  # whether helpers take only what others leave of a core
 CLOCK = 6 * _LINE  # the owner's struct timespec
 HANDICAP = CLOCK + 16  # ns that the owner leaves a region to its helpers, for tests
 HELPERS = 7 * _LINE  # of each a line: busy, control, number, a struct timespec
-_DONE = HELPERS + LARGEST_TEAM * _LINE  # of each piece: epoch << 8 | the helper that has done it
-_OWN = _DONE + 8 * MOST_PIECES  # of each piece: the epoch in which the owner did it
+DONE = HELPERS + LARGEST_TEAM * _LINE  # of each piece: epoch << 8 | the helper that has done it
+_OWN = DONE + 8 * MOST_PIECES  # of each piece: the epoch in which the owner did it
 CONTROL_BYTES = _OWN + 8 * MOST_PIECES
 
 # A share (program.py): int64 fields.
@@ -88,28 +88,24 @@ VAIN = 16
 # What `run` returns.
 ALONE, IDLE, BUSY = 0, 1, 2
 
-_CLAIMED = (1 << 12) - 1
-_PATIENCE = 1_000_000  # ns without work before a helper sleeps: the gap between two tokens
+CLAIMED = (1 << 12) - 1
 _ROWS_AHEAD, _ASKED = 6, 5  # rows whose arguments are asked for ahead, and lines of those
-_LOOK = 64  # pauses between two looks at the clock
 # ns that the owner waits for a piece: twice its own time of one, and what a message takes.
 _MESSAGE, _LONGEST_WAIT = 2_000, 100_000
-_FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # of this process alone
-_SCHED_IDLE, _LOWEST = 5, 19
+_FUTEX_WAKE = 129  # of this process alone
 _MONOTONIC = 1
 
 _UNITS, _PIECE, _EACH = SHARE["units"], SHARE["piece"], SHARE["each"]
-_BLOCK, _BLOCKS, _STRIDE = SHARE["block"], SHARE["blocks"], SHARE["stride"]
-_HELPERS, _TARGET = SHARE["helpers"], SHARE["target"]
+_BLOCK, _TARGET = SHARE["block"], SHARE["target"]
 _RESULTS, _RESULTS_STRIDE = SHARE["results"], SHARE["results_stride"]
 _UNIT_BYTES, _BYTES = SHARE["unit_bytes"], SHARE["bytes"]
-_KERNEL, _ARGUMENTS, _SHARE_AT, _BARRIER = 0, 24, 32, 40  # bytes in a row
+_KERNEL, _ARGUMENTS, SHARE_AT, _BARRIER = 0, 24, 32, 40  # bytes in a row
 _COUNT = tuple(8 * TALLY[name] for name in TALLY_FIELDS)
 _ADMITTED_COUNT, _RUNS, _PIECES, _HELPED, _AGAIN, _REFUSED, _RESTED = _COUNT
 
 
 @register_jitable
-def _now(control, scratch):
+def now(control, scratch):
     """Nanoseconds. scratch: address of 16 bytes."""
     call_system(load_integer(control + CALLS), _MONOTONIC, scratch, 0, 0, 0)
     return 1_000_000_000 * load_integer(scratch) + load_integer(scratch + 8)
@@ -127,11 +123,11 @@ def _pieces(share):
 
 
 @register_jitable
-def _locate(first, claim):
+def locate(first, claim):
     """The row of a region (0: none) to which a piece belongs, and its number there."""
     at = first
     while True:
-        count = _pieces(load_integer(at + _SHARE_AT))
+        count = _pieces(load_integer(at + SHARE_AT))
         if claim < count:
             return at, claim
         if load_integer(at + _BARRIER) != 0:
@@ -141,7 +137,7 @@ def _locate(first, claim):
 
 
 @register_jitable
-def _compute(key, at, share, piece, block):
+def compute(key, at, share, piece, block):
     kernel, units = load_integer(at + _KERNEL), load_integer(share + _UNITS)
     size = load_integer(share + _PIECE)
     begin = piece * size
@@ -155,16 +151,16 @@ def _compute(key, at, share, piece, block):
 
 @register_jitable
 def _compute_own(key, first, claim):
-    at, piece = _locate(first, claim)
-    share = load_integer(at + _SHARE_AT)
-    _compute(key, at, share, piece, load_integer(share + _BLOCK))
+    at, piece = locate(first, claim)
+    share = load_integer(at + SHARE_AT)
+    compute(key, at, share, piece, load_integer(share + _BLOCK))
 
 
 @register_jitable
 def _fetch(first, claim, helper):
     """Copy a helper's piece to where it belongs."""
-    at, piece = _locate(first, claim)
-    share = load_integer(at + _SHARE_AT)
+    at, piece = locate(first, claim)
+    share = load_integer(at + SHARE_AT)
     size = load_integer(share + _PIECE) * load_integer(share + _UNIT_BYTES)
     begin = piece * size
     count = min(load_integer(share + _BYTES), begin + size) - begin
@@ -179,11 +175,11 @@ def _collect(key, control, first, pieces, epoch, patience, tally):
     for claim in range(pieces):
         if load_integer(control + _OWN + 8 * claim) == epoch:
             continue
-        place = control + _DONE + 8 * claim
+        place = control + DONE + 8 * claim
         stamp = load_shared(place)
         if stamp >> 8 != epoch:
-            limit = _now(control, control + CLOCK) + patience
-            while stamp >> 8 != epoch and _now(control, control + CLOCK) < limit:
+            limit = now(control, control + CLOCK) + patience
+            while stamp >> 8 != epoch and now(control, control + CLOCK) < limit:
                 for _ in range(8):
                     pause()
                 stamp = load_shared(place)
@@ -203,33 +199,40 @@ def _region(key, control, first, pieces, tally):
     epoch = (load_shared(control + TICKET) >> 24) + 1
     store_shared(control + REGION, first)
     store_shared(control + TICKET, epoch << 24 | pieces << 12)
-    begun, own = _now(control, control + CLOCK), 0
+    begun, own = now(control, control + CLOCK), 0
     if load_integer(control + HANDICAP) != 0:
         limit = begun + load_integer(control + HANDICAP)
-        while _now(control, control + CLOCK) < limit:
+        while now(control, control + CLOCK) < limit:
             pause()
-    claim = add_shared(control + TICKET, 1) & _CLAIMED
+    claim = add_shared(control + TICKET, 1) & CLAIMED
     while claim < pieces:
         _compute_own(key, first, claim)
         store_integer(control + _OWN + 8 * claim, epoch)
         own += 1
-        claim = add_shared(control + TICKET, 1) & _CLAIMED
+        claim = add_shared(control + TICKET, 1) & CLAIMED
     _count(tally, _PIECES, pieces)
     if own < pieces:
-        taken = _now(control, control + CLOCK) - begun
+        taken = now(control, control + CLOCK) - begun
         patience = min(_MESSAGE + 2 * taken // max(own, 1), _LONGEST_WAIT)
         _collect(key, control, first, pieces, epoch, patience, tally)
 
 
 @register_jitable
-def run_rows(key, rows, count):
-    """All units of every row, one row after another."""
-    for i in range(count):
-        at = rows + 8 * ROW * i
-        call_kernel(
-            key, load_integer(at), load_integer(at + 8), load_integer(at + 16),
-            load_integer(at + 24),
-        )  # fmt: skip
+def _is_asked(again):
+    """Whether the rows that were run are wanted once more. again: address of an int64, or 0."""
+    return again != 0 and load_integer(again) != 0
+
+
+@register_jitable
+def run_rows(key, rows, count, again):
+    """All units of every row, one row after another; all of it as often as asked."""
+    asked = True
+    while asked:
+        for i in range(count):
+            at = rows + 8 * ROW * i
+            begin, end = load_integer(at + 8), load_integer(at + 16)
+            call_kernel(key, load_integer(at), begin, end, load_integer(at + _ARGUMENTS))
+        asked = _is_asked(again)
 
 
 @register_jitable
@@ -239,7 +242,7 @@ def _ask_ahead(rows, begin, end):
         at = rows + 8 * ROW * i
         for line in range(_ASKED):
             fetch_line(load_integer(at + _ARGUMENTS) + 64 * line)
-        share = load_integer(at + _SHARE_AT)
+        share = load_integer(at + SHARE_AT)
         if share != 0:
             fetch_line(share)
             fetch_line(share + 64)
@@ -253,14 +256,14 @@ def _walk(key, control, rows, count, tally):
             _ask_ahead(rows, asked, min(i + _ROWS_AHEAD, count))
             asked = min(i + _ROWS_AHEAD, count)
         first = rows + 8 * ROW * i
-        if load_integer(first + _SHARE_AT) == 0:
-            run_rows(key, first, 1)
+        if load_integer(first + SHARE_AT) == 0:
+            run_rows(key, first, 1, 0)
             i += 1
             continue
         pieces, open_row = 0, True
         while open_row:
             at = rows + 8 * ROW * i
-            pieces += _pieces(load_integer(at + _SHARE_AT))
+            pieces += _pieces(load_integer(at + SHARE_AT))
             open_row = load_integer(at + _BARRIER) == 0
             i += 1
         _region(key, control, first, pieces, tally)
@@ -269,124 +272,67 @@ def _walk(key, control, rows, count, tally):
 @register_jitable
 def _settled(control, helpers):
     """Whether no helper is inside a piece: those that only look are gone in a moment."""
-    limit = _now(control, control + CLOCK) + _MESSAGE
+    limit = now(control, control + CLOCK) + _MESSAGE
     for number in range(helpers):
         while load_shared(control + HELPERS + number * _LINE) != 0:
-            if _now(control, control + CLOCK) > limit:
+            if now(control, control + CLOCK) > limit:
                 return BUSY
             pause()
     return IDLE
 
 
+@register_jitable
+def _run_once(key, control, rows, count, helpers, all_helpers, tally):
+    """All rows, as the owner."""
+    store_integer(tally + _ADMITTED_COUNT, helpers)
+    resting = load_integer(control + RESTING)
+    if resting > 0:
+        store_integer(control + RESTING, resting - 1)
+        _count(tally, _RESTED, 1)
+        run_rows(key, rows, count, 0)
+        return ALONE
+    _count(tally, _RUNS, 1)
+    store_shared(control + ADMITTED, helpers)
+    if load_shared(control + PARKED) != 0:
+        add_shared(control + BELL, 1)
+        wake = load_integer(control + CALLS + 8)
+        futex = load_integer(control + FUTEX)
+        call_system(wake, futex, control + BELL, _FUTEX_WAKE, LARGEST_TEAM, 0)
+    pieces, helped = load_integer(tally + _PIECES), load_integer(tally + _HELPED)
+    _walk(key, control, rows, count, tally)
+    pieces = load_integer(tally + _PIECES) - pieces
+    helped = load_integer(tally + _HELPED) - helped
+    rest = 0
+    if VAIN * helped < pieces:
+        rest = max(2 * load_integer(control + REST), 1)
+        rest = min(rest, load_integer(control + LONGEST_REST))
+    store_integer(control + REST, rest)
+    store_integer(control + RESTING, rest)
+    return _settled(control, all_helpers)
+
+
 @functools.cache
 def team_runner() -> Any:
-    """run(control, rows, how many, helpers, helpers there are, tally) → ALONE, IDLE or BUSY (a
-    helper may still read what the program points to).
+    """run(control, rows, how many, again, helpers, helpers there are, tally) → ALONE, IDLE or BUSY
+    (a helper may still read what the program points to).
 
     The last of the rows that are shared has a barrier behind it. ALONE: this thread ran all of it,
     for another is the owner, or the helpers did nothing the last times.
     """
     key = kernel_key()
 
-    def run(control, rows, count, helpers, all_helpers, tally):
+    def run(control, rows, count, again, helpers, all_helpers, tally):
         if swap_shared(control + OWNED, 1) != 0:
             _count(tally, _REFUSED, 1)
-            run_rows(key, rows, count)
+            run_rows(key, rows, count, again)
             return ALONE
-        store_integer(tally + _ADMITTED_COUNT, helpers)
-        resting = load_integer(control + RESTING)
-        if resting > 0:
-            store_integer(control + RESTING, resting - 1)
-            _count(tally, _RESTED, 1)
-            run_rows(key, rows, count)
-            store_shared(control + OWNED, 0)
-            return ALONE
-        _count(tally, _RUNS, 1)
-        store_shared(control + ADMITTED, helpers)
-        if load_shared(control + PARKED) != 0:
-            add_shared(control + BELL, 1)
-            wake = load_integer(control + CALLS + 8)
-            futex = load_integer(control + FUTEX)
-            call_system(wake, futex, control + BELL, _FUTEX_WAKE, LARGEST_TEAM, 0)
-        pieces, helped = load_integer(tally + _PIECES), load_integer(tally + _HELPED)
-        _walk(key, control, rows, count, tally)
-        pieces = load_integer(tally + _PIECES) - pieces
-        helped = load_integer(tally + _HELPED) - helped
-        rest = 0
-        if VAIN * helped < pieces:
-            rest = max(2 * load_integer(control + REST), 1)
-            rest = min(rest, load_integer(control + LONGEST_REST))
-        store_integer(control + REST, rest)
-        store_integer(control + RESTING, rest)
-        state = _settled(control, all_helpers)
+        state, asked = ALONE, True
+        while asked:
+            latest = _run_once(key, control, rows, count, helpers, all_helpers, tally)
+            # A run alone sees no helper: one that was inside before may still be.
+            state = state if latest == ALONE else latest
+            asked = _is_asked(again)
         store_shared(control + OWNED, 0)
         return state
 
-    return driver(types.int64(*[types.int64] * 6))(run)
-
-
-@register_jitable
-def _lower(control, scratch):
-    """Take only what others leave of a core: a helper must not push the owner from its own."""
-    store_integer(scratch, 0)
-    failed = call_system(load_integer(control + CALLS + 16), 0, _SCHED_IDLE, scratch, 0, 0)
-    if failed & 0xFFFFFFFF != 0:
-        call_system(load_integer(control + CALLS + 24), 0, 0, _LOWEST, 0, 0)
-
-
-@register_jitable
-def _help(key, control, own, number):
-    """Claim a piece and do it."""
-    store_shared(own, 1)
-    ticket = add_shared(control + TICKET, 1)
-    claim, epoch = ticket & _CLAIMED, ticket >> 24
-    if claim < (ticket >> 12) & _CLAIMED:
-        at, piece = _locate(load_shared(control + REGION), claim)
-        if at != 0:
-            share = load_integer(at + _SHARE_AT)
-            block = load_integer(share + _BLOCKS) + (number - 1) * load_integer(share + _STRIDE)
-            known = number <= load_integer(share + _HELPERS)
-            if known and load_shared(control + TICKET) >> 24 == epoch:
-                _compute(key, at, share, piece, block)
-                store_shared(control + _DONE + 8 * claim, epoch << 8 | number)
-    store_shared(own, 0)
-
-
-@register_jitable
-def _sleep(control):
-    """Until the owner of the next program rings."""
-    bell = load_shared(control + BELL)
-    add_shared(control + PARKED, 1)
-    if load_shared(control + STOP) == 0:
-        wait, futex = load_integer(control + CALLS + 8), load_integer(control + FUTEX)
-        call_system(wait, futex, control + BELL, _FUTEX_WAIT, bell & 0xFFFFFFFF, 0)
-    add_shared(control + PARKED, -1)
-
-
-@functools.cache
-def helper_loop() -> Any:
-    """What a helper runs from its beginning to its end: loop(address of its line)."""
-    key = kernel_key()
-
-    def loop(own):
-        control, number, scratch = load_integer(own + 8), load_integer(own + 16), own + 24
-        if load_integer(control + POLITE) != 0:
-            _lower(control, scratch)
-        spins, since = 0, 0
-        while load_shared(control + STOP) == 0:
-            ticket = load_shared(control + TICKET)
-            is_open = ticket & _CLAIMED < (ticket >> 12) & _CLAIMED
-            if is_open and number <= load_shared(control + ADMITTED):
-                _help(key, control, own, number)
-                spins = 0
-                continue
-            pause()
-            spins += 1
-            if spins == _LOOK:
-                since = _now(control, scratch)
-            elif spins % _LOOK == 0 and _now(control, scratch) - since > _PATIENCE:
-                _sleep(control)
-                spins = 0
-        add_shared(control + ENDED, 1)
-
-    return callback(types.void(types.int64))(loop)
+    return driver(types.int64(*[types.int64] * 7))(run)
