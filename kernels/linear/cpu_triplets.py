@@ -2,21 +2,21 @@
 
 Three weights of a row are an index into the 27 sums that three activations can make, and a register
 holds those sums: one permutation fetches them for 32 rows, one addition in 16 bits adds them. That
-is 96 products for two instructions, which a Zen 4 core does in 1.25 cycles; its vpdpbusd does 64 a
-cycle (measured, all operands in registers).
+is 96 products for two instructions, which a Zen 4 core does in a cycle (in a loop with all that it
+needs 77); its vpdpbusd does 64 a cycle.
 
     word     uint16 [32 rows], three indices of 5 bits: 9 columns in 16 bits, 1.78 bits a weight; of
              a pair of panels, low halves of lanes are the even one's rows
-    run      words [pairs, 14], of 126 columns (the last one of fewer): read from end to end
-    tables   int16 [42, tokens, 32], of a run: first-level cache holds those of four tokens
+    run      words [pairs, 28], of 252 columns (the last one of fewer): read from end to end
+    tables   int16 [84, tokens, 32], of a run: first-level cache holds those of four tokens
 
-An index counts codes (0, 1, 2), so that Σ activation is taken out of a row's sum as a zero point of
-1 is. An entry is at most 2 * 3 * 127, and 42 of them are added before the sums are widened: 32004 <
-2**15. The integers are those of the products.
+An entry is at most 3 * 127, and 84 of them are added before the sums are widened: 32004 < 2**15.
+The integers are those of the products.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from llvmlite import ir
@@ -35,16 +35,16 @@ ENTRIES = 3**WEIGHTS_OF_INDEX
 INDEX_BITS = 5
 PAIR = 2  # panels whose rows share vectors
 # Words until int16 sums are full.
-RUN = (2**15 - 1) // (2 * WEIGHTS_OF_INDEX * LARGEST_CODE * INDICES)
+RUN = (2**15 - 1) // (WEIGHTS_OF_INDEX * LARGEST_CODE * INDICES)
 # Vectors of sums on the stack (128 KB): tables are made anew for each chunk of rows they are of.
 _SUMS = 2048
-# Pairs that a table in a register is looked up for, by the tokens of a tile. Four of one token were
-# asked for at the wrong time (2560 x 6912: 166 and 218 us).
-_TOGETHER = {1: 1, 2: 2, 4: 2}
+_TOGETHER = 2  # pairs that a table in a register is looked up for (`lanes.add_permuted`)
 # Bytes of a run that are asked for ahead: the hardware's own prefetching stops at every 4 KB. One
 # token took 178 us with 5 KB, 155 with 6, 151 with 7, 162 and more from 8 on.
 _AHEAD = 7168
 _WORDS = ir.VectorType(I16, 2 * PANEL)
+_ALL_ONE = 0x010101  # three codes of 1, in bytes
+_HALVES = (1, 1 << 16)  # pairs of 16 bits: 1 beside the half that is taken
 
 
 def emit_triplets(e: Emitter, begin: Any, end: Any, arguments: Any, tokens: int) -> None:
@@ -72,7 +72,6 @@ class _Triplets:
 
     def __init__(self, e: Emitter, a: Arguments, tokens: int) -> None:
         self.e, self.a, self.tokens = e, a, tokens
-        self.together = _TOGETHER[tokens]
         self.words = e.divide(e.add(a["columns"], COLUMNS - 1), COLUMNS)
         self.pairs = e.divide(e.add(a["panels"], PAIR - 1), PAIR)
         self.tables = e.buffer(RUN * INDICES * tokens)
@@ -100,66 +99,12 @@ class _Triplets:
             table = e.offset(self.tables, index, VECTOR_BYTES * self.tokens)
             for m, source in enumerate(sources):
                 x = e.broadcast(e.offset(source, index, WEIGHTS_OF_INDEX))
-                halves = [
-                    e.builder.bitcast(e.dot(e.constant(0), own, x, narrow=True), _WORDS)
-                    for own in codes
-                ]
-                e.store(e.add(table, VECTOR_BYTES * m), e.shuffle(halves[0], halves[1], order))
-
-    def add_entries(self, first: Any, pairs: Any, start: Any, words: Any) -> None:
-        """Sums of every row plus the entries that its words of a run name."""
-        e = self.e
-        skipped = e.multiply(start, self.pairs)
-        steps = e.divide(e.add(pairs, self.together - 1), self.together)
-        size = PAIR * self.tokens * VECTOR_BYTES
-        with e.loop(steps) as step:
-            begin, last = e.multiply(step, self.together), e.subtract(pairs, 1)
-            # A step over the end does the last pair again, which is harmless.
-            some = [e.smaller_of(e.add(begin, n), last) for n in range(self.together)]
-            places = [
-                e.add(e.offset(self.sums, pair, size), vector)
-                for pair in some
-                for vector in range(0, size, VECTOR_BYTES)
-            ]
-            vectors = []
-            for pair in some:
-                own = e.add(skipped, e.multiply(e.add(first, pair), words))
-                vectors.append(e.offset(self.a["records"], own, VECTOR_BYTES))
-            # All are read before any is written: two of them may be the same pair.
-            sums = [e.load(place) for place in places]
-            for place, value in zip(places, self._add_run(vectors, words, sums), strict=True):
-                e.store(place, value)
-
-    def _add_run(self, vectors: list[Any], words: Any, sums: list[Any]) -> list[Any]:
-        """Sums and one run of some pairs, in 16 bits first: low halves are even panels."""
-        e = self.e
-        totals = [
-            e.variable(ir.Constant(_WORDS, [0] * _WORDS.count))
-            for _ in range(self.tokens * self.together)
-        ]
-        with e.loop(words) as i:
-            addresses = [e.offset(start, i, VECTOR_BYTES) for start in vectors]
-            for address in addresses:
-                e.prefetch(e.add(address, _AHEAD))
-            own = [e.load(address, _WORDS) for address in addresses]
-            table = e.offset(self.tables, i, INDICES * self.tokens * VECTOR_BYTES)
-            for index in range(INDICES):
-                if index:
-                    bits = ir.Constant(_WORDS, [INDEX_BITS] * _WORDS.count)
-                    own = [e.builder.lshr(word, bits) for word in own]
-                for m in range(self.tokens):
-                    place = e.add(table, (index * self.tokens + m) * VECTOR_BYTES)
-                    entries = e.load(place, _WORDS)
-                    for n, word in enumerate(own):
-                        total = totals[n * self.tokens + m]
-                        entry = lanes.permute(e, entries, word)
-                        total.value = e.builder.add(total.value, entry)
-        halves = []
-        for total in totals:
-            both = e.builder.bitcast(total.value, INTS)
-            halves += [e.shift_left(both, 16), both]
-        wide = [e.shift_right_signed(half, 16) for half in halves]
-        return [e.builder.add(*pair) for pair in zip(sums, wide, strict=True)]
+                # Codes 0, 1 and 2 stand for -1, 0 and 1.
+                ones = e.dot(e.constant(0), e.constant(_ALL_ONE), x, narrow=True)
+                least = e.builder.sub(e.constant(0), ones)
+                both = [e.builder.bitcast(total.value, INTS) for total in totals]
+        halves = itertools.product(both, map(e.constant, _HALVES))
+        return [lanes.add_pairs(e, own, *half) for own, half in zip(sums, halves, strict=True)]
 
     def finish(self, first: Any, pairs: Any, tile: Any, end: Any) -> None:
         """Scale the integers and store y."""
@@ -176,7 +121,6 @@ class _Triplets:
             with e.loop(left) as m:
                 side = e.multiply(e.add(token, m), 4)
                 exact = e.load(e.offset(self.sums, e.add(own, e.multiply(m, PAIR)), VECTOR_BYTES))
-                exact = e.builder.sub(exact, e.broadcast(e.add(a["sums"], side)))
                 factor = e.builder.fmul(scales, e.broadcast(e.add(a["scales"], side), F32))
                 value = e.builder.fmul(e.to_floats(exact), factor)
                 self.output.store(e.add(token, m), panel, value)

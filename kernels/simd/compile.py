@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -34,6 +34,7 @@ from lath.kernels.simd.isa import (
 
 Emission = Callable[..., Any]
 _KERNEL_TYPE = types.void(types.int64, types.int64, types.int64)
+binding.initialize_native_asmparser()  # some kernels have instructions in an order of their own
 
 
 @functools.cache

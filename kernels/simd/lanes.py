@@ -6,7 +6,7 @@ combines the lanes 4*g .. 4*g + 3 of vector i, nine instructions for four vector
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -69,10 +69,26 @@ def load_quad(e: Emitter, address: Any) -> Any:
     return e.shuffle(quad, quad, [0, 1, 2, 3] * 4)
 
 
-def permute(e: Emitter, table: Any, places: Any) -> Any:
-    """Of 32 numbers of 16 bits those at the places in the low five bits of 32 others (vpermw)."""
-    name = "llvm.x86.avx512.permvar.hi.512"
-    return e.builder.call(e.function(name, table.type, [table.type] * 2), [table, places])
+def add_permuted(e: Emitter, table: Any, places: Sequence[Any], totals: Sequence[Any]) -> list[Any]:
+    """Two totals, each with what two vectors of places name in a table: of 32 numbers of 16 bits
+    those at the low five bits of 32 others (vpermw).
+
+    Assembly keeps the order: behind one another, two permutations and two additions take two cycles
+    of a Zen 4; in turn, as LLVM lays them, they take two and a half, for an addition is then sent
+    to a unit that the next permutation waits for.
+    """
+    kind = table.type
+    code = "vpermw $4, $5, $2\nvpermw $4, $6, $3\nvpaddw $2, $0, $0\nvpaddw $3, $1, $1"
+    signature = ir.FunctionType(ir.LiteralStructType([kind] * 4), [kind] * 5)
+    operands = [table, *places, *totals]
+    made = e.builder.asm(signature, code, "=&v,=&v,=&v,=&v,v,v,v,0,1", operands, False)
+    return [e.builder.extract_value(made, n) for n in range(2)]
+
+
+def add_pairs(e: Emitter, sums: Any, left: Any, right: Any) -> Any:
+    """Int lanes plus the products of both pairs of 16-bit numbers in each lane (vpdpwssd)."""
+    function = e.function("llvm.x86.avx512.vpdpwssd.512", sums.type, [sums.type] * 3)
+    return e.builder.call(function, [sums, left, right])
 
 
 def positions(e: Emitter) -> Any:
