@@ -87,8 +87,8 @@ class _Tile:
         self.parts = 8 // record.width
         self.apart = tokens * panels * self.parts <= _APART and e.isa != "avx2"
         self.in_place = self.apart and record.stored != "fp4"
-        # The multipliers that scale are those of the dots, and stores of totals hold dots up: they
-        # take the least time among dots that do not wait for them.
+        # fp32 is multiplied where dots are (Zen 4), and stores of totals hold dots up: tokens are
+        # scaled one by one among the dots of a group's last field, which do not wait for them.
         self.mixes = tokens > 1 and e.isa == "avx512_vnni"
 
     def emit(self, columns: list[Any], streams: Streams, token_tile: Any) -> None:
