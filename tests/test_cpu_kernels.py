@@ -240,6 +240,24 @@ def test_rows_do_not_meet() -> None:
             assert torch.equal(y[keep], clean[keep])
 
 
+@pytest.mark.parametrize(
+    "codec",
+    ["int4", "int4-g128", "int8-g128", "int2-g16", "int3-g32-fzero", "int6-g48-asym",
+     "int4-g128-s8", "mxfp4", "int8-g64-nested", "sparse50-int8-g64"],
+)  # fmt: skip
+def test_a_token_does_not_depend_on_the_others(codec: str) -> None:
+    """Bit for bit, whichever register tile it shares: groups, panels and tiles are not whole."""
+    generator = torch.Generator().manual_seed(0)
+    weight = lath.quantize(torch.randn(115, 200, generator=generator), codec)
+    formats = ("int8", f"int8-g{weight.codec.group}") if weight.codec.group else ("int8",)
+    x = torch.randn(130, 200, generator=generator)
+    for activations in formats:
+        layer = cpu.prepare(weight, None, ActivationFormat.parse(activations))  # type: ignore[arg-type]
+        alone = torch.cat([layer(token[None]) for token in x])
+        for m in (*range(2, 18), 63, 64, 65, 127, 128, 129, 130):
+            assert torch.equal(layer(x[:m]), alone[:m]), (activations, m)
+
+
 def test_results_do_not_depend_on_threads() -> None:
     """Also with several Python threads in the same layer at once."""
     weight = cases.make_weight("int4-g64", 1040, 1088, np.random.default_rng(0), "normal")

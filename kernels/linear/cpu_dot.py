@@ -8,6 +8,7 @@ fp32, or where the scales of groups are whole numbers in int32, and then a row o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lath.formats.codec import Zero
@@ -86,6 +87,9 @@ class _Tile:
         self.parts = 8 // record.width
         self.apart = tokens * panels * self.parts <= _APART and e.isa != "avx2"
         self.in_place = self.apart and record.stored != "fp4"
+        # fp32 is multiplied where dots are (Zen 4), and stores of totals hold dots up: tokens are
+        # scaled one by one among the dots of a group's last field, which do not wait for them.
+        self.mixes = tokens > 1 and e.isa == "avx512_vnni"
 
     def emit(self, columns: list[Any], streams: Streams, token_tile: Any) -> None:
         """One tile: the panels `columns`, which `streams` are the records of, for the tokens of
@@ -103,11 +107,19 @@ class _Tile:
             scales, sums = e.add(a["scales"], entry), e.add(a["sums"], entry)
             accumulators = self._accumulators(sums)
             streams.begin_group()
-            self._multiply(streams, x, accumulators)
-            if self.reader.record.is_folded:
-                self._fold(streams.sides(), sums, accumulators)
-            else:
-                self._scale(streams.sides(), scales, sums, accumulators)
+            with e.loop(e.subtract(self.reader.steps, int(self.mixes))):
+                self._add(*self._next(streams, x), accumulators)
+            last = self._next(streams, x) if self.mixes else None
+            if last is not None:
+                self._add_each(*last, accumulators, range(self.fields - 1), range(self.tokens))
+            sides = self._sides(streams.sides())
+            for m in range(self.tokens):
+                if last is not None:
+                    self._add_each(*last, accumulators, [self.fields - 1], [m])
+                if self.reader.record.is_folded:
+                    self._fold(m, *sides, sums, accumulators)
+                else:
+                    self._scale(m, *sides, scales, sums, accumulators)
             streams.end_group()
         self._store(columns, token_tile)
 
@@ -129,22 +141,32 @@ class _Tile:
             for m, n in self.places
         }
 
-    def _multiply(self, streams: Streams, x: Any, accumulators: Any) -> None:
-        e = self.e
-        with e.loop(self.reader.steps):
-            codes = [self._numbers(word) for word in streams.vectors()]
-            if e.isa == "avx2":
-                self._add_fields(codes, x, accumulators)
-            else:
-                self._add_each(codes, x, accumulators)
-            streams.advance()
-            x.value = e.add(x.value, self.reader.record.columns * self.tokens)
+    def _next(self, streams: Streams, x: Any) -> tuple[list[list[Any]], Any]:
+        """The numbers of a step, of each panel by field, and the address of its activations."""
+        e, place = self.e, x.value
+        codes = [self._numbers(word) for word in streams.vectors()]
+        streams.advance()
+        x.value = e.add(place, self.reader.record.columns * self.tokens)
+        return codes, place
 
-    def _add_each(self, codes: list[list[Any]], x: Any, accumulators: Any) -> None:
+    def _add(self, codes: list[list[Any]], x: Any, accumulators: Any) -> None:
+        if self.e.isa == "avx2":
+            self._add_fields(codes, x, accumulators)
+        else:
+            self._add_each(codes, x, accumulators, range(self.fields), range(self.tokens))
+
+    def _add_each(
+        self,
+        codes: list[list[Any]],
+        x: Any,
+        accumulators: Any,
+        fields: Iterable[int],
+        tokens: Iterable[int],
+    ) -> None:
         """A dot for each field, token and panel; an activation is loaded once for all panels."""
         e, narrow = self.e, self.reader.record.is_narrow
-        for j in range(self.fields):
-            for m in range(self.tokens):
+        for j in fields:
+            for m in tokens:
                 activations = self._activations(x, j, m)
                 for n in range(self.panels):
                     part = accumulators[m, n][min(j, self.parts - 1) if self.apart else 0]
@@ -163,7 +185,7 @@ class _Tile:
                 part.value = total
 
     def _activations(self, x: Any, field: int, token: int) -> Any:
-        return self.e.broadcast(self.e.add(x.value, 4 * (field * self.tokens + token)))
+        return self.e.broadcast(self.e.add(x, 4 * (field * self.tokens + token)))
 
     def _numbers(self, word: Any) -> list[Any]:
         """The numbers in a vector of codes, a field after the other, as uint8."""
@@ -185,51 +207,58 @@ class _Tile:
             dot = e.builder.add(dot, e.shift_right_signed(part.value, shift))
         return dot
 
-    def _scale(self, sides: list[Any], scales: Any, sums: Any, accumulators: Any) -> None:
-        """Add the finished integers of a group, scaled, to the fp32 totals."""
-        e, reader = self.e, self.reader
-        zero = reader.record.zero
-        factors = [reader.scale(side) for side in sides]
-        offsets: list[Any] = []
-        if zero == "integer":
-            offsets = [reader.zero_point(side) for side in sides]
-        elif zero == "float":
-            offsets = [reader.minimum(side) for side in sides]
-        for m in range(self.tokens):
-            scale = e.broadcast(e.add(scales, 4 * m), F32)
-            if reader.record.unit != 1:
-                scale = e.builder.fmul(scale, e.floats(reader.record.unit))
-            nested = reader.record.stored == "nested"
-            total_code = e.broadcast(e.add(sums, 4 * m)) if offsets or nested else None
-            for n in range(self.panels):
-                exact = self._dot(accumulators[m, n])
-                if nested:  # in halves: a group of 65536 still fits
-                    exact = e.builder.add(e.builder.add(exact, exact), total_code)
-                place = self._total((m, n))
-                total = e.load(place, scale.type)
-                if zero == "integer":
-                    exact = e.builder.sub(exact, e.builder.mul(offsets[n], total_code))
-                elif zero == "float":
-                    shift = e.builder.fmul(e.to_floats(total_code), scale)
-                    total = e.fma(shift, offsets[n], total)
-                factor = e.builder.fmul(factors[n], scale)
-                e.store(place, e.fma(e.to_floats(exact), factor, total))
+    def _sides(self, sides: list[Any]) -> tuple[list[Any], list[Any]]:
+        """The scales of a group, a vector for each panel, and its zero points or minima if any."""
+        reader, zero = self.reader, self.reader.record.zero
+        scale = reader.whole_scale if reader.record.is_folded else reader.scale
+        factors, offsets = [scale(side) for side in sides], []
+        if zero != "none":
+            offset = reader.zero_point if zero == "integer" else reader.minimum
+            offsets = [offset(side) for side in sides]
+        return factors, offsets
 
-    def _fold(self, sides: list[Any], sums: Any, accumulators: Any) -> None:
-        """Add the finished integers of a group, times its whole scales, to the int32 totals."""
-        e, reader = self.e, self.reader
-        factors = [reader.whole_scale(side) for side in sides]
-        offsets: list[Any] = []
-        if reader.record.zero == "integer":
-            offsets = [reader.zero_point(side) for side in sides]
-        for m in range(self.tokens):
-            total_code = e.broadcast(e.add(sums, 4 * m)) if offsets else None
-            for n in range(self.panels):
-                exact = self._dot(accumulators[m, n])
-                if offsets:
-                    exact = e.builder.sub(exact, e.builder.mul(offsets[n], total_code))
-                place = self._total((m, n))
-                e.store(place, e.builder.add(e.load(place), e.builder.mul(exact, factors[n])))
+    def _scale(
+        self,
+        m: int,
+        factors: list[Any],
+        offsets: list[Any],
+        scales: Any,
+        sums: Any,
+        accumulators: Any,
+    ) -> None:
+        """Add a token's finished integers of a group, scaled, to its fp32 totals."""
+        e, record = self.e, self.reader.record
+        scale = e.broadcast(e.add(scales, 4 * m), F32)
+        if record.unit != 1:
+            scale = e.builder.fmul(scale, e.floats(record.unit))
+        nested = record.stored == "nested"
+        total_code = e.broadcast(e.add(sums, 4 * m)) if offsets or nested else None
+        for n in range(self.panels):
+            exact = self._dot(accumulators[m, n])
+            if nested:  # in halves: a group of 65536 still fits
+                exact = e.builder.add(e.builder.add(exact, exact), total_code)
+            place = self._total((m, n))
+            total = e.load(place, scale.type)
+            if record.zero == "integer":
+                exact = e.builder.sub(exact, e.builder.mul(offsets[n], total_code))
+            elif record.zero == "float":
+                shift = e.builder.fmul(e.to_floats(total_code), scale)
+                total = e.fma(shift, offsets[n], total)
+            factor = e.builder.fmul(factors[n], scale)
+            e.store(place, e.fma(e.to_floats(exact), factor, total))
+
+    def _fold(
+        self, m: int, factors: list[Any], offsets: list[Any], sums: Any, accumulators: Any
+    ) -> None:
+        """Add a token's finished integers of a group, times whole scales, to its int32 totals."""
+        e = self.e
+        total_code = e.broadcast(e.add(sums, 4 * m)) if offsets else None
+        for n in range(self.panels):
+            exact = self._dot(accumulators[m, n])
+            if offsets:
+                exact = e.builder.sub(exact, e.builder.mul(offsets[n], total_code))
+            place = self._total((m, n))
+            e.store(place, e.builder.add(e.load(place), e.builder.mul(exact, factors[n])))
 
     def _scaled(self, total: Any, panel: Any, scale: Any) -> Any:
         """A folded total in fp32: times the scales of its rows and of its token (an address)."""
