@@ -102,7 +102,60 @@ class _Triplets:
                 # Codes 0, 1 and 2 stand for -1, 0 and 1.
                 ones = e.dot(e.constant(0), e.constant(_ALL_ONE), x, narrow=True)
                 least = e.builder.sub(e.constant(0), ones)
-                both = [e.builder.bitcast(total.value, INTS) for total in totals]
+                halves = [
+                    e.builder.bitcast(e.dot(least, own, x, narrow=True), _WORDS) for own in codes
+                ]
+                e.store(e.add(table, VECTOR_BYTES * m), e.shuffle(halves[0], halves[1], order))
+
+    def add_entries(self, first: Any, pairs: Any, start: Any, words: Any) -> None:
+        """Sums of every row plus the entries that its words of a run name."""
+        e = self.e
+        skipped = e.multiply(start, self.pairs)
+        steps = e.divide(e.add(pairs, _TOGETHER - 1), _TOGETHER)
+        size = PAIR * self.tokens * VECTOR_BYTES
+        with e.loop(steps) as step:
+            begin, last = e.multiply(step, _TOGETHER), e.subtract(pairs, 1)
+            # A step over the end does the last pair again, which is harmless.
+            some = [e.smaller_of(e.add(begin, n), last) for n in range(_TOGETHER)]
+            places = [
+                e.add(e.offset(self.sums, pair, size), vector)
+                for pair in some
+                for vector in range(0, size, VECTOR_BYTES)
+            ]
+            vectors = []
+            for pair in some:
+                own = e.add(skipped, e.multiply(e.add(first, pair), words))
+                vectors.append(e.offset(self.a["records"], own, VECTOR_BYTES))
+            # All are read before any is written: two of them may be the same pair.
+            sums = [e.load(place) for place in places]
+            for place, value in zip(places, self._add_run(vectors, words, sums), strict=True):
+                e.store(place, value)
+
+    def _add_run(self, vectors: list[Any], words: Any, sums: list[Any]) -> list[Any]:
+        """Sums and one run of some pairs, in 16 bits first: low halves are even panels."""
+        e = self.e
+        totals = [
+            e.variable(ir.Constant(_WORDS, [0] * _WORDS.count))
+            for _ in range(self.tokens * _TOGETHER)
+        ]
+        with e.loop(words) as i:
+            addresses = [e.offset(start, i, VECTOR_BYTES) for start in vectors]
+            for address in addresses:
+                e.prefetch(e.add(address, _AHEAD))
+            own = [e.load(address, _WORDS) for address in addresses]
+            table = e.offset(self.tables, i, INDICES * self.tokens * VECTOR_BYTES)
+            for index in range(INDICES):
+                if index:
+                    bits = ir.Constant(_WORDS, [INDEX_BITS] * _WORDS.count)
+                    own = [e.builder.lshr(word, bits) for word in own]
+                for m in range(self.tokens):
+                    place = e.add(table, (index * self.tokens + m) * VECTOR_BYTES)
+                    entries = e.load(place, _WORDS)
+                    some = totals[m :: self.tokens]
+                    values = lanes.add_permuted(e, entries, own, [one.value for one in some])
+                    for total, value in zip(some, values, strict=True):
+                        total.value = value
+        both = [e.builder.bitcast(total.value, INTS) for total in totals]
         halves = itertools.product(both, map(e.constant, _HALVES))
         return [lanes.add_pairs(e, own, *half) for own, half in zip(sums, halves, strict=True)]
 
