@@ -37,8 +37,9 @@ STEPS = (2**15 - 1) // (WEIGHTS * LARGEST_CODE * GROUPS)  # until int16 sums are
 STEP_COLUMNS = WEIGHTS * GROUPS
 # Panels whose sums lie on the stack (393 KB): tables are made anew for each such chunk of rows.
 CHUNK = 256
-# Rows whose indices are read before their turn: what waits for a word just read fills the queues
-# that later rows would run ahead in. Bytes of indices that are asked for before that.
+# Rows whose indices are read before their turn: instructions that wait for a word just read fill
+# the queues in which later rows would run ahead (1.15 times as long). And bytes of indices that
+# are asked for before that.
 AHEAD, PREFETCHED = 4, 4096
 _NOTHING = ENTRIES // 2  # the index of four zeros
 _ENTRY = 2 * LOOK_UP_TILE  # bytes
@@ -161,7 +162,7 @@ class _LookUps:
         e = self.e
         before = e.add(e.multiply(step, self.a["panels"]), first)
         indices = e.add(self.a["records"], e.multiply(before, PANEL * GROUPS))
-        # A mask that LLVM knows turns the rotation into a copy and a shift.
+        # Where LLVM knows the mask, it takes the rotation for a shift, which needs a copy first.
         mask = e.opaque(e.integer(0xFF << _ENTRY_BITS))
         words = [e.variable(e.load(e.add(indices, GROUPS * row), I64)) for row in range(AHEAD)]
         with e.loop(e.multiply(panels, PANEL // AHEAD)) as i:
