@@ -86,14 +86,14 @@ LINEAR_SYSTEMS: tuple[System, ...] = (
     System(
         "Vec-LUT",
         "low-bit linear",
-        '`linear(x, w, activations="int8")` of a ternary weight on a CPU without VNNI, 9 tokens up',
+        '`linear(x, w, activations="int8")` of a ternary weight on a CPU without VNNI, 5 tokens up',
         (
             "test_ternary.py::test_look_ups_on_a_cpu",
             "test_ternary.py::test_vector_look_ups_are_the_product",
             "test_triplets.py::test_every_form_of_look_up_is_one_integer",
             "test_ternary.py::test_other_instruction_sets",
         ),
-        "four codes an index, entries of 16 or 32 tokens (LATH_ISA=avx2 or portable takes it "
+        "four codes an index, entries of 16 tokens (LATH_ISA=avx2 or portable takes it "
         "elsewhere); on a Zen 4 three codes an index of a register, for any number of tokens",
     ),
     System(

@@ -42,13 +42,7 @@ from lath.kernels.linear.cpu_restore import only_view
 from lath.kernels.linear.cpu_sparse import sparse_view
 from lath.kernels.linear.cpu_view import CpuView, Kind, kind_of
 from lath.kernels.linear.cpu_views import cpu_view
-from lath.kernels.linear.plan_cpu import (
-    LOOK_UP_TILES,
-    LOOK_UP_TOKENS,
-    look_up_tile,
-    look_up_whole,
-    looks_up,
-)
+from lath.kernels.linear.plan_cpu import LOOK_UP_TILE, LOOK_UP_TOKENS, looks_up
 from lath.kernels.simd.isa import host_isa
 
 __all__ = ["CpuLinear", "linear", "only_view", "prepare", "warmup"]
@@ -95,7 +89,7 @@ class CpuLinear:
         self._bias = self._padded(bias)
         self._looks_up = looks_up
         self._look_up: LookUp | None = None
-        # By dtypes and `_size`: the address of a block and the block.
+        # By dtypes and tokens (9 stands for all above): the address of a block and the block.
         self._launches: dict[
             tuple[torch.dtype, torch.dtype, int], tuple[int, NDArray[np.int64]]
         ] = {}
@@ -113,9 +107,15 @@ class CpuLinear:
         if tokens == 0 or self.rows == 0:
             y = x.new_empty((*shape[:-1], self.rows)) if out is None else out
             return y.copy_(offsets[: self.rows].expand_as(y))
-        if self._looks_up and (whole := look_up_whole(tokens, host_isa())) < tokens:
+        if (
+            tokens > LOOK_UP_TILE
+            and self._looks_up
+            and 0 < tokens % LOOK_UP_TILE < LOOK_UP_TOKENS.get(host_isa(), 1)
+        ):
+            # A tile of look-ups costs the same for few tokens, which products do in less.
             y = x.new_empty((*shape[:-1], self.rows)) if out is None else out
             flat, parts = x.reshape(tokens, columns), y.view(tokens, self.rows)
+            whole = tokens - tokens % LOOK_UP_TILE
             for part in (slice(0, whole), slice(whole, tokens)):
                 self(flat[part], bias, parts[part])
             return y
@@ -123,7 +123,7 @@ class CpuLinear:
         if not x.is_contiguous():
             x = x.contiguous()
         y = torch.empty((*shape[:-1], self.rows), dtype=dtype) if out is None else out
-        known = self._launches.get((dtype, y.dtype, self._size(tokens)))
+        known = self._launches.get((dtype, y.dtype, tokens if tokens < 9 else 9))
         if known is None:
             known = self._launch(dtype, y.dtype, tokens)
         stride = columns * dtype.itemsize
@@ -156,11 +156,6 @@ class CpuLinear:
         """The bias as fp32 [16 * panels], zeros where there is none."""
         return self._bias
 
-    def _size(self, tokens: int) -> int:
-        """One number for all numbers of tokens that one block serves."""
-        large = self._looks_up and tokens > LOOK_UP_TILES[0]
-        return 10 if large else min(tokens, 9)
-
     def _padded(self, bias: Tensor | None) -> Tensor:
         """The bias as fp32 [16 * panels], zeros where there is none."""
         padded = torch.zeros(16 * self._view.panels)
@@ -176,7 +171,7 @@ class CpuLinear:
         block = self._block(FLOAT_KINDS[dtype], FLOAT_KINDS[y_dtype], tokens)
         if self._gather is not None:
             block[INDEX["x_runs"]] = self._gather.runs.data_ptr()
-        launch = self._launches[dtype, y_dtype, self._size(tokens)] = (block.ctypes.data, block)
+        launch = self._launches[dtype, y_dtype, min(tokens, 9)] = (block.ctypes.data, block)
         return launch
 
     def _block(self, x_type: int, y_type: int, tokens: int) -> NDArray[np.int64]:
@@ -184,8 +179,7 @@ class CpuLinear:
         if self._looks_up and tokens >= LOOK_UP_TOKENS.get(host_isa(), 1):
             if self._look_up is None:
                 self._look_up = look_up_of(self._view)
-            entry = look_up_tile(tokens)
-            return look_up_block(self._look_up, self._largest, x_type, entry, y_type)
+            return look_up_block(self._look_up, self._largest, x_type, y_type)
         tile = tile_of(self._view.record, self._kind, tokens, self._view.panel_bytes)
         return linear_block(
             self._view, self._kind, self._shared, self._largest, x_type, tile, y_type,

@@ -33,7 +33,7 @@ from lath.kernels.linear.cpu_sparse import check_weight as sparse_check_weight
 from lath.kernels.linear.cpu_triplet_view import TripletView, build_triplets
 from lath.kernels.linear.cpu_triplets import emit_triplets
 from lath.kernels.linear.cpu_view import CpuView, Kind, build_view
-from lath.kernels.linear.plan_cpu import LOOK_UP_TILES, TRIT_GROUP, cpu_tile
+from lath.kernels.linear.plan_cpu import LOOK_UP_TILE, TRIT_GROUP, cpu_tile
 from lath.kernels.simd.compile import compile_kernel
 from lath.kernels.simd.emitter import BF16, FP16, FP32
 from lath.kernels.simd.isa import host_isa
@@ -75,20 +75,16 @@ def linear_block(
     return _block(view, kind, shared, largest, x_type, tile, y_type, expand)
 
 
-def look_up_block(
-    look_up: LookUp, largest: int, x_type: int, tile: int, y_type: int
-) -> NDArray[np.int64]:
-    """As `linear_block`, by look-up for `tile` tokens at a time; y is of `y_type`."""
-    _check_look_up(x_type, tile)
-    return _look_up_block(look_up, largest, x_type, tile, y_type)
+def look_up_block(look_up: LookUp, largest: int, x_type: int, y_type: int) -> NDArray[np.int64]:
+    """As `linear_block`, by look-up; y is of `y_type`."""
+    _check_look_up(x_type)
+    return _look_up_block(look_up, largest, x_type, y_type)
 
 
-def _look_up_block(
-    look_up: LookUp, largest: int, x_type: int, tile: int, y_type: int
-) -> NDArray[np.int64]:
+def _look_up_block(look_up: LookUp, largest: int, x_type: int, y_type: int) -> NDArray[np.int64]:
     return argument_block(
         prepare=compile_kernel(emit_quantize, x_type).address,
-        kernel=compile_kernel(emit_look_up, tile).address,
+        kernel=compile_kernel(emit_look_up).address,
         records=look_up.indices.data_ptr(),
         row_scales=look_up.scales.data_ptr(),
         rows=look_up.rows,
@@ -98,7 +94,7 @@ def _look_up_block(
         group=look_up.group,
         shared=look_up.group,
         largest=largest,
-        tile=tile,
+        tile=LOOK_UP_TILE,
         unit=1,
         item=1,
         y_type=y_type,
@@ -182,9 +178,9 @@ def _check(
 
 
 @functools.cache
-def _check_look_up(x_type: int, tile: int = LOOK_UP_TILES[0]) -> None:
+def _check_look_up(x_type: int) -> None:
     """As `_check`, for the look-ups: ternary rows over more columns than int16 sums last for."""
-    rows, columns, tokens = 40, 300, tile + 1
+    rows, columns, tokens = 40, 300, LOOK_UP_TILE + 1
     rng = np.random.default_rng(0)
     trits = rng.integers(-1, 2, (rows, columns))
     trits[7] = 1
@@ -198,10 +194,10 @@ def _check_look_up(x_type: int, tile: int = LOOK_UP_TILES[0]) -> None:
     dtype = next(dtype for dtype, number in FLOAT_KINDS.items() if number == x_type)
     y = torch.full((tokens, rows), torch.nan)
     bias = torch.arange(PANEL * look_up.panels, dtype=torch.float32)
-    block = _look_up_block(look_up, LARGEST_CODE, x_type, tile, FP32)
+    block = _look_up_block(look_up, LARGEST_CODE, x_type, FP32)
     _run(block, torch.from_numpy(x).to(dtype), bias, y)
     expected = x.astype(np.float64) @ (scales.T * trits).T + np.arange(rows)
-    _require(np.array_equal(y.double().numpy(), expected), f"look-up tile={tile}")
+    _require(np.array_equal(y.double().numpy(), expected), "look-up")
 
 
 def _run(block: NDArray[np.int64], x: Tensor, bias: Tensor, y: Tensor) -> None:

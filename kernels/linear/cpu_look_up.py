@@ -4,8 +4,8 @@ Four weights of a row are an index into the 81 sums that four activations can ma
 those sums for all tokens of a tile side by side, so that an index is read once and adds a vector.
 
     indices     uint8 [K'/32, panels, 16 rows, 8]: 27 t0 + 9 t1 + 3 t2 + t3, each of 0 .. 2
-    tables      int16 [8, 81, 16 tokens] or [4, 81, 32 tokens]: first-level cache holds them
-    sums        int16 [rows, tokens] over 64 indices, then int32
+    tables      int16 [8, 81, 16 tokens], of one step of 32 columns: first-level cache holds them
+    sums        int16 [rows, 16 tokens] over eight steps, then int32
 
 An entry is at most 4 * 127, and 64 of them are added before the sums are widened: 32512 < 2**15, so
 that int16 cannot overflow whatever the numbers are. The integers are those of the products.
@@ -13,7 +13,6 @@ that int16 cannot overflow whatever the numbers are. The integers are those of t
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,23 +26,29 @@ from lath.formats.packing import PANEL, round_up
 from lath.kernels.linear.cpu_arguments import Arguments
 from lath.kernels.linear.cpu_record import VECTOR_BYTES, Output, Record
 from lath.kernels.linear.cpu_view import CpuView
+from lath.kernels.linear.plan_cpu import LOOK_UP_TILE
 from lath.kernels.simd import lanes
-from lath.kernels.simd.emitter import F32, I16, I32, I64, LANES, SHORTS, Emitter
+from lath.kernels.simd.emitter import F32, I64, LANES, SHORTS, Emitter
 
 WEIGHTS = 4  # of an index
 ENTRIES = 3**WEIGHTS
-GROUPS = 8  # indices of a row that lie together
+GROUPS = 8  # indices of a row in a step: they are read as one word
+STEPS = (2**15 - 1) // (WEIGHTS * LARGEST_CODE * GROUPS)  # until int16 sums are full
 STEP_COLUMNS = WEIGHTS * GROUPS
-FULL = (2**15 - 1) // (WEIGHTS * LARGEST_CODE)  # indices until int16 sums are full
+# Panels whose sums lie on the stack (393 KB): tables are made anew for each such chunk of rows.
+CHUNK = 256
+# Rows whose indices are read before their turn: instructions that wait for a word just read fill
+# the queues in which later rows would run ahead (1.15 times as long). And bytes of indices that
+# are asked for before that.
+AHEAD, PREFETCHED = 4, 4096
 _NOTHING = ENTRIES // 2  # the index of four zeros
-# Tokens of all tables that lie side by side, and of all sums of a chunk of rows, which tables are
-# made anew for: 21 KB, and 393 KB on the stack.
-_TABLES, _CHUNK = 8 * 16, 256 * 16
+_ENTRY = 2 * LOOK_UP_TILE  # bytes
+_ENTRY_BITS = _ENTRY.bit_length() - 1
 
 
 @dataclass(frozen=True)
 class LookUp:
-    """indices: see above. scales: fp32 [16 * panels]."""
+    """indices: see above, those of `AHEAD` rows more in memory. scales: fp32 [16 * panels]."""
 
     rows: int
     columns: int
@@ -61,7 +66,7 @@ class LookUp:
 
     @property
     def nbytes(self) -> int:
-        return self.indices.nbytes + self.scales.nbytes
+        return self.indices.untyped_storage().nbytes() + self.scales.nbytes
 
 
 def can_look_up(record: Record, groups: int) -> bool:
@@ -82,29 +87,27 @@ def look_up_of(view: CpuView) -> LookUp:
     padded = np.full((view.panels, steps * GROUPS, PANEL), _NOTHING, np.uint8)
     padded[:, : indices.shape[1]] = indices
     ordered = padded.reshape(view.panels, steps, GROUPS, PANEL).transpose(1, 0, 3, 2)
+    memory = torch.zeros(ordered.size + AHEAD * GROUPS, dtype=torch.uint8)
+    own = memory[: ordered.size].view(ordered.shape).copy_(torch.from_numpy(ordered))
     kind = np.float16 if view.record.half else np.float32
     scales = np.ascontiguousarray(codes[:, size:]).view(kind).astype(np.float32).reshape(-1)
-    return LookUp(
-        view.rows, view.columns, torch.from_numpy(np.ascontiguousarray(ordered)),
-        torch.from_numpy(scales),
-    )  # fmt: skip
+    return LookUp(view.rows, view.columns, own, torch.from_numpy(scales))
 
 
-def emit_look_up(e: Emitter, begin: Any, end: Any, arguments: Any, tokens: int) -> None:
-    """All tokens in tiles of `tokens`, 16 or 32, panels [begin, end) in chunks."""
+def emit_look_up(e: Emitter, begin: Any, end: Any, arguments: Any) -> None:
+    """All tokens in tiles of sixteen, panels [begin, end) in chunks."""
     a = Arguments(e, arguments)
-    loop = _LookUps(e, a, tokens)
-    steps = e.divide(a["group"], WEIGHTS * loop.groups)
-    panels, room = e.subtract(end, begin), _CHUNK // tokens
-    long = FULL // loop.groups
-    with e.loop(e.divide(e.add(panels, room - 1), room)) as chunk:
-        first = e.add(begin, e.multiply(chunk, room))
-        count = e.smaller_of(e.subtract(end, first), room)
-        with e.loop(e.divide(e.add(a["tokens"], tokens - 1), tokens)) as tile:
+    loop = _LookUps(e, a)
+    steps = e.divide(a["group"], STEP_COLUMNS)
+    panels = e.subtract(end, begin)
+    with e.loop(e.divide(e.add(panels, CHUNK - 1), CHUNK)) as chunk:
+        first = e.add(begin, e.multiply(chunk, CHUNK))
+        count = e.smaller_of(e.subtract(end, first), CHUNK)
+        with e.loop(e.divide(e.add(a["tokens"], LOOK_UP_TILE - 1), LOOK_UP_TILE)) as tile:
             loop.clear(count)
-            with e.loop(e.divide(e.add(steps, long - 1), long)) as run:
-                start = e.multiply(run, long)
-                with e.loop(e.smaller_of(e.subtract(steps, start), long)) as i:
+            with e.loop(e.divide(e.add(steps, STEPS - 1), STEPS)) as run:
+                start = e.multiply(run, STEPS)
+                with e.loop(e.smaller_of(e.subtract(steps, start), STEPS)) as i:
                     loop.make_tables(tile, e.add(start, i))
                     loop.add_entries(first, count, e.add(start, i))
                 loop.widen(count)
@@ -114,100 +117,90 @@ def emit_look_up(e: Emitter, begin: Any, end: Any, arguments: Any, tokens: int) 
 class _LookUps:
     """Tables and sums of one chunk of rows and one tile of tokens, on the stack."""
 
-    def __init__(self, e: Emitter, a: Arguments, tokens: int) -> None:
-        self.e, self.a, self.tokens = e, a, tokens
-        self.groups = _TABLES // tokens  # indices of a step, whose tables there are at once
-        self.entry = 2 * tokens  # bytes
-        self.shorts_of, self.wide = ir.VectorType(I16, tokens), ir.VectorType(I32, tokens)
-        self.nothing = ir.Constant(self.shorts_of, [0] * tokens)
-        self.tables = e.buffer(_TABLES * ENTRIES * 2 // VECTOR_BYTES)
-        self.shorts = e.buffer(_CHUNK * PANEL * 2 // VECTOR_BYTES)
-        self.sums = e.buffer(_CHUNK * PANEL * 4 // VECTOR_BYTES)
+    def __init__(self, e: Emitter, a: Arguments) -> None:
+        self.e, self.a = e, a
+        self.tables = e.buffer(GROUPS * ENTRIES * _ENTRY // VECTOR_BYTES)
+        self.shorts = e.buffer(CHUNK * PANEL * _ENTRY // VECTOR_BYTES)
+        self.sums = e.buffer(CHUNK * PANEL)
         self.values = e.buffer(LANES)
         self.output = Output(e, a)
 
     def clear(self, panels: Any) -> None:
         e = self.e
         with e.loop(e.multiply(panels, PANEL)) as row:
-            place = e.offset(self.sums, row, 2 * self.entry)
-            e.store(place, ir.Constant(self.wide, [0] * self.tokens))
-            e.store(e.offset(self.shorts, row, self.entry), self.nothing)
+            e.store(e.offset(self.sums, row, VECTOR_BYTES), e.constant(0))
+            e.store(e.offset(self.shorts, row, _ENTRY), ir.Constant(SHORTS, [0] * LANES))
 
     def make_tables(self, tile: Any, step: Any) -> None:
-        """The tables of the groups of a step: each pair of columns first, then all four."""
+        """The tables of the eight groups of a step: each pair of columns first, then all four."""
         e = self.e
-        column = e.multiply(step, WEIGHTS * self.groups)
-        column = e.add(e.multiply(tile, self.a["group"]), column)
-        words = e.offset(self.a["codes"], column, self.tokens)
-        with e.loop(e.integer(self.groups)) as group:
-            table = e.offset(self.tables, group, ENTRIES * self.entry)
-            start = e.offset(words, group, WEIGHTS * self.tokens)
-            parts = range(0, WEIGHTS * self.tokens, VECTOR_BYTES)
-            own = [e.load(e.add(start, part)) for part in parts]
-            columns = [self._column(own, byte) for byte in range(WEIGHTS)]
+        column = e.add(e.multiply(tile, self.a["group"]), e.multiply(step, STEP_COLUMNS))
+        words = e.offset(self.a["codes"], column, LANES)
+        with e.loop(e.integer(GROUPS)) as group:
+            table = e.offset(self.tables, group, ENTRIES * _ENTRY)
+            word = e.load(e.offset(words, group, VECTOR_BYTES))
+            columns = [self._column(word, byte) for byte in range(WEIGHTS)]
             left, right = self._pair(*columns[:2]), self._pair(*columns[2:])
             for index in range(ENTRIES):
                 value = e.builder.add(left[index // 9], right[index % 9])
-                e.store(e.add(table, index * self.entry), value)
+                e.store(e.add(table, index * _ENTRY), value)
 
-    def _column(self, words: list[Any], byte: int) -> Any:
-        """One byte of every word, of sixteen tokens each, as int16."""
+    def _column(self, words: Any, byte: int) -> Any:
         e = self.e
-        moved = [e.shift_left(word, 24 - 8 * byte) for word in words]
-        parts = [e.builder.trunc(e.shift_right_signed(word, 24), SHORTS) for word in moved]
-        return functools.reduce(e.concatenate, parts)
+        value = e.shift_right_signed(e.shift_left(words, 24 - 8 * byte), 24)
+        return e.builder.trunc(value, SHORTS)
 
     def _pair(self, first: Any, second: Any) -> list[Any]:
         """first * w0 + second * w1 of the nine pairs of weights."""
-        builder, zero = self.e.builder, self.nothing
+        builder, zero = self.e.builder, ir.Constant(SHORTS, [0] * LANES)
         rows = [builder.sub(zero, first), zero, first]
         return [op for row in rows for op in (builder.sub(row, second), row,
                                               builder.add(row, second))]  # fmt: skip
 
     def add_entries(self, first: Any, panels: Any, step: Any) -> None:
-        """Sums of every row plus the entries that its indices of a step name."""
+        """Sums of every row plus the entries that its eight indices name."""
         e = self.e
-        steps = GROUPS // self.groups  # whose indices lie together
-        together = e.divide(step, steps)
-        before = e.add(e.multiply(together, self.a["panels"]), first)
+        before = e.add(e.multiply(step, self.a["panels"]), first)
         indices = e.add(self.a["records"], e.multiply(before, PANEL * GROUPS))
-        own = e.subtract(step, e.multiply(together, steps))
-        indices = e.add(indices, e.multiply(own, self.groups))
-        kind, bits = ir.IntType(8 * self.groups), self.entry.bit_length() - 1
-        with e.loop(e.multiply(panels, PANEL)) as row:
-            word = e.load(e.offset(indices, row, GROUPS), kind)
-            word = word if kind == I64 else e.builder.zext(word, I64)
-            place = e.offset(self.shorts, row, self.entry)
-            total = e.load(place, self.shorts_of)
-            for group in range(self.groups):
-                # The index where an entry's bytes are counted: one rotation and one mask.
-                start = e.rotate_right(word, 8 * group - bits)
-                start = e.builder.and_(start, e.integer(0xFF << bits))
-                table = e.add(self.tables, group * ENTRIES * self.entry)
-                total = e.builder.add(total, e.load(e.add(table, start), self.shorts_of))
-            e.store(place, total)
+        # Where LLVM knows the mask, it takes the rotation for a shift, which needs a copy first.
+        mask = e.opaque(e.integer(0xFF << _ENTRY_BITS))
+        words = [e.variable(e.load(e.add(indices, GROUPS * row), I64)) for row in range(AHEAD)]
+        with e.loop(e.multiply(panels, PANEL // AHEAD)) as i:
+            places = e.offset(self.shorts, i, AHEAD * _ENTRY)
+            following = e.offset(e.add(indices, AHEAD * GROUPS), i, AHEAD * GROUPS)
+            e.prefetch(e.add(following, PREFETCHED))
+            for row, word in enumerate(words):
+                place = e.add(places, row * _ENTRY)
+                total = e.load(place, SHORTS)
+                for group in range(GROUPS):
+                    # The index where an entry's bytes are counted: one rotation and one mask.
+                    start = e.rotate_right(word.value, 8 * group - _ENTRY_BITS)
+                    table = e.add(self.tables, group * ENTRIES * _ENTRY)
+                    entry = e.add(table, e.builder.and_(start, mask))
+                    total = e.builder.add(total, e.load(entry, SHORTS))
+                e.store(place, total)
+                word.value = e.load(e.add(following, row * GROUPS), I64)
 
     def widen(self, panels: Any) -> None:
         """Add the int16 sums to the int32 ones and begin them anew."""
         e = self.e
         with e.loop(e.multiply(panels, PANEL)) as row:
-            short = e.offset(self.shorts, row, self.entry)
-            place = e.offset(self.sums, row, 2 * self.entry)
-            wide = e.builder.sext(e.load(short, self.shorts_of), self.wide)
-            e.store(place, e.builder.add(e.load(place, self.wide), wide))
-            e.store(short, self.nothing)
+            short = e.offset(self.shorts, row, _ENTRY)
+            place = e.offset(self.sums, row, VECTOR_BYTES)
+            wide = e.builder.sext(e.load(short, SHORTS), e.constant(0).type)
+            e.store(place, e.builder.add(e.load(place), wide))
+            e.store(short, ir.Constant(SHORTS, [0] * LANES))
 
     def finish(self, first: Any, panels: Any, tile: Any) -> None:
-        """Scale the integers and store y: rows become lanes, sixteen tokens at a time."""
+        """Scale the integers and store y: rows become lanes."""
         e, a = self.e, self.a
-        with e.loop(panels) as i, e.loop(e.integer(self.tokens // LANES)) as part:
+        token = e.multiply(tile, LOOK_UP_TILE)
+        left = e.smaller_of(e.subtract(a["tokens"], token), LOOK_UP_TILE)
+        with e.loop(panels) as i:
             panel = e.add(first, i)
-            token = e.add(e.multiply(tile, self.tokens), e.multiply(part, LANES))
-            left = e.clip(e.subtract(a["tokens"], token), e.integer(LANES))
             scales = e.load(e.offset(a["row_scales"], panel, VECTOR_BYTES), e.floats(0.0).type)
-            start = e.offset(self.sums, i, PANEL * 2 * self.entry)
-            start = e.offset(start, part, VECTOR_BYTES)
-            rows = [e.load(e.add(start, 2 * self.entry * row)) for row in range(PANEL)]
+            start = e.offset(self.sums, i, PANEL * VECTOR_BYTES)
+            rows = [e.load(e.add(start, VECTOR_BYTES * row)) for row in range(PANEL)]
             for m, exact in enumerate(lanes.transpose(e, rows)):
                 own = e.broadcast(e.offset(a["scales"], e.add(token, m), 4), F32)
                 value = e.builder.fmul(e.to_floats(exact), e.builder.fmul(scales, own))

@@ -19,11 +19,10 @@ LONGEST_GROUP = 65536
 # Columns that are whole vectors of a CPU's base-3 codes (20) and of its activations (16).
 TRIT_GROUP = 80
 # Ternary look-ups of a CPU without VNNI: tokens side by side in an entry, and by instruction set
-# from how many tokens they are faster than products, and how many behind the last whole entry
-# products take in less time than an entry of their own (bench/results/ternary_cpu.md).
-LOOK_UP_TILES = (16, 32)
-LOOK_UP_TOKENS = {"avx2": 9, "portable": 2}
-LOOK_UP_REST = {"avx2": 8, "portable": 1}
+# from how many on, alone or behind the last whole entry, they take less time than products
+# (bench/results/ternary_cpu.md).
+LOOK_UP_TILE = 16
+LOOK_UP_TOKENS = {"avx2": 5, "portable": 2}
 # Register tiles (tokens, panels) by what is multiplied and whether the CPU has AVX512-VNNI:
 # accumulators, one panel of codes each and a broadcast fill the 32 (or 16 half as wide) registers.
 CPU_TILES = {
@@ -80,14 +79,14 @@ def plan_cpu(
             shared = math.gcd(x_group, weight_group)
             reasons.append(f"groups of {x_group} and {weight_group} share runs of {shared}")
     if looks_up(k, codec, activations, device.architecture, m):
-        sizes, rest = " or ".join(map(str, LOOK_UP_TILES)), LOOK_UP_REST[device.architecture]
         reasons.append(
             "no VNNI: four ternary codes are an index into sums of four activations, of "
-            f"{sizes} tokens at a time (up to {rest} that are left: products)"
+            f"{LOOK_UP_TILE} tokens at a time (fewer than {LOOK_UP_TOKENS[device.architecture]} "
+            "that are left: products)"
         )
         return replace(
             draft, dataflow="look_up", dot=dot, reason="; ".join(reasons), threads=device.threads,
-            block_m=look_up_tile(m), block_n=packing.PANEL, block_k=32,
+            block_m=LOOK_UP_TILE, block_n=packing.PANEL, block_k=32,
         )  # fmt: skip
     # Codes of 16 rows; the scales beside them are a few per cent and decide nothing here.
     kind = "triplets" if triplets else "int8" if dot == "int8" else "float"
@@ -171,22 +170,6 @@ def looks_up(
     if least is None or (tokens is not None and tokens < least):
         return False
     return _is_plain_ternary(k, codec, activations)
-
-
-def look_up_tile(tokens: int) -> int:
-    """Tokens side by side in an entry."""
-    small, large = LOOK_UP_TILES
-    return small if tokens <= small else large
-
-
-def look_up_whole(tokens: int, architecture: str) -> int:
-    """How many of some tokens fill entries: where others are left, these are multiplied first."""
-    small, large = LOOK_UP_TILES
-    if tokens > large:
-        return tokens - tokens % large
-    # An entry costs the same for few tokens, which products do in less time.
-    few = small < tokens <= small + LOOK_UP_REST.get(architecture, 0)
-    return small if few else tokens
 
 
 def _why_wide(activations: ActivationFormat, device: DeviceDescription) -> str:

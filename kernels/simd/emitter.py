@@ -119,6 +119,11 @@ class Emitter:
         function = self.function("llvm.fshr.i64", I64, [I64] * 3)
         return self.builder.call(function, [value, value, self.integer(count % 64)])
 
+    def opaque(self, value: Any) -> Any:
+        """The same number, which LLVM does not know."""
+        kind = ir.FunctionType(value.type, [value.type])
+        return self.builder.asm(kind, "", "=r,0", [value], False)
+
     def offset(self, address: Any, index: Any, scale: int) -> Any:
         return self.add(address, self.multiply(index, scale))
 
