@@ -22,6 +22,7 @@ from lath.kernels.attention.cpu_arguments import (
     Context,
     Kind,
 )
+from lath.kernels.attention.cpu_ask import ask_for_mean
 from lath.kernels.attention.cpu_pages import PageList
 from lath.kernels.attention.cpu_rows import (
     RowTile,
@@ -205,6 +206,8 @@ def _scores(c: Context, tile: RowTile, keys: KeyTile, block: Any, limit: Any) ->
     corrections = corrections_of(c, tile, keys, block)
     scores = integer_scores if c.kind.integer_scores else float_scores
     scores(c, tile, keys, block, limit, corrections)
+    if c.kind.few:
+        ask_for_mean(c, keys)
 
 
 def _values(c: Context, tile: RowTile, keys: KeyTile, block: Any, weights: Any, limit: Any) -> None:

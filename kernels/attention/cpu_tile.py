@@ -30,7 +30,8 @@ class KeyTile:
     start: position of the first. count: how many. tokens: bits of those that are read, missing: of
     the others that count; None where a list has no masks. record, mean: addresses (of a page).
     upcoming: the record of a page that will be read soon; asked: what of it where lists have masks,
-    of `cpu_ask`. page: whether it is one.
+    of `cpu_ask`. following, next_mean: the record and the mean that are read next. page: whether it
+    is one.
     """
 
     page: bool
@@ -41,6 +42,8 @@ class KeyTile:
     record: Any = None
     mean: Any = None
     upcoming: Any = None
+    following: Any = None
+    next_mean: Any = None
     asked: Any = None
 
 
