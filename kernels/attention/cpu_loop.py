@@ -154,11 +154,9 @@ def _attend_parts(c: Context, unit: Unit, tile: RowTile) -> None:
                 return e.add(e.add(field(f"{side}s"), batch), head)
 
             def stage() -> None:
-                stage_part_keys(c, tile, source("key"), field("key_row"), count)
-                stage_tokens(
-                    c, source("value"), field("value_row"), count, a["value_dim"],
-                    piece(c, tile, "value_rows"),
-                )  # fmt: skip
+                values = source("value"), field("value_row")
+                stage_part_keys(c, tile, source("key"), field("key_row"), count, values)
+                stage_tokens(c, *values, count, a["value_dim"], piece(c, tile, "value_rows"))
 
             _attend_tile(c, tile, KeyTile(page=False, start=start, count=count), stage)
 
