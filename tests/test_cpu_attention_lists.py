@@ -244,12 +244,13 @@ def test_the_plan_predicts_the_traffic_of_subpages(heads: int) -> None:
 @pytest.mark.parametrize("dims", [(128, 128), (64, 192), (16, 32)])
 @pytest.mark.parametrize("draft", [False, True])
 def test_every_line_is_asked_for_once(codecs: str, dims: tuple[int, int], draft: bool) -> None:
-    """Of the planes that the integer loops read; as many beside keys as those loops have places."""
+    """Of the planes that the integer loops read; as many as those loops, and 4 rows of a softmax
+    that follows keys, have places for."""
     names = codecs.split("/")
     fmt = PageFormat(PageCodec(names[0]), PageCodec(names[1]), *dims)
     key, value = ("draft" if draft and name == "int8-planes" else name for name in names)
     kind = Kind(key, value, "int8", "int8", BF16, brain=False, few=True)
-    lines, beside_keys = asked_lines(fmt, kind)
+    lines, before_values = asked_lines(fmt, kind)
     read = {"keys": key, "values": value, "keys_low": key, "values_low": value}
     expected: list[int] = []
     for name, field in fmt.fields.items():
@@ -259,7 +260,8 @@ def test_every_line_is_asked_for_once(codecs: str, dims: tuple[int, int], draft:
             assert field.offset % 64 == field.nbytes % 64 == 0
             expected += range(field.offset, field.end, 64)
     assert sorted(lines) == expected
-    assert beside_keys == sum(line < fmt.fields["values"].offset for line in expected)
+    assert before_values == sum(line < fmt.fields["values"].offset for line in expected)
+    assert before_values % 16 == 0
 
 
 # Sub-pages without a token

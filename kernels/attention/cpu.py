@@ -270,12 +270,12 @@ def _layout(fmt: PageFormat, kind: Kind, tile_rows: int) -> _Layout:
     staged = -(-stored // 32) * 32
     scratch = scratch_of(tile_rows, staged, fmt.padded_value_dim)
     state = state_bytes(tile_rows, fmt.padded_value_dim)
-    lines, beside_keys = asked_lines(fmt, kind)
+    lines, before_values = asked_lines(fmt, kind)
     asked = array("i", lines)
     values = {
         "key_dim": fmt.key_dim, "value_dim": fmt.value_dim, "stored_keys": stored,
         "stored_values": fmt.padded_value_dim, "record_end": fmt.record_bytes,
-        "asked": asked.buffer_info()[0], "asked_values": beside_keys, "staged_keys": staged,
+        "asked": asked.buffer_info()[0], "asked_values": before_values, "staged_keys": staged,
         "tile_rows": tile_rows, "state": state, "at_rows": scratch.shared, "row_slot": scratch.rows,
         **{name: field.offset for name, field in fmt.fields.items()},
         **{f"at_{name}": offset for name, offset in scratch.offsets.items()},

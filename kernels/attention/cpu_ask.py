@@ -13,7 +13,7 @@ from typing import Any
 from llvmlite import ir
 
 from lath.formats.pages import SUBPAGE, SUBPAGES
-from lath.kernels.attention.cpu_arguments import Context, fields_of
+from lath.kernels.attention.cpu_arguments import ROWS, Context, fields_of
 from lath.kernels.attention.cpu_tile import VECTOR, KeyTile, subpage_is_read
 from lath.kernels.simd.emitter import I1, I32, I64
 
@@ -28,10 +28,28 @@ class Asked:
 
 
 def ask(c: Context, keys: KeyTile, first: Any, i: int) -> None:
-    """Ask for line first + i, in the order of cpu_order.py, of the record that comes up."""
+    """Ask for line first + i, in the order of cpu_order.py, of the record that comes up, and again
+    of the one before it."""
     e = c.e
-    offset = e.load(e.add(e.offset(c.a["asked"], first, 4), 4 * i), I32)
-    e.prefetch(e.add(keys.upcoming, e.builder.sext(offset, I64)))
+    offset = e.builder.sext(e.load(e.add(e.offset(c.a["asked"], first, 4), 4 * i), I32), I64)
+    for record in (keys.upcoming, keys.following):
+        e.prefetch(e.add(record, offset))
+
+
+def ask_beside_softmax(c: Context, keys: KeyTile, row: int) -> None:
+    """A row's share of the lines that are asked for neither beside keys nor beside values."""
+    e, lines = c.e, c.a["asked_values"]
+    share = e.divide(lines, 4 * ROWS)
+    first = e.add(e.multiply(share, 3 * ROWS), e.multiply(share, row))
+    with e.loop(share) as i:
+        ask(c, keys, e.add(first, i), 0)
+
+
+def ask_for_mean(c: Context, keys: KeyTile) -> None:
+    """The mean that is read next, as near as can be: scores wait for it."""
+    e = c.e
+    with e.loop(e.divide(e.add(e.multiply(c.a["stored_keys"], 2), VECTOR - 1), VECTOR)) as i:
+        e.prefetch(e.offset(keys.next_mean, i, VECTOR), near=True)
 
 
 def ask_alike(c: Context, distances: Any, subpage: Any, place: Any) -> None:

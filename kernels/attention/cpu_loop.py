@@ -22,6 +22,7 @@ from lath.kernels.attention.cpu_arguments import (
     Context,
     Kind,
 )
+from lath.kernels.attention.cpu_ask import ask_for_mean
 from lath.kernels.attention.cpu_pages import PageList
 from lath.kernels.attention.cpu_rows import (
     RowTile,
@@ -153,11 +154,9 @@ def _attend_parts(c: Context, unit: Unit, tile: RowTile) -> None:
                 return e.add(e.add(field(f"{side}s"), batch), head)
 
             def stage() -> None:
-                stage_part_keys(c, tile, source("key"), field("key_row"), count)
-                stage_tokens(
-                    c, source("value"), field("value_row"), count, a["value_dim"],
-                    piece(c, tile, "value_rows"),
-                )  # fmt: skip
+                values = source("value"), field("value_row")
+                stage_part_keys(c, tile, source("key"), field("key_row"), count, values)
+                stage_tokens(c, *values, count, a["value_dim"], piece(c, tile, "value_rows"))
 
             _attend_tile(c, tile, KeyTile(page=False, start=start, count=count), stage)
 
@@ -205,6 +204,8 @@ def _scores(c: Context, tile: RowTile, keys: KeyTile, block: Any, limit: Any) ->
     corrections = corrections_of(c, tile, keys, block)
     scores = integer_scores if c.kind.integer_scores else float_scores
     scores(c, tile, keys, block, limit, corrections)
+    if c.kind.few:
+        ask_for_mean(c, keys)
 
 
 def _values(c: Context, tile: RowTile, keys: KeyTile, block: Any, weights: Any, limit: Any) -> None:

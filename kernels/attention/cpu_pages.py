@@ -80,14 +80,8 @@ class PageList:
 
     def tile(self, entry: Entry, tile: RowTile, h: Any) -> KeyTile:
         """The page of an entry for head number h of the unit; asks for what comes next."""
-        e, unit = self.c.e, self._unit
-        # Records follow each other by head, then by page.
-        next_head = e.add(h, AHEAD)
-        inside = e.less(next_head, unit.heads)
-        wrapped = e.smaller_of(e.subtract(next_head, unit.heads), e.subtract(unit.heads, 1))
-        next_page = self.c.b.select(inside, entry.page, entry.following)
-        next_head = e.add(unit.first_head, self.c.b.select(inside, next_head, wrapped))
-        next_head = e.divide(next_head, self.c.a["repeat"])
+        e = self.c.e
+        upcoming, following = (self._coming(entry, h, ahead) for ahead in (AHEAD, 1))
         keys = KeyTile(
             page=True,
             start=entry.start,
@@ -96,14 +90,27 @@ class PageList:
             missing=entry.missing,
             record=self._place("records", "record", entry.page, tile.kv_head),
             mean=self._place("index", "index", entry.page, tile.kv_head),
-            upcoming=self._place("records", "record", next_page, next_head),
+            upcoming=self._place("records", "record", *upcoming),
+            following=self._place("records", "record", *following),
+            next_mean=self._place("index", "index", *following),
         )
         if self.c.kind.few:
-            self._ask_for_sides(keys, self._place("index", "index", next_page, next_head))
+            self._ask_for_sides(keys, self._place("index", "index", *upcoming))
             if self.c.kind.masked:
+                inside = e.less(e.add(h, AHEAD), self._unit.heads)
                 coming = self.c.b.select(inside, entry.tokens, entry.coming)
                 keys = replace(keys, asked=asked_of(self.c, keys, coming))
         return keys
+
+    def _coming(self, entry: Entry, h: Any, ahead: int) -> tuple[Any, Any]:
+        """Page and KV head of the record `ahead` of one: they go by head, then by page."""
+        e, b, unit = self.c.e, self.c.b, self._unit
+        head = e.add(h, ahead)
+        inside = e.less(head, unit.heads)
+        wrapped = e.smaller_of(e.subtract(head, unit.heads), e.subtract(unit.heads, 1))
+        page = b.select(inside, entry.page, entry.following)
+        head = e.add(unit.first_head, b.select(inside, head, wrapped))
+        return page, e.divide(head, self.c.a["repeat"])
 
     def _place(self, base: str, prefix: str, page: Any, head: Any) -> Any:
         """The address of a page's record or index row of a KV head."""

@@ -7,6 +7,7 @@ of the dot (code + 128), so that 128 Σ q is taken out again. Floats: 4 tokens b
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from lath.formats.pages import PAGE, SUBPAGE, UNIT
@@ -67,13 +68,16 @@ def _subpage_dots(c: Context, keys: KeyTile, codes: Any, subpage: Any) -> list[A
         at = e.add(start, e.multiply(unit, SUBPAGE * UNIT))
         planes = ("keys", "keys_low") if kind.key == "int8-planes" else ("keys",)
         if kind.few:
-            first = e.divide(at, VECTOR // len(planes))
-            for i in range(4 * len(planes)):
-                if keys.asked is None:
+            if keys.asked is None:
+                # Three of four; the others beside the softmax.
+                lines = 3 * len(planes)
+                first = e.multiply(e.divide(at, 4 * VECTOR), lines)
+                for i in range(lines):
                     ask(c, keys, first, i)
-                    continue
-                place = e.add(e.add(keys.record, a[planes[i // 4]]), e.add(at, VECTOR * (i % 4)))
-                ask_alike(c, keys.asked.keys, subpage, place)
+            else:
+                for plane, i in itertools.product(planes, range(4)):
+                    place = e.add(e.add(keys.record, a[plane]), e.add(at, VECTOR * i))
+                    ask_alike(c, keys.asked.keys, subpage, place)
         stored, low = (_vectors(c, keys, a[plane], at) for plane in (planes[0], planes[-1]))
         for part in range(parts):
             channel = e.add(e.multiply(width, part), e.multiply(unit, UNIT))

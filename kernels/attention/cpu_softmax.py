@@ -13,6 +13,7 @@ from llvmlite import ir
 
 from lath.formats.pages import PAGE
 from lath.kernels.attention.cpu_arguments import ROWS, Context
+from lath.kernels.attention.cpu_ask import ask_beside_softmax
 from lath.kernels.attention.cpu_rows import (
     RowTile,
     block_state,
@@ -207,7 +208,11 @@ def softmax(c: Context, tile: RowTile, keys: KeyTile, block: Any) -> Weights:
         c, keys, 0.0, lambda r, g: mathematics.exp2(e, b.fsub(loaded[r][g], largest[r]))
     )
     sums = [_combine(c, lambda _, x, y: b.fadd(x, y), row) for row in rows]
-    lower = [_store_weights(c, tile, keys, r, row) for r, row in enumerate(rows)]
+    lower = []
+    for r, row in enumerate(rows):
+        lower.append(_store_weights(c, tile, keys, r, row))
+        if c.kind.few and keys.page and keys.asked is None:
+            ask_beside_softmax(c, keys, r)
     total = lanes.rows(e, sums, b.fadd)
     read = b.fcmp_unordered("une", total, e.floats(0.0))
     old, new = _update(c, block_state(c, tile.state, block), top, total, read)

@@ -8,7 +8,7 @@ they come token by token, [values, 64] where they come channel by channel.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ from lath.kernels.simd import lanes, mathematics
 from lath.kernels.simd.emitter import BYTES, F32, FP32, I16, LANES, SHORTS
 
 VECTOR = 64
+# Between a row of a float part's keys and the one that is asked for: behind the last of a head lies
+# the next one's first.
+_ROWS_AHEAD = 16
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class KeyTile:
     start: position of the first. count: how many. tokens: bits of those that are read, missing: of
     the others that count; None where a list has no masks. record, mean: addresses (of a page).
     upcoming: the record of a page that will be read soon; asked: what of it where lists have masks,
-    of `cpu_ask`. page: whether it is one.
+    of `cpu_ask`. following, next_mean: the record and the mean that are read next. page: whether it
+    is one.
     """
 
     page: bool
@@ -41,6 +45,8 @@ class KeyTile:
     record: Any = None
     mean: Any = None
     upcoming: Any = None
+    following: Any = None
+    next_mean: Any = None
     asked: Any = None
 
 
@@ -177,19 +183,39 @@ def _stage_rows(
     target: Any,
     step: Any,
     keys: KeyTile | None = None,
+    beside: Callable[[Any], None] | None = None,
 ) -> None:
+    """beside: what to do besides for each token."""
     with c.e.loop(count) as token, when_read(c, keys, c.e.divide(token, SUBPAGE)):
+        if beside is not None:
+            beside(token)
         copy_floats(
             c, c.e.add(source, c.e.multiply(token, stride)), channels, padded,
             c.e.add(target, c.e.multiply(token, step)), c.kind.item_type,
         )  # fmt: skip
 
 
-def stage_part_keys(c: Context, tile: RowTile, source: Any, stride: Any, count: Any) -> None:
+def stage_part_keys(
+    c: Context, tile: RowTile, source: Any, stride: Any, count: Any, values: tuple[Any, Any]
+) -> None:
+    """The keys of a float part. values: address and stride of its values, which come next."""
     e, a = c.e, c.a
+
+    def ask(token: Any) -> None:
+        for row, channels in (
+            (e.add(source, e.multiply(stride, e.add(token, _ROWS_AHEAD))), a["key_dim"]),
+            (e.add(values[0], e.multiply(values[1], token)), a["value_dim"]),
+        ):
+            nbytes = e.multiply(channels, c.kind.dtype_bytes)
+            with e.loop(e.divide(e.add(nbytes, VECTOR - 1), VECTOR)) as i:
+                e.prefetch(e.offset(row, i, VECTOR))
+
     step = e.multiply(a["staged_keys"], c.kind.item)
     target = piece(c, tile, "key_rows")
-    _stage_rows(c, source, stride, count, a["key_dim"], a["staged_keys"], target, step)
+    _stage_rows(
+        c, source, stride, count, a["key_dim"], a["staged_keys"], target, step,
+        beside=ask if c.kind.few else None,
+    )  # fmt: skip
 
 
 def stage_tokens(

@@ -159,14 +159,15 @@ class Emitter:
         value.align = 1
         return value
 
-    def prefetch(self, address: Any) -> None:
-        """Ask for the line at an address, which need not be ours, in the second-level cache."""
+    def prefetch(self, address: Any, near: bool = False) -> None:
+        """Ask for the line at an address, which need not be ours, in the second-level cache, or in
+        the first where it is `near`: in the second already."""
         pointer = self.builder.inttoptr(address, I8.as_pointer())
         function = self.function(
             "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32]
         )
         # Asked for in the first-level cache, lines wait for its few miss buffers: 1.6 times slower.
-        read, level, data = (ir.Constant(I32, number) for number in (0, 2, 1))
+        read, level, data = (ir.Constant(I32, number) for number in (0, 3 if near else 2, 1))
         self.builder.call(function, [pointer, read, level, data])
 
     def store(self, address: Any, value: Any) -> None:
