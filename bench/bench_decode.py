@@ -31,7 +31,7 @@ from typing import Any
 
 import report
 import torch
-from decode_threads import TURN, table_of_turns, take_turns
+from decode_threads import TURN, TURNS, table_of_turns, take_turns
 from llama_bench import LlamaBench, Paired, Times, pair
 from torch import Tensor
 
@@ -46,7 +46,7 @@ from lath.integration.run_command import DEFAULT_HEAD, DEFAULT_WEIGHTS
 from lath.integration.text_sample import english_text
 
 PROMPT, TOKENS, WINDOW = 256, 48, 512
-LLAMA_TOKENS, TURN_TOKENS = 64, 161
+LLAMA_TOKENS = 64
 KV = "int8"
 
 
@@ -116,12 +116,16 @@ class Contenders:
             one.redo()
         self.now = name
 
-    def bytes_of_a_token(self, ids: Tensor) -> tuple[int, int]:
-        """Of the fused step: of weights, and of the cache behind the prompt and half the tokens."""
+    def fused_cache(self) -> Any:
+        """An empty one, of the fused step, to which the model is brought."""
         self.choose("fused")
         new_cache = self._reports["fused"][0].new_cache
         assert new_cache is not None
-        cache, half = new_cache(), TOKENS // 2
+        return new_cache()
+
+    def bytes_of_a_token(self, ids: Tensor) -> tuple[int, int]:
+        """Of the fused step: of weights, and of the cache behind the prompt and half the tokens."""
+        cache, half = self.fused_cache(), TOKENS // 2
         name = cache_argument(self.model)
         generate(self.model, ids, half, min_new_tokens=half, **{name: cache})
         return sum(one.view_bytes for one in self._reports["fused"]), cache.nbytes_in_use
@@ -262,16 +266,23 @@ def table_of(
 
 def disturbed(options: Any, contenders: Contenders, prompt: Tensor) -> None:
     """Measure one thread against several and save that."""
-    contenders.choose("fused")
 
-    def run(streamer: Any) -> None:
-        generate(
-            contenders.model, prompt, TURN_TOKENS, min_new_tokens=TURN_TOKENS, streamer=streamer
-        )
+    def begin() -> Callable[[], float]:
+        cache, ids = contenders.fused_cache(), prompt
+        name = cache_argument(contenders.model)
+
+        def turn() -> float:
+            nonlocal ids
+            _, rest = time_generate(contenders.model, ids, TURN + 1, **{name: cache})
+            # Whatever they are: what is stored already is not read again.
+            ids = torch.cat([ids, ids[:, : TURN + 1]], dim=1)
+            return rest / TURN
+
+        return turn
 
     before = load_average()
     places = {"nobody else": False, "another process on one core": True}
-    turns = take_turns(run, options.threads, options.rounds, places)
+    turns = take_turns(begin, options.threads, options.rounds, places)
     command = report.command_of("bench_decode.py")
     load = f"load average {before}, after {load_average()}"
     table = "\n".join([
@@ -279,8 +290,8 @@ def disturbed(options: Any, contenders: Contenders, prompt: Tensor) -> None:
         f"{DEFAULT_HEAD}, cache {KV}",
         "",
         f"`{command}`; {', '.join(machine_facts().values())}; wall time, {load}; "
-        f"{options.rounds} rounds of {TURN_TOKENS} greedy tokens behind {PROMPT}, one thread and "
-        f"{options.threads} in turn, {TURN} tokens each.",
+        f"{options.rounds} rounds of {TURNS} turns behind {PROMPT} tokens, one thread and "
+        f"{options.threads} in turn, {TURN} greedy tokens each.",
         "",
         table_of_turns(turns, options.threads),
         contenders.decode_report("fused"),

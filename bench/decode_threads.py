@@ -1,5 +1,5 @@
-"""One thread and several within the same `generate`, taking turns every few tokens, on a machine
-that is quiet and on one where another process keeps a core busy.
+"""One thread and several over the same cache, taking turns every few tokens, on a machine that is
+quiet and on one where another process keeps a core busy.
 
 Both kinds of tokens meet the same machine that way: what others do for seconds hits them alike.
 """
@@ -11,15 +11,12 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
-TURN = 8  # tokens; the first of a turn is not counted: caches and helpers change over
+TURN, TURNS = 16, 10  # tokens of a turn behind its first, turns of a round
 
 
 @dataclass(frozen=True)
@@ -39,30 +36,6 @@ class Turns:
     of_means: float
 
 
-class _Turns:
-    """A streamer that changes torch's number of threads every TURN tokens."""
-
-    def __init__(self, threads: int, first: int) -> None:
-        self._counts = (1, threads)
-        self._tokens, self._turn, self._last = 0, first, 0.0
-        self.seconds: dict[int, list[float]] = {1: [], threads: []}
-        torch.set_num_threads(self._counts[first])
-
-    def put(self, value: Tensor) -> None:
-        now = time.perf_counter()
-        # The prompt, the first token, and what the first step prepares are not decoding.
-        if self._tokens > TURN and self._tokens % TURN > 1:
-            self.seconds[self._counts[self._turn]].append(now - self._last)
-        self._tokens += 1
-        if self._tokens % TURN == 0:
-            self._turn = 1 - self._turn
-            torch.set_num_threads(self._counts[self._turn])
-        self._last = time.perf_counter()
-
-    def end(self) -> None:
-        pass
-
-
 @contextlib.contextmanager
 def busy_core() -> Iterator[int]:
     """A process that counts, on the last core that this one may use; its number."""
@@ -76,20 +49,33 @@ def busy_core() -> Iterator[int]:
 
 
 def take_turns(
-    run: Callable[[Any], None], threads: int, rounds: int, places: dict[str, bool]
+    begin: Callable[[], Callable[[], float]], threads: int, rounds: int, places: dict[str, bool]
 ) -> list[Turns]:
-    """run: a `generate` with a streamer. places: by name, whether a core is kept busy there. One
-    after the other: a step remembers for a while that its helpers did not come."""
+    """begin: what a round starts with; it returns a turn, which returns the seconds of a token.
+    places: by name, whether a core is kept busy there. One after the other: a step remembers for a
+    while that its helpers did not come."""
     seen: dict[str, list[dict[int, list[float]]]] = {name: [] for name in places}
     for name, busy in places.items():
         for number in range(rounds + 1):
-            turns = _Turns(threads, number % 2)
             with busy_core() if busy else contextlib.nullcontext():
-                run(turns)
+                seconds = _round(begin(), threads, number % 2)
             if number:  # the first round compiles and warms up
-                seen[name].append(turns.seconds)
+                seen[name].append(seconds)
     torch.set_num_threads(threads)
     return [_summary(name, own, threads) for name, own in seen.items()]
+
+
+def _round(turn: Callable[[], float], threads: int, first: int) -> dict[int, list[float]]:
+    """Seconds of a token by the number of threads; the first turn of each is not counted."""
+    counts = (1, threads)
+    seconds: dict[int, list[float]] = {count: [] for count in counts}
+    for number in range(TURNS + 2):
+        count = counts[(first + number) % 2]
+        torch.set_num_threads(count)
+        own = turn()
+        if number > 1:
+            seconds[count].append(own)
+    return seconds
 
 
 def _summary(what: str, rounds: list[dict[int, list[float]]], threads: int) -> Turns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import repeat
-from operator import contains, is_
+from operator import attrgetter, contains, is_
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lath.integration.decode_recognise import Decoder
 from lath.integration.linear import PackedLinear
 
 # Hooks of a backward pass are called in none: where gradients are recorded nothing is fused.
+_VERSION = attrgetter("_version")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = (
     module_globals._global_forward_hooks, module_globals._global_forward_pre_hooks,
@@ -109,7 +110,8 @@ def _is_idle(hooks: dict[int, Any]) -> bool:
 class Weights:
     """The packed weights, and the parameters that a step reads where they lie.
 
-    What a module makes of a packed weight it forgets when one of its tensors is replaced.
+    What a module makes of a packed weight it forgets when one of its tensors is replaced, or, once
+    it is asked for, written in place.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -121,12 +123,21 @@ class Weights:
         ]
         self._pointers = [parameter.data_ptr() for _, _, parameter in self._parameters]
         self._biases = [linear._parameters["bias"] for linear in linears]
+        self._own = [p for linear in linears for p in linear._parameters.values() if p is not None]
+        self._counted = [p for p in self._own if not p.is_inference()]
+        self._writes = self._writes_now()
+
+    def _writes_now(self) -> tuple[list[int], list[int]]:
+        """Where the tensors of linears lie, and how often they were written in place."""
+        return [p.data_ptr() for p in self._own], list(map(_VERSION, self._counted))
 
     @property
     def changed(self) -> bool:
         packed = [own["_packed"] for own in self._linears]
         biases = [own["_parameters"]["bias"] for own in self._linears]
         if not (all(map(is_, packed, self._packed)) and all(map(is_, biases, self._biases))):
+            return True
+        if self._writes_now() != self._writes:
             return True
         for table, name, parameter in self._parameters:
             if table[name] is not parameter:

@@ -50,8 +50,8 @@ class PackedLinear(nn.Module):
     Casting the module (`model.half()`, `.to(dtype)`) leaves the packed numbers as they are; moving
     it moves them. Gradients reach x (the rounding of activations counts as the identity), never the
     weight. The module follows x's dtype, torch.autocast included: it computes in fp32 inside.
-    Parameters that are loaded, moved or assigned take effect at once; the compiled kernel does not
-    see them written in place.
+    Parameters that are loaded, moved, assigned or written in place take effect at once, but for
+    what torch does not count: numbers written through `.data`, or into tensors of inference mode.
 
     On a CPU the compiled kernel reads a view, repacked from the codes and as large: `compact()`
     keeps that alone. The parameters of the packed weight are on the meta device then.
@@ -148,10 +148,25 @@ class PackedLinear(nn.Module):
         for name, part in self._parts.items():
             self.register_parameter(name, _frozen(getattr(packed, part)))
         self.register_parameter("bias", _frozen(bias))
+        self._written = self._writes()
+
+    def _writes(self) -> list[tuple[int, int]]:
+        """Where each parameter lies, and how often it was written in place as torch counts it."""
+        own = [p for p in self._parameters.values() if p is not None]
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in own]
+
+    def _notice(self) -> None:
+        """Forget what was made of parameters that were written in place since."""
+        writes = self._writes()
+        if writes != self._written:
+            self._written, self._kernel = writes, None
+            self._packed = self._packed if self.is_compact else None
 
     @property
     def qtensor(self) -> PackedWeight:
         """The weight; its tensors are this module's parameters."""
+        if not torch.compiler.is_compiling():
+            self._notice()
         packed = self._packed
         if packed is None:
             packed = self._of_parameters()
@@ -223,6 +238,7 @@ class PackedLinear(nn.Module):
             or x.shape[-1:] != self._last
         ):
             return self._through_verb(x)
+        self._notice()
         kernel = self._kernel
         if kernel is None:
             kernel = self._kernel = self._prepare()

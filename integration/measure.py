@@ -45,10 +45,14 @@ def generate(model: Any, ids: Tensor, new_tokens: int, **options: Any) -> Tensor
 
 
 def time_generate(
-    model: Any, ids: Tensor, new_tokens: int, now: Callable[[], float] = time.perf_counter
+    model: Any,
+    ids: Tensor,
+    new_tokens: int,
+    now: Callable[[], float] = time.perf_counter,
+    **options: Any,
 ) -> tuple[float, float]:
     """Seconds of the prompt, and of all that follows it up to `new_tokens`, one of which the prompt
-    has given. now: the clock.
+    has given. now: the clock. options: of `generate`, such as a cache.
 
     No streamer tells when the prompt is done: it would have every token come to it one by one.
     """
@@ -61,7 +65,7 @@ def time_generate(
 
     model._prefill = noted
     try:
-        generate(model, ids, new_tokens, min_new_tokens=new_tokens)
+        generate(model, ids, new_tokens, min_new_tokens=new_tokens, **options)
     finally:
         del model._prefill
     start, done = ends

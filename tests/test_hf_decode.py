@@ -364,7 +364,32 @@ def cast(model: Any) -> None:
     model.to(torch.float32)
 
 
-CHANGES = (scale_norm, replace_norm, replace_data, load_linear, swap_linear, swap_layers, cast)
+def write_codes(model: Any) -> None:
+    own, other = model.model.layers[0].mlp.down_proj, model.model.layers[1].mlp.down_proj
+    own.weight.copy_(other.weight)
+
+
+def write_scales(model: Any) -> None:
+    model.model.layers[0].self_attn.v_proj.weight_scale.mul_(2)
+
+
+def replace_scales(model: Any) -> None:
+    linear = model.model.layers[0].self_attn.v_proj
+    linear.weight_scale.data = linear.weight_scale * 2
+
+
+CHANGES = (
+    write_codes,
+    write_scales,
+    replace_scales,
+    scale_norm,
+    replace_norm,
+    replace_data,
+    load_linear,
+    swap_linear,
+    swap_layers,
+    cast,
+)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -381,6 +406,19 @@ def test_changed_weights_are_noticed(change: Callable[[Any], None]) -> None:
     assert relative(out - expected, expected) < ROUNDING
     if change is not cast:
         assert relative(before - expected, expected) > 100 * ROUNDING
+
+
+def test_a_bias_written_in_place_is_noticed() -> None:
+    first, second = decoder("Qwen2"), decoder("Qwen2")
+    patched(first, "modules")
+    report = patched(second, "fused")
+    before = steps(second, 70, 3)
+    for model in (first, second):
+        model.model.layers[0].self_attn.v_proj.bias.add_(3)
+    expected, out = steps(first, 70, 3), steps(second, 70, 3)
+    assert fused_tokens(report) == 6
+    assert relative(out - expected, expected) < ROUNDING
+    assert relative(before - expected, expected) > 100 * ROUNDING
 
 
 def test_probe_errors_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

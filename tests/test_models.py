@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import subprocess
 import sys
 import zipfile
@@ -224,6 +225,19 @@ def test_speeds_are_measured_in_turn() -> None:
     assert all(speed.prefill > 0 and speed.decode > 0 for speed in speeds.values())
     with pytest.raises(ValueError, match="new_tokens"):
         measure.measure_speeds(model, torch.arange(20)[None], variants, new_tokens=1)
+
+
+def test_times_of_prompt_and_tokens_are_apart() -> None:
+    """And nothing is left on the model, also where `generate` raises."""
+    model, _ = models.tiny_model()
+    ids = torch.arange(20)[None]
+    now = itertools.count()
+    prefill, rest = measure.time_generate(model, ids, 3, lambda: float(next(now)))
+    assert (prefill, rest) == (1, 1)
+    assert measure.token_seconds(model, ids, 4) != 0
+    with pytest.raises(ValueError, match="nonsense"):
+        measure.time_generate(model, ids, 3, nonsense=1)
+    assert "_prefill" not in model.__dict__
 
 
 def test_the_text_is_long_enough() -> None:

@@ -240,3 +240,59 @@ def test_direct_call_follows_a_loaded_weight() -> None:
     assert torch.equal(module(x), compiled()(x))
     module.bias = nn.Parameter(module.bias.detach() + 1, requires_grad=False)
     assert not torch.equal(module(x), compiled()(x))
+
+
+def write_bias(module: PackedLinear) -> None:
+    assert module.bias is not None
+    module.bias.add_(3)
+
+
+def write_scales(module: PackedLinear) -> None:
+    module.weight_scale.mul_(2)
+
+
+def write_codes(module: PackedLinear) -> None:
+    module.weight.copy_(module.weight.flip(0))
+
+
+def replace_data(module: PackedLinear) -> None:
+    module.weight_scale.data = module.weight_scale * 2
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("write", [write_bias, write_scales, write_codes, replace_data])
+def test_what_is_written_in_place_takes_effect(
+    write: Callable[[PackedLinear], None], backend: str
+) -> None:
+    module = PackedLinear.from_linear(nn.Linear(80, 40), "int4-g16", backend=backend)
+    x = torch.randn(3, 80)
+    before, kernel = module(x), module._kernel
+    with torch.no_grad():
+        write(module)
+    after = linear(x, module._of_parameters(), module.bias, backend=backend)
+    assert torch.equal(module(x), after)
+    assert not torch.equal(before, after)
+    assert module._kernel is not kernel
+    kept = module._kernel, module.qtensor
+    module(x)
+    assert (module._kernel, module.qtensor) == kept  # nothing is made anew without a reason
+
+
+def test_a_compact_module_sees_its_bias_written() -> None:
+    pytest.importorskip("numba")
+    module = PackedLinear.from_linear(nn.Linear(80, 40), "int4-g16", backend="cpu")
+    x = torch.randn(3, 80)
+    before = module(x)
+    assert module.compact()
+    with torch.no_grad():
+        write_bias(module)
+    torch.testing.assert_close(module(x), before + 3)
+    assert module.is_compact
+
+
+def test_parameters_of_inference_mode() -> None:
+    """Their writes are not counted: asking would raise."""
+    with torch.inference_mode():
+        module = PackedLinear.from_linear(nn.Linear(80, 40), "int4-g16", backend="reference")
+        x = torch.randn(3, 80)
+        assert torch.equal(module(x), module(x))

@@ -253,6 +253,35 @@ def test_compiled_rows_together(make_team: Make) -> None:
         assert torch.equal(last, 2 * x + x)
 
 
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_rows_once_more(room: int, make_team: Make) -> None:
+    """As often as one of them asks, with helpers and without."""
+    make_team(room)
+    left = np.array([0], np.int64)
+
+    def run(begin: int, end: int, arguments: int) -> None:
+        left[0] -= 1
+
+    asks = _KERNEL(run)
+    address = ctypes.cast(asks, ctypes.c_void_p).value or 0
+    size = 1 << 15
+    x, y = torch.ones(size), torch.zeros(size)
+    block = block_of(VECTOR, x=x.data_ptr(), second=y.data_ptr(), y=y.data_ptr())
+    share = Share(block, Output(VECTOR["y"], 64, 4 * size), size // 16, cost=1 << 20)
+    rows = [
+        row(compile_kernel(emit_add), size // 16, block.ctypes.data, share),
+        row(address, 1, 0),
+    ]
+    program = Pieces(rows, again=int(left.ctypes.data))
+    assert program.repeats
+    assert not Pieces([*rows, lambda: None], again=int(left.ctypes.data)).repeats
+    for times in (1, 2, 9):
+        y.zero_()
+        left[0] = times
+        program.run()
+        assert bool((y == times).all()), times
+
+
 def test_rows_that_are_refused() -> None:
     block = np.zeros(2, np.int64)
     share = Share(block, Output(1, 8, 8), 1)

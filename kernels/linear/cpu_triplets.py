@@ -39,9 +39,9 @@ RUN = (2**15 - 1) // (WEIGHTS_OF_INDEX * LARGEST_CODE * INDICES)
 # Vectors of sums on the stack (128 KB): tables are made anew for each chunk of rows they are of.
 _SUMS = 2048
 _TOGETHER = 2  # pairs that a table in a register is looked up for (`lanes.add_permuted`)
-# Bytes that a run is asked for ahead, twice each: the hardware's own prefetching stops at every 4 KB,
-# and of what is asked for faster than memory brings it some is dropped. One token of 4096 x 14336
-# took 534 us with 7 KB, 492 with 8, 455 with 8 and 4 (also with 8 and 5, or 6).
+# Bytes that a run is asked for ahead, each line twice: the hardware's own prefetching stops at each
+# 4 KB, and of what is asked for faster than memory brings it some is dropped. One token of
+# 4096 x 14336 took 534 us with 7 KB, 492 with 8, 455 with 8 and 4 (also with 8 and 5, or 6).
 _AHEAD = (8192, 4096)
 _WORDS = ir.VectorType(I16, 2 * PANEL)
 _ALL_ONE = 0x010101  # three codes of 1, in bytes
