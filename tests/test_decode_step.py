@@ -30,15 +30,7 @@ from lath.formats.decode_step import (
 )
 from lath.formats.page_step import close_page, count_tokens, is_plain, open_part
 from lath.kernels.decode_step import cpu, cpu_bound
-from lath.kernels.decode_step.cpu_arguments import (
-    FOLLOW,
-    STATE,
-    STATE_FIELDS,
-    VECTOR,
-    block_of,
-    float_bits,
-)
-from lath.kernels.decode_step.cpu_greedy import emit_follow
+from lath.kernels.decode_step.cpu_arguments import STATE, STATE_FIELDS, VECTOR, block_of, float_bits
 from lath.kernels.decode_step.cpu_vectors import (
     emit_embed,
     emit_gate,
@@ -146,26 +138,6 @@ def test_embedding_and_largest(dtype: torch.dtype) -> None:
             nan, values = x.isnan(), x.float()
             first = nan.nonzero()[0] if bool(nan.any()) else (values == values.max()).nonzero()[0]
             assert state[STATE["token"]] == int(first), (size, case)
-
-
-@pytest.mark.parametrize(
-    ("token", "left", "goes_on"), [(7, 3, True), (7, 1, False), (5, 3, False), (9, 3, False)]
-)
-def test_going_on_with_a_token(token: int, left: int, goes_on: bool) -> None:
-    """The ends 5 and 9, or no token left, stop a call where it is."""
-    state, tokens = np.zeros(len(STATE_FIELDS), np.int64), np.zeros(8, np.int64)
-    before = {"token": token, "position": 40, "slot": 11, "left": left, "more": 2, "grown": 1}
-    for name, value in before.items():
-        state[STATE[name]] = value
-    ends = np.array([5, 9])
-    block = block_of(
-        FOLLOW, state=state.ctypes.data, tokens=tokens.ctypes.data, ends=ends.ctypes.data, count=2
-    )
-    Program([row(compile_kernel(emit_follow), 1, block.ctypes.data)]).run()
-    assert tokens.tolist() == [0, 0, token, 0, 0, 0, 0, 0]
-    moved = {name: before[name] + goes_on for name in ("position", "slot", "more")}
-    expected = before | moved | {"left": left - 1 if goes_on else 0}
-    assert {name: state[STATE[name]] for name in before} == expected
 
 
 # The whole step

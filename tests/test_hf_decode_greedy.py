@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_hf_decode import PROMPT, decoder, new_cache, patched
@@ -29,6 +30,9 @@ from lath.integration import decode_loop, decode_step
 from lath.integration.cache import cache_argument
 from lath.integration.decode_cache import StepCache
 from lath.kernels.decode_step import cpu_greedy
+from lath.kernels.decode_step.cpu_arguments import FOLLOW, STATE, STATE_FIELDS, block_of
+from lath.kernels.simd.compile import compile_kernel
+from lath.kernels.simd.program import Program, row
 
 __all__ = ["models"]  # a fixture
 
@@ -274,3 +278,23 @@ def test_one_call_of_a_program(models: tuple[Any, Any]) -> None:
     found = ready.run_greedily(own, int(whole[0, 70]), 70, greedy, 11)
     assert found == whole[0, 71:].tolist()
     assert cache.get_seq_length() == 81
+
+
+@pytest.mark.parametrize(
+    ("token", "left", "goes_on"), [(7, 3, True), (7, 1, False), (5, 3, False), (9, 3, False)]
+)
+def test_going_on_with_a_token(token: int, left: int, goes_on: bool) -> None:
+    """The ends 5 and 9, or no token left, stop a call where it is."""
+    state, tokens = np.zeros(len(STATE_FIELDS), np.int64), np.zeros(8, np.int64)
+    before = {"token": token, "position": 40, "slot": 11, "left": left, "more": 2, "grown": 1}
+    for name, value in before.items():
+        state[STATE[name]] = value
+    ends = np.array([5, 9])
+    block = block_of(
+        FOLLOW, state=state.ctypes.data, tokens=tokens.ctypes.data, ends=ends.ctypes.data, count=2
+    )
+    Program([row(compile_kernel(cpu_greedy.emit_follow), 1, block.ctypes.data)]).run()
+    assert tokens.tolist() == [0, 0, token, 0, 0, 0, 0, 0]
+    moved = {name: before[name] + goes_on for name in ("position", "slot", "more")}
+    expected = before | moved | {"left": left - 1 if goes_on else 0}
+    assert {name: state[STATE[name]] for name in before} == expected
