@@ -32,7 +32,7 @@ _CACHES = ("cache", "past_key_values")
 _HANDLED = frozenset({"attention_mask", "position_ids", "logits_to_keep", "use_cache",
                       "cache_position", *_CACHES})  # fmt: skip
 _ROOM = 4096  # new tokens that are made room for at once
-_ANSWER = 0.05  # seconds of one compiled call, about, in which neither Ctrl-C nor a thread is heard
+_ANSWER = 0.05  # seconds, about, of one compiled call: Ctrl-C is heard behind it
 # What transformers' loop calls for every token and this one does not.
 _CALLED = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
