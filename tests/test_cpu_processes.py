@@ -17,9 +17,14 @@ from lath.kernels.simd import isa
 TESTS = Path(__file__).resolve().parent
 
 
+# Says where a process is that does not end, and ends it.
+WATCHED = "import faulthandler; faulthandler.dump_traceback_later({seconds}, exit=True)\n"
+
+
 def run_python(code: str, **environment: str) -> str:
+    code = WATCHED.format(seconds=480) + textwrap.dedent(code)
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=540,
         cwd=TESTS, env={**os.environ, **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
