@@ -20,7 +20,7 @@ LONGEST_GROUP = 65536
 TRIT_GROUP = 80
 # Ternary look-ups of a CPU without VNNI: tokens side by side in an entry, and by instruction set
 # from how many on, alone or behind the last whole entry, they take less time than products
-# (bench/results/ternary_cpu.md).
+# (bench/results/ternary_zen4_cpu.md).
 LOOK_UP_TILE = 16
 LOOK_UP_TOKENS = {"avx2": 5, "portable": 2}
 # Register tiles (tokens, panels) by what is multiplied and whether the CPU has AVX512-VNNI:
