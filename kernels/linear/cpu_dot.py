@@ -30,6 +30,9 @@ from lath.kernels.simd.emitter import F32, Emitter
 # prefetching stops at every 4 KB, and their products are done sooner than the next page comes.
 # 6 to 8 KB were the fastest (2560 x 6912: 150 to 121 us); wider codes took longer with it.
 _AHEAD = 6144
+# And of wider codes, where panels are so long that several are read at a time: 1.03 to 1.07 times
+# as fast. 2 KB and more took longer (up to 1.3 times), and so did single panels with any distance.
+_AHEAD_LONG = 1024
 # With up to this many accumulators, registers last for one per field of a byte.
 _APART = 16
 
@@ -56,7 +59,9 @@ def emit_tile(
     a, record = Arguments(e, arguments), Record(width, zero, half, stored, byte_scale, sparse)
     tile = _Tile(e, a, record, tokens, panels)
     scratch = Scratch(e, a, tile.reader) if expand else None
-    ahead = _AHEAD if tokens == 1 and record.fields >= 4 else 0
+    ahead = 0
+    if tokens == 1:
+        ahead = _AHEAD if record.fields >= 4 else _AHEAD_LONG if panels > 1 else 0
     count = e.divide(e.add(e.subtract(end, begin), panels - 1), panels)
     token_tiles = e.divide(e.add(a["tokens"], tokens - 1), tokens)
     last = e.subtract(end, 1)
