@@ -28,9 +28,7 @@ def zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """
     if device.type != "cpu" or torch.compiler.is_compiling():
         return torch.zeros(shape, dtype=torch.uint8, device=device)
-    tensor = torch.empty(shape, dtype=torch.uint8)
-    _ask_for_huge_pages(tensor)
-    return tensor.zero_()
+    return _in_huge_pages(math.prod(shape)).view(shape).zero_()
 
 
 class Packing:
@@ -50,15 +48,11 @@ class Packing:
         of them keeps a chunk."""
         nbytes = math.prod(shape)
         if not _SMALLEST <= nbytes <= _CHUNK:
-            tensor = torch.empty(shape, dtype=torch.uint8)
-            _ask_for_huge_pages(tensor)
-            return tensor
+            return _in_huge_pages(nbytes).view(shape)
         with self._lock:
             start = -(-self._used // _LINE) * _LINE
             if start + nbytes > self._chunk.numel():
-                self._chunk, start = torch.empty(_CHUNK, dtype=torch.uint8), 0
-                _drop_pages(self._chunk)
-                _ask_for_huge_pages(self._chunk)
+                self._chunk, start = _in_huge_pages(_CHUNK), 0
             self._used = start + nbytes
             return self._chunk[start : start + nbytes].view(shape)
 
@@ -66,15 +60,20 @@ class Packing:
 WEIGHTS = Packing()
 
 
-def _ask_for_huge_pages(tensor: Tensor) -> None:
+def _in_huge_pages(nbytes: int) -> Tensor:
+    """uint8 [nbytes], not initialised. It begins where a huge page does: what lies before the first
+    or behind the last one is in pages of 4 KB, of a matrix of 4 MB that would often be half."""
+    if nbytes < _HUGE_PAGE or _advice() is None:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    room = torch.empty(nbytes + _HUGE_PAGE, dtype=torch.uint8)
+    # The allocator may have given memory that others had before: without contents, none of it
+    # counts before it is written, and the part that is skipped never does.
+    _advise(room, mmap.PAGESIZE, _MADV_DONTNEED)
+    start = -room.data_ptr() % _HUGE_PAGE
+    tensor = room[start : start + nbytes]
     # Advice: where it is refused the memory is what it would have been.
     _advise(tensor, _HUGE_PAGE, _MADV_HUGEPAGE)
-
-
-def _drop_pages(tensor: Tensor) -> None:
-    """Take away the pages of a tensor without contents, so that none counts before it is written:
-    the allocator may have given memory that others had before."""
-    _advise(tensor, mmap.PAGESIZE, _MADV_DONTNEED)
+    return tensor
 
 
 def _advise(tensor: Tensor, page: int, what: int) -> None:

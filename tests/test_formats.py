@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from lath.formats import packing
 from lath.formats.activations import ActivationFormat
 from lath.formats.codec import Codec
 from lath.formats.memory import Packing
+from lath.formats.memory import zeros as zeros_in_bulk
 from lath.formats.qtensor import QTensor
 from lath.reference import codecs as reference
 
@@ -305,4 +307,19 @@ def test_memory_for_weights_is_shared_out_and_given_back() -> None:
     assert len(shared) == 2  # 5 and 11 MB do not fit into one chunk beside the others
     for size in (0, 16, 17 << 20):
         alone = memory.room((size,))
-        assert alone.untyped_storage().nbytes() == size
+        assert alone.untyped_storage().data_ptr() not in shared
+        assert alone.untyped_storage().nbytes() - size in (0, 2 << 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for under Linux")
+def test_memory_in_bulk_begins_where_a_huge_page_does() -> None:
+    """Of a matrix of 4 MB nearly half could lie in small pages otherwise."""
+    memory = Packing()
+    bulk = [
+        zeros_in_bulk((5 << 20,), torch.device("cpu")),
+        memory.room((17 << 20,)),
+        memory.room((4096, 9)),
+    ]
+    assert [tensor.data_ptr() % (2 << 20) for tensor in bulk] == [0, 0, 0]
+    assert [tensor.nbytes for tensor in bulk] == [5 << 20, 17 << 20, 4096 * 9]
+    assert not bulk[0].any()
