@@ -143,7 +143,7 @@ def test_which_cpus_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not isa.has_quick_permutation("avx2")
     monkeypatch.setattr(isa, "_cpu_name", lambda: "znver5")
     assert not isa.has_quick_permutation("avx512_vnni")
-    assert plan_cpu.cpu_tile("triplets", 3, 1, "avx512_vnni") == (4, 2)
+    assert plan_cpu.cpu_tile("triplets", 2, 3, 1, "avx512_vnni") == (4, 2)
 
 
 @needs_permutation

@@ -30,8 +30,8 @@ from lath.kernels.simd.emitter import F32, Emitter
 # prefetching stops at every 4 KB, and their products are done sooner than the next page comes.
 # 6 to 8 KB were the fastest (2560 x 6912: 150 to 121 us); wider codes took longer with it.
 _AHEAD = 6144
-# And of wider codes, where panels are so long that several are read at a time: 1.03 to 1.07 times
-# as fast. 2 KB and more took longer (up to 1.3 times), and so did single panels with any distance.
+# And of wider codes, where panels are so long that four are read at a time: 2 KB and more took up
+# to 1.3 times as long, and single panels gained nothing from any distance.
 _AHEAD_LONG = 1024
 # With up to this many accumulators, registers last for one per field of a byte.
 _APART = 16

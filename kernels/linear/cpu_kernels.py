@@ -50,7 +50,7 @@ def tile_of(record: Record, kind: Kind, tokens: int, panel_bytes: int) -> tuple[
     """(tokens, panels) of the register tile on this machine, as the plan says."""
     multiplied = "int8" if kind == "int8" else "float"
     which = "triplets" if record.stored == "triplets" else multiplied
-    return cpu_tile(which, tokens, panel_bytes, host_isa())
+    return cpu_tile(which, record.width, tokens, panel_bytes, host_isa())
 
 
 def linear_block(

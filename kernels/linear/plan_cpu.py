@@ -12,8 +12,10 @@ from lath.formats.device import DeviceDescription
 from lath.formats.plan import Dataflow, Plan
 from lath.formats.sparse import SparseCodec
 
-# Bytes of a panel from which four at a time were faster on a Zen 4 core (33 to 59 KB measured).
-LONG_STREAM = 32768
+# Bytes of a panel, by the bits of its codes, from which four at a time were faster on a Zen 4 core
+# that reads huge pages. int4 of 34 to 50 KB: singly 1.13 to 1.19 times as fast, of 68 and 118 KB
+# 0.86 and 0.93; int8 of 50 to 66 KB: 1.01; int2 of 34 KB: 0.7.
+LONG_STREAM = {2: 32768, 4: 65536, 8: 65536}
 # Columns of a CPU's group. 255 * 127 * LONGEST_GROUP < 2**31: its int32 sums cannot overflow.
 LONGEST_GROUP = 65536
 # Columns that are whole vectors of a CPU's base-3 codes (20) and of its activations (16).
@@ -90,7 +92,7 @@ def plan_cpu(
         )  # fmt: skip
     # Codes of 16 rows; the scales beside them are a few per cent and decide nothing here.
     kind = "triplets" if triplets else "int8" if dot == "int8" else "float"
-    tokens, panels = cpu_tile(kind, m, panel_bytes, device.architecture)
+    tokens, panels = cpu_tile(kind, stored, m, panel_bytes, device.architecture)
     dataflow: Dataflow = "gemv" if m <= 1 else "tiled"
     reasons.append("one token streams the weight" if m <= 1 else "tokens share a register tile")
     return replace(
@@ -180,14 +182,17 @@ def _why_wide(activations: ActivationFormat, device: DeviceDescription) -> str:
     return f"groups are no multiples of {TRIT_GROUP}"
 
 
-def cpu_tile(kind: str, tokens: int, panel_bytes: int, architecture: str) -> tuple[int, int]:
+def cpu_tile(
+    kind: str, bits: int, tokens: int, panel_bytes: int, architecture: str
+) -> tuple[int, int]:
     """(tokens, panels of 16 rows) of the register tile of a CPU kernel.
 
-    kind: "int8" or "float", what is multiplied, or "triplets". panel_bytes: of 16 rows of the CPU's
-    view. One token reads long panels four at a time, since one stream does not fill the bandwidth,
-    and short ones singly, since the prefetcher must first find a stream.
+    kind: "int8" or "float", what is multiplied, or "triplets". bits: of a code, as the CPU's view
+    keeps it. panel_bytes: of 16 rows of the view. One token reads long panels four at a time, since
+    one stream does not fill the bandwidth, and shorter ones singly, since the prefetcher must first
+    find a stream.
     """
-    if kind != "triplets" and tokens <= 1 and panel_bytes < LONG_STREAM:
+    if kind != "triplets" and tokens <= 1 and panel_bytes < LONG_STREAM.get(bits, 0):
         return 1, 1
     tiles = CPU_TILES[kind, architecture == "avx512_vnni"]
     return next((tile for tile in tiles if tile[0] >= tokens), tiles[-1])
